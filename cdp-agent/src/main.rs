@@ -1,0 +1,2 @@
+//! cdp-agent
+fn main() {}

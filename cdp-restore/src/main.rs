@@ -1,0 +1,2 @@
+//! cdp-restore
+fn main() {}
