@@ -1,0 +1,329 @@
+//! From a frame's bytes back to its records.
+
+use uuid::Uuid;
+
+use super::build::{Placement, parts};
+use super::{
+    CODEC_LZ4, CODEC_PLAIN, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX, FRAME_GROUPS_MAX, FRAME_HEADER_BYTES,
+    FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, GROUP_BYTES_MAX, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES,
+    RECORD_ENTRY_BYTES, Record, bytes_at, i64_at, u16_at, u32_at, u64_at,
+};
+use crate::types::{BootNs, Seq, WallNs};
+
+/// Why bytes are not a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FrameError {
+    /// Fewer bytes than the frame has.
+    #[error("cut short")]
+    Short,
+    /// The magic, the header's checksum or its numbers are wrong.
+    #[error("bad frame header")]
+    Header,
+    /// Written by a newer version of this program.
+    #[error("frame format {0} is newer than this build reads")]
+    TooNew(u32),
+    /// The record table does not match its checksum.
+    #[error("bad checksum of a record table")]
+    Table,
+    /// The record table's checksum is right and yet it makes no sense.
+    #[error("a record table that makes no sense")]
+    Record,
+    /// A data group does not match its checksum.
+    #[error("bad checksum of data group {0}")]
+    Group(usize),
+}
+
+/// First bytes of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// First record.
+    pub first_seq: Seq,
+    /// The whole frame.
+    pub frame_bytes: usize,
+    /// Records in it.
+    pub record_count: usize,
+    /// Which boot of the host its times belong to.
+    pub boot_id: Uuid,
+    /// Wall time = boot time + this.
+    pub wall_offset_ns: i64,
+    /// Smallest time of a record.
+    pub boot_ns_min: BootNs,
+    /// Largest time of a record.
+    pub boot_ns_max: BootNs,
+    group_count: usize,
+    table_raw_bytes: usize,
+    table_bytes: usize,
+    table_crc: u32,
+    table_codec: u8,
+}
+
+impl FrameHeader {
+    /// Bytes that [`FrameHeader::decode`] needs.
+    pub const BYTES: usize = FRAME_HEADER_BYTES;
+
+    /// Checks and reads the header at the start of `bytes`.
+    pub fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
+        if bytes.len() < FRAME_HEADER_BYTES {
+            return Err(FrameError::Short);
+        }
+        if bytes[..4] != *b"CDPF" {
+            return Err(FrameError::Header);
+        }
+        if crc32c::crc32c(&bytes[..92]) != u32_at(bytes, 92) {
+            return Err(FrameError::Header);
+        }
+        let format = u32_at(bytes, 4);
+        if format > FORMAT {
+            return Err(FrameError::TooNew(format));
+        }
+        let header = Self {
+            first_seq: Seq::new(u64_at(bytes, 8)).ok_or(FrameError::Header)?,
+            frame_bytes: u32_at(bytes, 16) as usize,
+            record_count: u32_at(bytes, 20) as usize,
+            group_count: u32_at(bytes, 24) as usize,
+            table_raw_bytes: u32_at(bytes, 28) as usize,
+            table_bytes: u32_at(bytes, 32) as usize,
+            table_crc: u32_at(bytes, 36),
+            table_codec: bytes[40],
+            boot_id: Uuid::from_bytes(bytes_at(bytes, 48)),
+            wall_offset_ns: i64_at(bytes, 64),
+            boot_ns_min: BootNs(u64_at(bytes, 72)),
+            boot_ns_max: BootNs(u64_at(bytes, 80)),
+        };
+        if header.is_sound() {
+            Ok(header)
+        } else {
+            Err(FrameError::Header)
+        }
+    }
+
+    fn is_sound(&self) -> bool {
+        let fixed_bytes = self.record_count * RECORD_ENTRY_BYTES + self.group_count * GROUP_ENTRY_BYTES;
+        (1..=FRAME_RECORDS_MAX).contains(&self.record_count)
+            && self.group_count <= FRAME_GROUPS_MAX
+            && (fixed_bytes..=fixed_bytes + FRAME_TAIL_BYTES_MAX).contains(&self.table_raw_bytes)
+            && (FRAME_HEADER_BYTES + self.table_bytes..=FRAME_BYTES_MAX).contains(&self.frame_bytes)
+            && self.frame_bytes % FRAME_ALIGN_BYTES == 0
+            && matches!(self.table_codec, CODEC_PLAIN | CODEC_LZ4)
+    }
+
+    /// Last record.
+    pub fn last_seq(&self) -> Seq {
+        self.first_seq.plus(self.record_count as u64 - 1)
+    }
+
+    /// Header and record table: what [`Frame::parse`] needs.
+    pub fn prefix_bytes(&self) -> usize {
+        FRAME_HEADER_BYTES + self.table_bytes
+    }
+}
+
+/// Where a data group lies in its frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupRef {
+    /// Of its header, from the start of the frame.
+    pub offset_in_frame: usize,
+    /// After the header.
+    pub stored_bytes: usize,
+    /// Before compression.
+    pub raw_bytes: usize,
+    /// Checksum, also in the group's header.
+    pub crc: u32,
+}
+
+/// A piece of a record's data that lies in one group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// First byte on the device.
+    pub offset: u64,
+    /// Bytes: a unit, or at most a block.
+    pub len: usize,
+    /// Group of the frame.
+    pub group: usize,
+    /// First byte in the group's raw bytes.
+    pub in_group: usize,
+}
+
+/// A record and where its data lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacedRecord {
+    /// The record.
+    pub record: Record,
+    /// Its wall time.
+    pub wall: WallNs,
+    /// Its data, in order.
+    pub parts: Vec<Part>,
+}
+
+/// A frame whose header and record table have been checked. Its data has not: that happens where the data is
+/// read.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// The header.
+    pub header: FrameHeader,
+    /// The data groups.
+    pub groups: Vec<GroupRef>,
+    /// The records.
+    pub records: Vec<PlacedRecord>,
+}
+
+impl Frame {
+    /// Reads header and table from the first [`FrameHeader::prefix_bytes`] of a frame, or from all of it.
+    pub fn parse(bytes: &[u8]) -> Result<Self, FrameError> {
+        let header = FrameHeader::decode(bytes)?;
+        let stored = bytes
+            .get(FRAME_HEADER_BYTES..header.prefix_bytes())
+            .ok_or(FrameError::Short)?;
+        if crc32c::crc32c(stored) != header.table_crc {
+            return Err(FrameError::Table);
+        }
+        let unpacked;
+        let table = if header.table_codec == CODEC_LZ4 {
+            let mut raw = vec![0; header.table_raw_bytes];
+            let bytes = lz4_flex::block::decompress_into(stored, &mut raw).map_err(|_| FrameError::Table)?;
+            raw.truncate(bytes);
+            unpacked = raw;
+            &unpacked[..]
+        } else {
+            stored
+        };
+        if table.len() != header.table_raw_bytes {
+            return Err(FrameError::Table);
+        }
+        Self::from_table(header, table).ok_or(FrameError::Record)
+    }
+
+    fn from_table(header: FrameHeader, table: &[u8]) -> Option<Self> {
+        let (entries, rest) = table.split_at(header.record_count * RECORD_ENTRY_BYTES);
+        let (group_entries, mut tails) = rest.split_at(header.group_count * GROUP_ENTRY_BYTES);
+        let mut placement = Placement::default();
+        let mut records = Vec::with_capacity(header.record_count);
+        for (index, entry) in entries.chunks_exact(RECORD_ENTRY_BYTES).enumerate() {
+            let (tail, rest) = tails.split_at_checked(Record::tail_bytes_of(entry))?;
+            tails = rest;
+            let record = Record::decode(header.first_seq.plus(index as u64), entry, tail)?;
+            let parts = parts(record.body.data_offset(), record.body.data_bytes())
+                .map(|(offset, len)| {
+                    let (group, in_group) = placement.place(len);
+                    Part {
+                        offset,
+                        len,
+                        group,
+                        in_group,
+                    }
+                })
+                .collect();
+            records.push(PlacedRecord {
+                wall: record.boot_ns.at_offset(header.wall_offset_ns),
+                record,
+                parts,
+            });
+        }
+        let raw_bytes_of_groups = placement.finish();
+        if raw_bytes_of_groups.len() != header.group_count || !tails.is_empty() {
+            return None;
+        }
+        let mut offset_in_frame = header.prefix_bytes();
+        let mut groups = Vec::with_capacity(header.group_count);
+        for (entry, raw_bytes) in group_entries
+            .chunks_exact(GROUP_ENTRY_BYTES)
+            .zip(raw_bytes_of_groups)
+        {
+            let stored_bytes = u32_at(entry, 0) as usize;
+            if stored_bytes > raw_bytes as usize {
+                return None;
+            }
+            groups.push(GroupRef {
+                offset_in_frame,
+                stored_bytes,
+                raw_bytes: raw_bytes as usize,
+                crc: u32_at(entry, 4),
+            });
+            offset_in_frame += GROUP_HEADER_BYTES + stored_bytes;
+        }
+        (offset_in_frame.next_multiple_of(FRAME_ALIGN_BYTES) == header.frame_bytes).then_some(Self {
+            header,
+            groups,
+            records,
+        })
+    }
+
+    /// Checks every group of the whole frame `bytes`, and the padding.
+    pub fn check_groups(&self, bytes: &[u8]) -> Result<(), FrameError> {
+        if bytes.len() < self.header.frame_bytes {
+            return Err(FrameError::Short);
+        }
+        let mut raw = vec![0; GROUP_BYTES_MAX];
+        let mut end = self.header.prefix_bytes();
+        for (number, group) in self.groups.iter().enumerate() {
+            end = group.offset_in_frame + GROUP_HEADER_BYTES + group.stored_bytes;
+            let stored = &bytes[group.offset_in_frame..end];
+            let header = decode_group(stored, group.crc, &mut raw).ok_or(FrameError::Group(number))?;
+            let expected = GroupHeader {
+                crc: group.crc,
+                stored_bytes: group.stored_bytes,
+                raw_bytes: group.raw_bytes,
+                number,
+                codec: header.codec,
+                first_seq: self.header.first_seq.get(),
+            };
+            if header != expected {
+                return Err(FrameError::Group(number));
+            }
+        }
+        if bytes[end..self.header.frame_bytes].iter().any(|byte| *byte != 0) {
+            return Err(FrameError::Header);
+        }
+        Ok(())
+    }
+}
+
+/// First bytes of a data group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GroupHeader {
+    pub(crate) crc: u32,
+    pub(crate) stored_bytes: usize,
+    pub(crate) raw_bytes: usize,
+    pub(crate) number: usize,
+    pub(crate) codec: u8,
+    pub(crate) first_seq: u64,
+}
+
+impl GroupHeader {
+    /// Reads a header; not checked beyond the bounds of its lengths.
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() < GROUP_HEADER_BYTES {
+            return None;
+        }
+        let header = Self {
+            crc: u32_at(bytes, 0),
+            stored_bytes: u32_at(bytes, 4) as usize,
+            raw_bytes: u32_at(bytes, 8) as usize,
+            number: usize::from(u16_at(bytes, 12)),
+            codec: bytes[14],
+            first_seq: u64_at(bytes, 16),
+        };
+        let sound =
+            (1..=GROUP_BYTES_MAX).contains(&header.raw_bytes) && header.stored_bytes <= header.raw_bytes;
+        sound.then_some(header)
+    }
+}
+
+/// Checks the group at the start of `bytes` against `crc`, which comes from elsewhere than the group so that a
+/// good group in a wrong place fails too, and puts its raw bytes at the start of `raw`.
+pub(crate) fn decode_group(bytes: &[u8], crc: u32, raw: &mut [u8]) -> Option<GroupHeader> {
+    let header = GroupHeader::decode(bytes)?;
+    let stored = bytes.get(GROUP_HEADER_BYTES..GROUP_HEADER_BYTES + header.stored_bytes)?;
+    let found = crc32c::crc32c_append(crc32c::crc32c(&bytes[4..GROUP_HEADER_BYTES]), stored);
+    if found != header.crc || found != crc || bytes[15] != 0 {
+        return None;
+    }
+    let raw = raw.get_mut(..header.raw_bytes)?;
+    match header.codec {
+        CODEC_PLAIN if stored.len() == raw.len() => raw.copy_from_slice(stored),
+        CODEC_LZ4 if lz4_flex::block::decompress_into(stored, raw).ok() == Some(header.raw_bytes) => {}
+        _ => return None,
+    }
+    Some(header)
+}
