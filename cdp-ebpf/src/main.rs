@@ -295,7 +295,6 @@ fn mark(slot: u32, region_shift: u32, sector: u64, bytes: u32) {
     }
 }
 
-#[unsafe(no_mangle)]
 extern "C" fn mark_word(_step: u64, context: *mut c_void) -> i64 {
     // SAFETY: `context` is `mark`'s own `Marking`.
     let marking = unsafe { &mut *context.cast::<Marking>() };
@@ -433,7 +432,6 @@ fn copy_bio(bio: *const u8, scratch: &mut Scratch, sector: u64, bytes: u32) -> u
 }
 
 /// Copies one physically contiguous piece of the bio; puts the chunk in the ring when it is full.
-#[unsafe(no_mangle)]
 extern "C" fn copy_step(_step: u64, _context: *mut c_void) -> i64 {
     let cpu = unsafe { bpf_get_smp_processor_id() };
     let Some(scratch) = SCRATCH.get_ptr_mut(cpu as u32) else {
@@ -582,7 +580,6 @@ fn request_completed(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-#[unsafe(no_mangle)]
 extern "C" fn walk_step(_step: u64, _context: *mut c_void) -> i64 {
     let cpu = unsafe { bpf_get_smp_processor_id() };
     let Some(walk) = WALK.get_ptr_mut(cpu as u32) else {
