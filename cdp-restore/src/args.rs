@@ -1,0 +1,301 @@
+//! The command line: every flag's name, help and check. `cli.md` is the contract, this is its code.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use crate::source::Source;
+use crate::when_arg::WhenArg;
+
+/// More would only queue on the disk, and each holds a buffer.
+const THREADS_MAX: usize = 64;
+
+const EXAMPLES: &str = "\
+Examples:
+  cdp-restore ls     --from /var/lib/cdp
+  cdp-restore points --from /var/lib/cdp pg
+  cdp-restore image  --from /var/lib/cdp pg --at -5m --to pg.img
+  cdp-restore image  --from /var/lib/cdp pg --at 2026-11-21T10:15:03.123+08:00 --to /dev/vdc
+  cdp-restore diff   --from /var/lib/cdp pg --since bookmark:before-upgrade --until latest
+  cdp-restore verify --from /var/lib/cdp
+
+Exit codes:
+  0  done
+  1  failed; the message says what, why, and what to do
+  2  wrong usage
+  3  that moment cannot be restored exactly; the message names the gap and the nearest exact moments
+  4  the data read does not match its checksum";
+
+/// The help of a command that takes a WHEN: its examples, after what a WHEN may be.
+macro_rules! help_with_when {
+    ($examples:literal) => {
+        concat!(
+            "\
+WHEN is one of:
+  latest                               the newest moment in the store
+  2026-11-21T10:15:03.123456789+08:00  RFC 3339, up to nanoseconds; local time zone without an offset
+  -90s, -5m, -2h                       before now
+  seq:123456                           right after the write with that sequence number
+  bookmark:LABEL                       a moment named with `cdp-agent bookmark`
+A time means: every write whose timestamp is at or before it, and none after.
+
+Examples:
+",
+            $examples
+        )
+    };
+}
+
+/// Reads the history of protected volumes: lists it, proves it, and brings a volume back as it was at
+/// any moment.
+///
+/// Results go to stdout, everything else to stderr. A store is opened in place and never changed, also
+/// while an agent is writing to it.
+#[derive(Debug, Parser)]
+#[command(name = "cdp-restore", version, after_help = EXAMPLES, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Flags that every command takes.
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// Say more on stderr; twice for details, three times for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// Say nothing on stderr but errors: no notes, no warnings, no progress
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+    /// How messages on stderr are written
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub(crate) log_format: LogFormat,
+}
+
+/// How messages on stderr are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// Lines for people
+    Text,
+    /// One JSON object per line
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List the volumes of a store, with how far their history reaches
+    Ls(Ls),
+    /// Show a volume's history: which stretches are exact, the gaps and their causes, the bookmarks
+    Points(Points),
+    /// Write a block volume, as it was at a moment, to a file or onto a device
+    Image(Image),
+    /// List what was written between two moments: where, how often, when and by whom
+    Diff(Diff),
+    /// Read and check what is stored: every frame of the store, or every block of one moment
+    Verify(Verify),
+    /// Print the completion script for a shell
+    Completions(Completions),
+}
+
+/// Where history is read from.
+#[derive(Debug, Args)]
+pub(crate) struct From {
+    /// The store to read: its folder, such as /var/lib/cdp
+    #[arg(long, value_name = "SRC")]
+    pub(crate) from: Source,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ls {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Points {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Write a block volume, as it was at a moment, to a file or onto a device.
+///
+/// A file comes out sparse where the volume is zero, readable by its owner only, and appears under its
+/// name only once it is complete and on disk; a file of that name is replaced, and keeps its old content
+/// if anything fails. A device must not be in use and must have at least the volume's size; what lies
+/// beyond that size is left as it is.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore image --from /var/lib/cdp pg --at -90s --to pg.img
+  cdp-restore image --from /var/lib/cdp pg --at bookmark:before-upgrade --to /dev/vdc --yes"
+))]
+pub(crate) struct Image {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// The moment to bring back
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) at: WhenArg,
+    /// The file to write, or the block device to write over
+    #[arg(long, value_name = "FILE_OR_DEVICE")]
+    pub(crate) to: PathBuf,
+    /// Write over the device without asking; needed where stdin is not a terminal
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    /// Check everything and say what would be written, but write nothing
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) threads: Threads,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// List what was written between two moments: where, how often, when and by whom.
+///
+/// Writes after `--since` up to and including `--until` count. Ranges that touch are told as one. Who
+/// wrote is the process that handed the write to the device: for data that the kernel wrote back from its
+/// page cache, that is a kernel thread.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore diff --from /var/lib/cdp pg --since -10m --until -5m
+  cdp-restore diff --from /var/lib/cdp pg --since bookmark:before-upgrade --until latest --json"
+))]
+pub(crate) struct Diff {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// The earlier moment
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) since: WhenArg,
+    /// The later moment
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) until: WhenArg,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Read and check what is stored: every frame of the store, or every block of one moment.
+///
+/// Without a volume, every byte of the store's log is read and checked against its checksums. With one,
+/// every block of that volume is read as it was at the moment, through the same path as a restore.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore verify --from /var/lib/cdp
+  cdp-restore verify --from /var/lib/cdp pg --at -1h --sha256"
+))]
+pub(crate) struct Verify {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it; without it the whole store is checked
+    pub(crate) volume: Option<String>,
+    /// The moment to check; the latest if left out
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true, requires = "volume")]
+    pub(crate) at: Option<WhenArg>,
+    /// Also print the SHA-256 of the whole volume at that moment, as `sha256sum` would of its image
+    #[arg(long, requires = "volume")]
+    pub(crate) sha256: bool,
+    #[command(flatten)]
+    pub(crate) threads: Threads,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Print the completion script for a shell.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  cdp-restore completions bash > /usr/share/bash-completion/completions/cdp-restore
+  cdp-restore completions zsh > /usr/local/share/zsh/site-functions/_cdp-restore")]
+pub(crate) struct Completions {
+    /// The shell
+    pub(crate) shell: Shell,
+}
+
+/// How much is done at once.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Threads {
+    /// Reads in flight; one for each processor if left out
+    #[arg(long = "threads", value_name = "N", value_parser = parse_threads)]
+    count: Option<NonZeroUsize>,
+}
+
+impl Threads {
+    /// The number asked for, else one for each processor, within bounds.
+    pub(crate) fn get(self) -> usize {
+        self.count
+            .or_else(|| std::thread::available_parallelism().ok())
+            .map_or(1, NonZeroUsize::get)
+            .min(THREADS_MAX)
+    }
+}
+
+fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse::<usize>()
+        .ok()
+        .and_then(NonZeroUsize::new)
+        .filter(|threads| threads.get() <= THREADS_MAX)
+        .ok_or_else(|| format!("give a number from 1 to {THREADS_MAX}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_relative_moment_is_a_value_and_not_a_flag() {
+        let cli = Cli::try_parse_from([
+            "cdp-restore", "image", "--from", "/store", "pg", "--at", "-90s", "--to", "pg.img",
+        ])
+        .unwrap();
+        assert!(matches!(cli.command, Command::Image(image) if image.at.to_string() == "-90s"));
+    }
+
+    #[test]
+    fn wrong_usage_is_refused() {
+        for arguments in [
+            &["image", "--from", "/store", "pg", "--to", "pg.img"][..],
+            &["image", "--from", "/store", "pg", "--at", "yesterday", "--to", "pg.img"],
+            &["verify", "--from", "/store", "--at", "latest"],
+            &["points", "--from", "/store"],
+            &["ls", "--from", "/store", "-v", "-q"],
+            &["verify", "--from", "/store", "--threads", "0"],
+            &["mount", "--from", "/store", "pg", "--at", "latest", "/mnt"],
+        ] {
+            let parsed = Cli::try_parse_from([&["cdp-restore"], arguments].concat());
+            let error = parsed.expect_err(&format!("{arguments:?} was accepted"));
+            assert_eq!(error.exit_code(), 2, "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn global_flags_may_stand_before_and_after_the_command() {
+        for arguments in [["-v", "ls", "--from", "/s"], ["ls", "--from", "/s", "-v"]] {
+            let cli = Cli::try_parse_from([&["cdp-restore"], &arguments[..]].concat()).unwrap();
+            assert_eq!(cli.common.verbose, 1);
+        }
+    }
+}

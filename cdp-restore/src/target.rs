@@ -1,0 +1,183 @@
+//! What `image` writes to.
+//!
+//! Always true:
+//! - T1: under a file's final name lies either what was there before or the whole image, on disk.
+//! - T2: a device is opened exclusively: the kernel refuses it while it, a part of it, or the disk it is
+//!   part of is mounted, swapped to, or held by another driver.
+//! - T3: nothing is written before the target's kind, size and use were checked.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use crate::units::{Bytes, ExactBytes};
+
+mod device;
+mod file;
+
+pub(crate) use device::DeviceTarget;
+pub(crate) use file::FileTarget;
+
+/// Zeroes are looked for in blocks of this size: no file system keeps holes any finer.
+const HOLE_BYTES: usize = 4096;
+
+/// Why a target cannot be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum TargetError {
+    #[error(
+        "{path} is {target}, {volume} was {needed} at that instant; give a target of at least {needed}",
+        path = path.display(), target = ExactBytes(*target_bytes), needed = ExactBytes(*volume_bytes)
+    )]
+    TooSmall { path: PathBuf, target_bytes: u64, volume: String, volume_bytes: u64 },
+    #[error("{path} is in use: {by}; nothing was written", path = path.display())]
+    InUse { path: PathBuf, by: String },
+    #[error("{path} is read-only; nothing was written", path = path.display())]
+    ReadOnly { path: PathBuf },
+    #[error("{path} is {kind}; give a file or a block device", path = path.display())]
+    NotATarget { path: PathBuf, kind: &'static str },
+    #[error("{path} has no name to write a file under; give a file or a block device", path = path.display())]
+    NoName { path: PathBuf },
+    #[error("{path}: no such folder; make it first", path = path.display())]
+    NoFolder { path: PathBuf },
+    #[error(
+        "{path}: the disk is full; the image needs up to {needed} there and {free} were free; \
+         nothing was left behind",
+        path = path.display(), needed = Bytes(*needed_bytes), free = Bytes(*free_bytes)
+    )]
+    Full { path: PathBuf, needed_bytes: u64, free_bytes: u64 },
+    #[error("interrupted; {left}")]
+    Interrupted { left: String },
+    #[error("{action} {path}", path = path.display())]
+    Io { action: &'static str, path: PathBuf, #[source] source: io::Error },
+}
+
+impl TargetError {
+    fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> TargetError {
+        move |source| TargetError::Io { action, path: path.to_owned(), source }
+    }
+}
+
+/// A checked target, not yet opened for writing.
+#[derive(Debug)]
+pub(crate) enum Target {
+    /// A file, new or to be replaced.
+    File(FileTarget),
+    /// A block device.
+    Device(DeviceTarget),
+}
+
+impl Target {
+    /// Finds out what `path` is and whether an image of `volume_bytes` may be written there.
+    pub(crate) fn inspect(path: &Path, volume: &str, volume_bytes: u64) -> Result<Target, TargetError> {
+        let metadata = match fs::metadata(path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return FileTarget::new_file(path).map(Target::File);
+            }
+            Err(source) => return Err(TargetError::io("look at", path)(source)),
+        };
+        let kind = metadata.file_type();
+        if kind.is_file() {
+            return FileTarget::replacing(path, &metadata).map(Target::File);
+        }
+        if kind.is_block_device() {
+            return DeviceTarget::inspect(path, &metadata, volume, volume_bytes).map(Target::Device);
+        }
+        let kind = match () {
+            () if kind.is_dir() => "a folder",
+            () if kind.is_char_device() => "a character device",
+            () if kind.is_fifo() => "a pipe",
+            () if kind.is_socket() => "a socket",
+            () => "neither",
+        };
+        Err(TargetError::NotATarget { path: path.to_owned(), kind })
+    }
+}
+
+/// What is not zero in `data`, as (offset in `data`, bytes), in whole blocks of [`HOLE_BYTES`].
+fn nonzero_runs(data: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let skipped = data[at..].chunks(HOLE_BYTES).take_while(|block| is_zero(block));
+        at += skipped.map(<[u8]>::len).sum::<usize>();
+        let run = data[at..].chunks(HOLE_BYTES).take_while(|block| !is_zero(block));
+        let len: usize = run.map(<[u8]>::len).sum();
+        let start = at;
+        at += len;
+        (len > 0).then(|| (start, &data[start..at]))
+    })
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    let (chunks, rest) = bytes.as_chunks::<64>();
+    chunks.iter().all(|chunk| chunk == &[0; 64]) && rest.iter().all(|byte| *byte == 0)
+}
+
+/// Makes a range of a device read as zero: by unmapping it where the device promises zeroes after that,
+/// else by its own zeroing, else by writing them.
+fn zero_device_range(device: &File, offset: u64, len: u64) -> io::Result<()> {
+    for mode in [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE] {
+        match rustix::fs::fallocate(device, mode | FallocateFlags::KEEP_SIZE, offset, len) {
+            Ok(()) => return Ok(()),
+            // Not offered, or the range is not made of the device's own blocks.
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    let zeroes = vec![0; 1 << 20];
+    let mut at = offset;
+    while at < offset + len {
+        let piece = zeroes.len().min((offset + len - at) as usize);
+        device.write_all_at(&zeroes[..piece], at)?;
+        at += piece as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_hold_every_byte_that_is_not_zero_and_no_zero_block() {
+        let mut data = vec![0; 5 * HOLE_BYTES + 512];
+        data[HOLE_BYTES] = 1;
+        data[3 * HOLE_BYTES - 1] = 2;
+        data[5 * HOLE_BYTES + 511] = 3;
+        let runs: Vec<_> = nonzero_runs(&data).map(|(start, run)| (start, run.len())).collect();
+        assert_eq!(runs, [(HOLE_BYTES, 2 * HOLE_BYTES), (5 * HOLE_BYTES, 512)]);
+        assert_eq!(nonzero_runs(&[0; 3 * HOLE_BYTES]).count(), 0);
+        assert_eq!(nonzero_runs(&[]).count(), 0);
+    }
+
+    #[test]
+    fn only_files_and_block_devices_are_targets() {
+        for (path, says) in [
+            ("/", "/ is a folder"),
+            ("/dev/null", "/dev/null is a character device"),
+            ("/nowhere/at/all.img", "/nowhere/at: no such folder"),
+        ] {
+            let error = Target::inspect(Path::new(path), "pg", 4096).unwrap_err().to_string();
+            assert!(error.starts_with(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_target_that_is_too_small_is_told_both_sizes() {
+        let error = TargetError::TooSmall {
+            path: "disk.img".into(),
+            target_bytes: 8 << 30,
+            volume: "web01".into(),
+            volume_bytes: 20 << 30,
+        };
+        assert_eq!(
+            error.to_string(),
+            "disk.img is 8 GiB, web01 was 20 GiB at that instant; give a target of at least 20 GiB"
+        );
+    }
+}
