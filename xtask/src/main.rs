@@ -1,2 +1,62 @@
-//! xtask
-fn main() {}
+//! `cargo xtask`: everything about this workspace that plain cargo does not do.
+
+mod apt;
+mod ebpf;
+mod rocksdb;
+mod sh;
+mod tools;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::workspace::Workspace;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Build, test and show this workspace")]
+struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// The probe's object
+    #[command(subcommand)]
+    Ebpf(EbpfTask),
+}
+
+#[derive(Subcommand)]
+enum EbpfTask {
+    /// Build the object that is committed and embedded in cdp-agent
+    Build,
+    /// Build it again and fail unless it is the committed one, byte for byte
+    Verify,
+    /// Check the probe's sources with clippy
+    Lint,
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    if std::env::var_os(ebpf::wrapper::ACTIVE).is_some() {
+        return ebpf::wrapper::exec(std::env::args_os());
+    }
+    let args = Args::parse();
+    let workspace = Workspace::open()?;
+    match args.task {
+        Task::Ebpf(EbpfTask::Build) => ebpf::build(&workspace),
+        Task::Ebpf(EbpfTask::Verify) => ebpf::verify(&workspace),
+        Task::Ebpf(EbpfTask::Lint) => ebpf::lint(&workspace),
+    }
+}
