@@ -1,0 +1,312 @@
+//! `cdp-agent`, as a user runs it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use serde::Deserialize;
+
+use crate::process::{Background, Cmd, Outcome, cmd, poll_until, tail};
+use crate::scene::Scene;
+
+/// How long the first copy of a test's volumes may take.
+pub const PROTECT_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long an agent may take to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A program of the product: `CDP_AGENT` or `CDP_RESTORE`, else beside the test's own build, else the release build.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let variable = name.to_uppercase().replace('-', "_");
+    if let Some(path) = std::env::var_os(&variable) {
+        return Ok(path.into());
+    }
+    let mut tried = Vec::new();
+    // A test runs from target/PROFILE/deps, a task from target/PROFILE.
+    let own = std::env::current_exe().context("where this program lies")?;
+    tried.extend(own.ancestors().skip(1).take(2).map(|folder| folder.join(name)));
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"),
+        PathBuf::from,
+    );
+    tried.push(target.join("release").join(name));
+    let found = tried.iter().find(|path| path.is_file()).cloned();
+    found.with_context(|| {
+        format!("{name} is not built (cargo build --release -p {name}); looked for {tried:?}")
+    })
+}
+
+/// What `cdp-agent status --json` tells.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    /// The agent's identity.
+    pub agent: String,
+    /// The boot of the host.
+    pub boot_id: String,
+    /// The newest record's place.
+    pub seq: u64,
+    /// The newest durable record's place.
+    pub durable_seq: u64,
+    /// Every volume.
+    pub volumes: Vec<VolumeStatus>,
+}
+
+impl Status {
+    /// The volume `name`.
+    pub fn volume(&self, name: &str) -> Result<&VolumeStatus> {
+        let found = self.volumes.iter().find(|volume| volume.name == name);
+        found.with_context(|| format!("no volume {name} in {self:?}"))
+    }
+}
+
+/// One volume in [`Status`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct VolumeStatus {
+    /// Its name.
+    pub name: String,
+    /// `block` or `tree`.
+    pub kind: String,
+    /// The device.
+    pub path: String,
+    /// Its size.
+    pub bytes: u64,
+    /// `seeding`, `protected`, `resyncing` or `stopped`.
+    pub state: String,
+    /// How much of the first copy is done, 0 to 1.
+    pub progress: f64,
+    /// Bytes captured since the agent started.
+    pub captured_bytes: u64,
+    /// Writes captured since the agent started.
+    pub captured_writes: u64,
+    /// Writes that could not be captured.
+    pub dropped_writes: u64,
+    /// Since when history is exact; nothing while it is not.
+    pub exact_since: Option<String>,
+    /// Gaps so far.
+    pub gaps: u64,
+}
+
+/// How an agent is to be started.
+#[derive(Clone, Debug)]
+pub struct AgentPlan {
+    program: PathBuf,
+    store: PathBuf,
+    args: Vec<String>,
+    log: PathBuf,
+}
+
+impl AgentPlan {
+    /// An agent with its store in folder `store`, its log in the scene.
+    pub fn new(scene: &Scene, store: &Path) -> Result<AgentPlan> {
+        let log = scene.log("agent");
+        Ok(AgentPlan {
+            program: binary("cdp-agent")?,
+            store: store.to_owned(),
+            args: Vec::new(),
+            log,
+        })
+    }
+
+    /// The same, protecting `device` as volume `name`.
+    pub fn volume(self, name: &str, device: &Path) -> AgentPlan {
+        self.flag("--volume", &format!("{name}={}", device.display()))
+    }
+
+    /// The same with one more flag of `run`.
+    pub fn flag(mut self, flag: &str, value: &str) -> AgentPlan {
+        self.args.extend([flag.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// The same with its log in another file.
+    pub fn log(self, log: PathBuf) -> AgentPlan {
+        AgentPlan { log, ..self }
+    }
+
+    /// The folder of its store.
+    pub fn store(&self) -> &Path {
+        &self.store
+    }
+
+    /// `cdp-agent run …`, not started.
+    pub fn command(&self) -> Cmd {
+        cmd(&self.program)
+            .arg("run")
+            .arg("--store")
+            .arg(&self.store)
+            .args(&self.args)
+    }
+
+    /// Starts it.
+    pub fn start(&self) -> Result<Agent> {
+        let process = self.command().spawn(&self.log)?;
+        Ok(Agent {
+            plan: self.clone(),
+            process,
+            paused: false,
+        })
+    }
+
+    /// Starts it and waits until everything is protected.
+    pub fn protect(&self) -> Result<Agent> {
+        let mut agent = self.start()?;
+        agent.wait_protected(PROTECT_TIMEOUT)?;
+        Ok(agent)
+    }
+
+    /// Runs it where it is expected to refuse: gives its code and message. Running on is an error.
+    pub fn refuse(&self) -> Result<Outcome> {
+        self.command().timeout(Duration::from_secs(20)).run()
+    }
+}
+
+/// A running agent; stopped when the guard goes.
+#[derive(Debug)]
+pub struct Agent {
+    plan: AgentPlan,
+    process: Background,
+    paused: bool,
+}
+
+impl Agent {
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn ask(&self, command: &str) -> Cmd {
+        cmd(&self.plan.program)
+            .arg(command)
+            .arg("--store")
+            .arg(&self.plan.store)
+    }
+
+    /// An error with its log if it has ended.
+    pub fn check_alive(&mut self) -> Result<()> {
+        if let Some(code) = self.process.try_code()? {
+            anyhow::bail!("the agent ended with code {code}\n{}", tail(&self.plan.log, 40));
+        }
+        Ok(())
+    }
+
+    /// Waits until the first copy is done and history is exact.
+    pub fn wait_protected(&mut self, timeout: Duration) -> Result<()> {
+        self.wait_for("protected", timeout)
+    }
+
+    /// Waits until all that was written before is durable.
+    pub fn wait_synced(&mut self) -> Result<()> {
+        self.wait_for("synced", Duration::from_secs(60))
+    }
+
+    fn wait_for(&mut self, what: &str, timeout: Duration) -> Result<()> {
+        // Just started, it may not listen yet: ask again while it lives.
+        let seconds = format!("{}s", timeout.as_secs().max(1));
+        poll_until(&format!("the agent to be {what}"), timeout, || {
+            let ask = self.ask("wait").args(["--for", what, "--timeout", &seconds]);
+            let asked = ask.timeout(timeout + Duration::from_secs(10)).run()?;
+            if asked.code != 0 {
+                self.check_alive().with_context(|| asked.transcript())?;
+            }
+            Ok((asked.code == 0).then_some(()))
+        })
+        .with_context(|| tail(&self.plan.log, 20))
+    }
+
+    /// `cdp-agent status --json`.
+    pub fn status(&self) -> Result<Status> {
+        let text = self.ask("status").arg("--json").output()?;
+        serde_json::from_str(&text).with_context(|| format!("status --json: {text}"))
+    }
+
+    /// Volume `name` of its status.
+    pub fn volume(&self, name: &str) -> Result<VolumeStatus> {
+        self.status()?.volume(name).cloned()
+    }
+
+    /// An error if a write was dropped or a gap opened: what a test of exactness must first be sure of.
+    pub fn expect_nothing_dropped(&self) -> Result<()> {
+        for volume in self.status()?.volumes {
+            let clean = volume.dropped_writes == 0 && volume.state == "protected";
+            ensure!(clean, "the workload outran the agent: {volume:?}");
+        }
+        Ok(())
+    }
+
+    /// `cdp-agent bookmark`.
+    pub fn bookmark(&self, label: &str) -> Result<()> {
+        self.ask("bookmark").arg(label).run()?.success().map(drop)
+    }
+
+    /// Stops it from running without ending it.
+    pub fn pause(&mut self) -> Result<()> {
+        self.process.signal(Signal::STOP)?;
+        self.paused = true;
+        Ok(())
+    }
+
+    /// Lets it run again.
+    pub fn resume(&mut self) -> Result<()> {
+        self.paused = false;
+        self.process.signal(Signal::CONT)
+    }
+
+    /// Makes it read its configuration again.
+    pub fn reload(&self) -> Result<()> {
+        self.process.signal(Signal::HUP)
+    }
+
+    /// Asks it to stop, and insists on a clean end.
+    pub fn stop(mut self) -> Result<()> {
+        let code = self.process.stop(Signal::TERM, STOP_TIMEOUT)?;
+        ensure!(
+            code == 0,
+            "the agent's exit code on SIGTERM was {code}\n{}",
+            tail(&self.plan.log, 40)
+        );
+        Ok(())
+    }
+
+    /// Kills it, as a crash would.
+    pub fn kill(mut self) -> Result<()> {
+        self.process.stop(Signal::KILL, STOP_TIMEOUT).map(drop)
+    }
+
+    /// CPU time used so far, user and system.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let text =
+            std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).context("the agent's CPU time")?;
+        let fields: Vec<&str> = text.rsplit(')').next().unwrap_or("").split_whitespace().collect();
+        let ticks: u64 = [11, 12]
+            .iter()
+            .filter_map(|&at| fields.get(at)?.parse::<u64>().ok())
+            .sum();
+        let ticks_per_second = rustix::param::clock_ticks_per_second();
+        Ok(Duration::from_millis(ticks * 1000 / ticks_per_second))
+    }
+
+    /// The most memory it has held so far, in bytes (resident, `VmHWM`).
+    pub fn peak_memory_bytes(&self) -> Result<u64> {
+        let text =
+            std::fs::read_to_string(format!("/proc/{}/status", self.pid())).context("the agent's memory")?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .context("a line VmHWM")?;
+        let kib: u64 = line
+            .trim()
+            .trim_end_matches("kB")
+            .trim()
+            .parse()
+            .context("a number of kB")?;
+        Ok(kib * 1024)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if self.paused {
+            let _ = self.process.signal(Signal::CONT);
+        }
+    }
+}

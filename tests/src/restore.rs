@@ -1,0 +1,126 @@
+//! `cdp-restore`, as a user runs it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use crate::agent::binary;
+use crate::process::{Cmd, Outcome, cmd};
+
+/// Exit code: done.
+pub const DONE: i32 = 0;
+/// Exit code: failed, and the message says why.
+pub const FAILED: i32 = 1;
+/// Exit code: the command line was wrong.
+pub const USAGE: i32 = 2;
+/// Exit code: that moment cannot be restored exactly.
+pub const NOT_EXACT: i32 = 3;
+/// Exit code: what was read does not match its checksum.
+pub const DAMAGED: i32 = 4;
+
+/// What `cdp-restore points --json` tells.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Points {
+    /// The volume.
+    pub volume: String,
+    /// `block` or `tree`.
+    pub kind: String,
+    /// Its size.
+    pub bytes: u64,
+    /// The stretches in which every moment can be restored.
+    pub exact: Vec<Exact>,
+    /// The stretches between them.
+    pub gaps: Vec<Gap>,
+    /// Named moments.
+    pub bookmarks: Vec<Bookmark>,
+}
+
+/// A stretch of history in which every moment can be restored.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Exact {
+    /// Its first moment.
+    pub from: String,
+    /// Its last moment.
+    pub to: String,
+    /// Its first record.
+    pub from_seq: u64,
+    /// Its last record.
+    pub to_seq: u64,
+}
+
+/// A stretch of history that is not exact.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Gap {
+    /// The last exact moment before it.
+    pub from: Option<String>,
+    /// The first exact moment after it; nothing while it is open.
+    pub to: Option<String>,
+    /// Why.
+    pub cause: String,
+}
+
+/// A named moment.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Bookmark {
+    /// Its name.
+    pub label: String,
+    /// When it was.
+    pub at: String,
+    /// Which record it is.
+    pub seq: u64,
+}
+
+/// Reads the history in one store.
+#[derive(Clone, Debug)]
+pub struct Restore {
+    program: PathBuf,
+    store: PathBuf,
+}
+
+impl Restore {
+    /// From the store in folder `store`.
+    pub fn from(store: &Path) -> Result<Restore> {
+        Ok(Restore {
+            program: binary("cdp-restore")?,
+            store: store.to_owned(),
+        })
+    }
+
+    /// `cdp-restore COMMAND --from STORE`, to be given the rest.
+    pub fn command(&self, command: &str) -> Cmd {
+        cmd(&self.program)
+            .arg(command)
+            .arg("--from")
+            .arg(&self.store)
+            .timeout(Duration::from_secs(300))
+    }
+
+    /// `image VOLUME --at WHEN --to TARGET`.
+    pub fn image(&self, volume: &str, when: &str, target: &Path) -> Result<Outcome> {
+        self.command("image")
+            .args([volume, "--at", when, "--to"])
+            .arg(target)
+            .run()
+    }
+
+    /// `image … --yes`, as a device needs it.
+    pub fn image_over(&self, volume: &str, when: &str, target: &Path) -> Result<Outcome> {
+        self.command("image")
+            .args([volume, "--at", when, "--yes", "--to"])
+            .arg(target)
+            .run()
+    }
+
+    /// `points VOLUME --json`.
+    pub fn points(&self, volume: &str) -> Result<Points> {
+        let text = self.command("points").args([volume, "--json"]).output()?;
+        serde_json::from_str(&text).with_context(|| format!("points --json: {text}"))
+    }
+
+    /// `verify`, of everything.
+    pub fn verify(&self) -> Result<Outcome> {
+        self.command("verify").run()
+    }
+}
