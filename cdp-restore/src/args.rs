@@ -3,11 +3,11 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use cdp_journal::when::When;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::source::Source;
-use crate::when_arg::WhenArg;
 
 /// More would only queue on the disk, and each holds a buffer.
 const THREADS_MAX: usize = 64;
@@ -148,7 +148,7 @@ pub(crate) struct Image {
     pub(crate) volume: String,
     /// The moment to bring back
     #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
-    pub(crate) at: WhenArg,
+    pub(crate) at: When,
     /// The file to write, or the block device to write over
     #[arg(long, value_name = "FILE_OR_DEVICE")]
     pub(crate) to: PathBuf,
@@ -182,10 +182,10 @@ pub(crate) struct Diff {
     pub(crate) volume: String,
     /// The earlier moment
     #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
-    pub(crate) since: WhenArg,
+    pub(crate) since: When,
     /// The later moment
     #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
-    pub(crate) until: WhenArg,
+    pub(crate) until: When,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -207,7 +207,7 @@ pub(crate) struct Verify {
     pub(crate) volume: Option<String>,
     /// The moment to check; the latest if left out
     #[arg(long, value_name = "WHEN", allow_hyphen_values = true, requires = "volume")]
-    pub(crate) at: Option<WhenArg>,
+    pub(crate) at: Option<When>,
     /// Also print the SHA-256 of the whole volume at that moment, as `sha256sum` would of its image
     #[arg(long, requires = "volume")]
     pub(crate) sha256: bool,
@@ -268,7 +268,15 @@ mod tests {
     #[test]
     fn a_relative_moment_is_a_value_and_not_a_flag() {
         let cli = Cli::try_parse_from([
-            "cdp-restore", "image", "--from", "/store", "pg", "--at", "-90s", "--to", "pg.img",
+            "cdp-restore",
+            "image",
+            "--from",
+            "/store",
+            "pg",
+            "--at",
+            "-90s",
+            "--to",
+            "pg.img",
         ])
         .unwrap();
         assert!(matches!(cli.command, Command::Image(image) if image.at.to_string() == "-90s"));
@@ -278,7 +286,16 @@ mod tests {
     fn wrong_usage_is_refused() {
         for arguments in [
             &["image", "--from", "/store", "pg", "--to", "pg.img"][..],
-            &["image", "--from", "/store", "pg", "--at", "yesterday", "--to", "pg.img"],
+            &[
+                "image",
+                "--from",
+                "/store",
+                "pg",
+                "--at",
+                "yesterday",
+                "--to",
+                "pg.img",
+            ],
             &["verify", "--from", "/store", "--at", "latest"],
             &["points", "--from", "/store"],
             &["ls", "--from", "/store", "-v", "-q"],

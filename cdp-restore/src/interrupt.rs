@@ -29,6 +29,10 @@ impl Interrupt {
 
     /// Fails with [`io::ErrorKind::Interrupted`] once the user asked to stop.
     pub(crate) fn check(&self) -> io::Result<()> {
-        if self.0.load(Ordering::SeqCst) { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) }
+        if self.0.load(Ordering::SeqCst) {
+            Err(io::ErrorKind::Interrupted.into())
+        } else {
+            Ok(())
+        }
     }
 }

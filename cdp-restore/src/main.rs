@@ -1,2 +1,48 @@
-//! cdp-restore
-fn main() {}
+//! `cdp-restore`: everything that reads history.
+//!
+//! The command line is read in [`args`], a command of [`cmd`] does the work on a store opened for reading
+//! only, [`report`] prints, [`exit`] turns an error into a message and an exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+use crate::exit::{Chain, Exit};
+use crate::report::{Report, StdoutClosed};
+
+mod args;
+mod changes;
+mod cmd;
+mod digest;
+mod exit;
+mod interrupt;
+mod report;
+mod source;
+mod target;
+mod time;
+mod units;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let report = Report::start(&cli.common);
+    let done = match cli.command {
+        Command::Ls(args) => cmd::ls::run(&args, &report),
+        Command::Points(args) => cmd::points::run(&args, &report),
+        Command::Image(args) => cmd::image::run(&args, &report),
+        Command::Diff(args) => cmd::diff::run(&args, &report),
+        Command::Verify(args) => cmd::verify::run(&args, &report),
+        Command::Completions(args) => cmd::completions::run(&args, &report),
+    };
+    let exit = match done {
+        Ok(()) => Exit::Done,
+        // Whoever read our output has seen enough.
+        Err(error) if error.is::<StdoutClosed>() => Exit::Done,
+        Err(error) => {
+            let exit = Exit::of(&error);
+            report.error(Chain(&error), exit);
+            exit
+        }
+    };
+    exit.into()
+}

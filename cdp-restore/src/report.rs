@@ -46,14 +46,23 @@ impl Report {
             (false, _) => "trace",
         };
         let filter = EnvFilter::new(level);
-        let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(Stderr);
+        let builder = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(Stderr);
         match common.log_format {
-            LogFormat::Text => builder.with_target(false).with_ansi(io::stderr().is_terminal()).init(),
+            LogFormat::Text => builder
+                .with_target(false)
+                .with_ansi(io::stderr().is_terminal())
+                .init(),
             LogFormat::Json => builder.json().init(),
         }
         let shows_progress =
             !common.quiet && common.log_format == LogFormat::Text && io::stderr().is_terminal();
-        Report { quiet: common.quiet, format: common.log_format, shows_progress }
+        Report {
+            quiet: common.quiet,
+            format: common.log_format,
+            shows_progress,
+        }
     }
 
     /// Prints a result as it is.
@@ -111,7 +120,8 @@ impl Report {
             return Progress(ProgressBar::hidden());
         }
         let bar = BARS.add(ProgressBar::new(total_bytes));
-        let template = "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
+        let template =
+            "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
@@ -206,9 +216,14 @@ mod tests {
 
     #[test]
     fn only_a_clear_yes_is_yes() {
-        for (answer, yes) in
-            [("y\n", true), ("YES\n", true), (" yes ", true), ("", false), ("n\n", false), ("yep\n", false)]
-        {
+        for (answer, yes) in [
+            ("y\n", true),
+            ("YES\n", true),
+            (" yes ", true),
+            ("", false),
+            ("n\n", false),
+            ("yep\n", false),
+        ] {
             assert_eq!(is_yes(answer), yes, "{answer:?}");
         }
     }

@@ -29,7 +29,9 @@ impl Source {
     pub(crate) fn folder(&self) -> Result<&Path, ServerNotRead> {
         match self {
             Source::Folder(path) => Ok(path),
-            Source::Server(server) => Err(ServerNotRead { server: server.clone() }),
+            Source::Server(server) => Err(ServerNotRead {
+                server: server.clone(),
+            }),
         }
     }
 }
@@ -39,7 +41,10 @@ impl FromStr for Source {
 
     /// `HOST:PORT` has no slash and ends in a port; an existing folder of that form wins.
     fn from_str(text: &str) -> Result<Self, Infallible> {
-        let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port);
+        let port = text
+            .rsplit_once(':')
+            .filter(|(host, _)| !host.is_empty())
+            .map(|(_, port)| port);
         let names_a_server = !text.contains('/') && port.is_some_and(|port| port.parse::<u16>().is_ok());
         if names_a_server && !Path::new(text).is_dir() {
             return Ok(Source::Server(text.to_owned()));

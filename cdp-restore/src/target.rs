@@ -19,8 +19,8 @@ use crate::units::{Bytes, ExactBytes};
 mod device;
 mod file;
 
-pub(crate) use device::DeviceTarget;
-pub(crate) use file::FileTarget;
+pub(crate) use device::{DeviceInProgress, DeviceNumber, DeviceTarget};
+pub(crate) use file::{FileInProgress, FileTarget};
 
 /// Zeroes are looked for in blocks of this size: no file system keeps holes any finer.
 const HOLE_BYTES: usize = 4096;
@@ -33,7 +33,12 @@ pub(crate) enum TargetError {
         "{path} is {target}, {volume} was {needed} at that instant; give a target of at least {needed}",
         path = path.display(), target = ExactBytes(*target_bytes), needed = ExactBytes(*volume_bytes)
     )]
-    TooSmall { path: PathBuf, target_bytes: u64, volume: String, volume_bytes: u64 },
+    TooSmall {
+        path: PathBuf,
+        target_bytes: u64,
+        volume: String,
+        volume_bytes: u64,
+    },
     #[error("{path} is in use: {by}; nothing was written", path = path.display())]
     InUse { path: PathBuf, by: String },
     #[error("{path} is read-only; nothing was written", path = path.display())]
@@ -49,16 +54,29 @@ pub(crate) enum TargetError {
          nothing was left behind",
         path = path.display(), needed = Bytes(*needed_bytes), free = Bytes(*free_bytes)
     )]
-    Full { path: PathBuf, needed_bytes: u64, free_bytes: u64 },
+    Full {
+        path: PathBuf,
+        needed_bytes: u64,
+        free_bytes: u64,
+    },
     #[error("interrupted; {left}")]
     Interrupted { left: String },
     #[error("{action} {path}", path = path.display())]
-    Io { action: &'static str, path: PathBuf, #[source] source: io::Error },
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl TargetError {
     fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> TargetError {
-        move |source| TargetError::Io { action, path: path.to_owned(), source }
+        move |source| TargetError::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
     }
 }
 
@@ -95,7 +113,10 @@ impl Target {
             () if kind.is_socket() => "a socket",
             () => "neither",
         };
-        Err(TargetError::NotATarget { path: path.to_owned(), kind })
+        Err(TargetError::NotATarget {
+            path: path.to_owned(),
+            kind,
+        })
     }
 }
 
@@ -149,7 +170,9 @@ mod tests {
         data[HOLE_BYTES] = 1;
         data[3 * HOLE_BYTES - 1] = 2;
         data[5 * HOLE_BYTES + 511] = 3;
-        let runs: Vec<_> = nonzero_runs(&data).map(|(start, run)| (start, run.len())).collect();
+        let runs: Vec<_> = nonzero_runs(&data)
+            .map(|(start, run)| (start, run.len()))
+            .collect();
         assert_eq!(runs, [(HOLE_BYTES, 2 * HOLE_BYTES), (5 * HOLE_BYTES, 512)]);
         assert_eq!(nonzero_runs(&[0; 3 * HOLE_BYTES]).count(), 0);
         assert_eq!(nonzero_runs(&[]).count(), 0);
@@ -162,7 +185,9 @@ mod tests {
             ("/dev/null", "/dev/null is a character device"),
             ("/nowhere/at/all.img", "/nowhere/at: no such folder"),
         ] {
-            let error = Target::inspect(Path::new(path), "pg", 4096).unwrap_err().to_string();
+            let error = Target::inspect(Path::new(path), "pg", 4096)
+                .unwrap_err()
+                .to_string();
             assert!(error.starts_with(says), "{error}");
         }
     }

@@ -46,7 +46,10 @@ mod tests {
         let time = Time(WallNs(1_795_227_303_123_456_789));
         let zone = TimeZone::fixed(jiff::tz::offset(8));
         assert_eq!(time.in_zone(&zone), "2026-11-21T10:15:03.123456789+08:00");
-        assert_eq!(serde_json::to_string(&time).unwrap(), "\"2026-11-21T02:15:03.123456789Z\"");
+        assert_eq!(
+            serde_json::to_string(&time).unwrap(),
+            "\"2026-11-21T02:15:03.123456789Z\""
+        );
         for text in [time.to_string(), time.0.to_string()] {
             let back: jiff::Timestamp = text.parse().unwrap();
             assert_eq!(WallNs::from(back), time.0);

@@ -21,7 +21,13 @@ impl fmt::Display for Bytes {
             Some((unit, shift)) if self.0 & ((1 << shift) - 1) == 0 => format!("{} {unit}", self.0 >> shift),
             Some((unit, shift)) => {
                 let value = self.0 as f64 / (1u64 << shift) as f64;
-                let decimals = if value < 10.0 { 2 } else if value < 100.0 { 1 } else { 0 };
+                let decimals = if value < 10.0 {
+                    2
+                } else if value < 100.0 {
+                    1
+                } else {
+                    0
+                };
                 format!("{value:.decimals$} {unit}")
             }
         })
@@ -107,7 +113,10 @@ mod tests {
     #[test]
     fn compared_bytes_never_look_equal_when_they_are_not() {
         assert_eq!(ExactBytes(8 << 30).to_string(), "8 GiB");
-        assert_eq!(ExactBytes((8 << 30) - 512).to_string(), "8.00 GiB (8589934080 bytes)");
+        assert_eq!(
+            ExactBytes((8 << 30) - 512).to_string(),
+            "8.00 GiB (8589934080 bytes)"
+        );
     }
 
     #[test]
@@ -121,8 +130,18 @@ mod tests {
         ] {
             assert_eq!(Elapsed(Duration::from_millis(milliseconds)).to_string(), text);
         }
-        let rate = Rate { bytes: 3 << 20, elapsed: Duration::from_secs(2) };
+        let rate = Rate {
+            bytes: 3 << 20,
+            elapsed: Duration::from_secs(2),
+        };
         assert_eq!(rate.to_string(), "1.50 MiB/s");
-        assert_eq!(Rate { bytes: 0, elapsed: Duration::ZERO }.to_string(), "0 B/s");
+        assert_eq!(
+            Rate {
+                bytes: 0,
+                elapsed: Duration::ZERO
+            }
+            .to_string(),
+            "0 B/s"
+        );
     }
 }

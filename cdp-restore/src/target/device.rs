@@ -27,7 +27,10 @@ impl DeviceNumber {
     /// The number of the block device at `path`, if there is one.
     pub(crate) fn of(path: &Path) -> Option<Self> {
         let metadata = fs::metadata(path).ok()?;
-        metadata.file_type().is_block_device().then(|| DeviceNumber::from_raw(metadata.rdev()))
+        metadata
+            .file_type()
+            .is_block_device()
+            .then(|| DeviceNumber::from_raw(metadata.rdev()))
     }
 
     fn from_raw(raw: u64) -> Self {
@@ -53,20 +56,36 @@ impl DeviceTarget {
         volume_bytes: u64,
     ) -> Result<Self, TargetError> {
         let number = DeviceNumber::from_raw(metadata.rdev());
-        let in_use = |by| TargetError::InUse { path: path.to_owned(), by };
+        let in_use = |by| TargetError::InUse {
+            path: path.to_owned(),
+            by,
+        };
         if let Some(by) = used_by(number) {
             return Err(in_use(by));
         }
         let mut device = open_exclusively(path, OpenOptions::new().read(true))?;
-        let bytes = device.seek(SeekFrom::End(0)).map_err(TargetError::io("measure", path))?;
+        let bytes = device
+            .seek(SeekFrom::End(0))
+            .map_err(TargetError::io("measure", path))?;
         if bytes < volume_bytes {
             let (path, volume) = (path.to_owned(), volume.to_owned());
-            return Err(TargetError::TooSmall { path, target_bytes: bytes, volume, volume_bytes });
+            return Err(TargetError::TooSmall {
+                path,
+                target_bytes: bytes,
+                volume,
+                volume_bytes,
+            });
         }
         if fs::read_to_string(number.sysfs().join("ro")).is_ok_and(|text| text.trim() == "1") {
-            return Err(TargetError::ReadOnly { path: path.to_owned() });
+            return Err(TargetError::ReadOnly {
+                path: path.to_owned(),
+            });
         }
-        Ok(DeviceTarget { path: path.to_owned(), number, bytes })
+        Ok(DeviceTarget {
+            path: path.to_owned(),
+            number,
+            bytes,
+        })
     }
 
     /// The device's size.
@@ -82,7 +101,10 @@ impl DeviceTarget {
     /// Opens the device for writing; it stays ours alone until it is dropped.
     pub(crate) fn open(self) -> Result<DeviceInProgress, TargetError> {
         let device = open_exclusively(&self.path, OpenOptions::new().write(true))?;
-        Ok(DeviceInProgress { path: self.path, device })
+        Ok(DeviceInProgress {
+            path: self.path,
+            device,
+        })
     }
 }
 
@@ -106,20 +128,27 @@ impl DeviceInProgress {
 
     /// Waits until everything is on the device.
     pub(crate) fn finish(self) -> Result<(), TargetError> {
-        self.device.sync_all().map_err(TargetError::io("flush", &self.path))
+        self.device
+            .sync_all()
+            .map_err(TargetError::io("flush", &self.path))
     }
 }
 
 fn open_exclusively(path: &Path, options: &mut OpenOptions) -> Result<File, TargetError> {
-    options.custom_flags(OFlags::EXCL.bits() as i32).open(path).map_err(|source| {
-        match Errno::from_io_error(&source) {
+    options
+        .custom_flags(OFlags::EXCL.bits() as i32)
+        .open(path)
+        .map_err(|source| match Errno::from_io_error(&source) {
             Some(Errno::BUSY) => {
-                let by = "the kernel holds it (mounted in another namespace, swap, RAID, LVM or device mapper)";
-                TargetError::InUse { path: path.to_owned(), by: by.to_owned() }
+                let by =
+                    "the kernel holds it (mounted in another namespace, swap, RAID, LVM or device mapper)";
+                TargetError::InUse {
+                    path: path.to_owned(),
+                    by: by.to_owned(),
+                }
             }
             _ => TargetError::io("open", path)(source),
-        }
-    })
+        })
 }
 
 /// Who uses a device, as far as the kernel's lists tell; the exclusive open has the last word.
@@ -158,9 +187,15 @@ fn mounted_at(mountinfo: &str, devices: &BTreeSet<DeviceNumber>) -> Option<Strin
         let number = fields.nth(2).and_then(DeviceNumber::parse);
         let point = fields.nth(1)?;
         // btrfs shows a number of its own; its source still names the device.
-        let source = line.split_once(" - ").and_then(|(_, rest)| rest.split(' ').nth(1));
+        let source = line
+            .split_once(" - ")
+            .and_then(|(_, rest)| rest.split(' ').nth(1));
         let source_number = source.and_then(|source| DeviceNumber::of(Path::new(&unescape(source))));
-        [number, source_number].into_iter().flatten().any(|n| devices.contains(&n)).then(|| unescape(point))
+        [number, source_number]
+            .into_iter()
+            .flatten()
+            .any(|n| devices.contains(&n))
+            .then(|| unescape(point))
     })
 }
 
@@ -168,7 +203,9 @@ fn mounted_at(mountinfo: &str, devices: &BTreeSet<DeviceNumber>) -> Option<Strin
 fn swapped_to(swaps: &str, devices: &BTreeSet<DeviceNumber>) -> Option<String> {
     swaps.lines().skip(1).find_map(|line| {
         let path = unescape(line.split_whitespace().next()?);
-        devices.contains(&DeviceNumber::of(Path::new(&path))?).then_some(path)
+        devices
+            .contains(&DeviceNumber::of(Path::new(&path))?)
+            .then_some(path)
     })
 }
 
@@ -220,9 +257,14 @@ mod tests {
 
     #[test]
     fn escapes_of_the_kernel_are_undone() {
-        for (escaped, plain) in
-            [("/a", "/a"), ("/a\\040b", "/a b"), ("\\134", "\\"), ("/x\\9", "/x\\9"), ("\\", "\\"), ("\\04", "\\04")]
-        {
+        for (escaped, plain) in [
+            ("/a", "/a"),
+            ("/a\\040b", "/a b"),
+            ("\\134", "\\"),
+            ("/x\\9", "/x\\9"),
+            ("\\", "\\"),
+            ("\\04", "\\04"),
+        ] {
             assert_eq!(unescape(escaped), plain);
         }
     }

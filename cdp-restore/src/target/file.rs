@@ -30,27 +30,43 @@ impl FileTarget {
     pub(super) fn new_file(path: &Path) -> Result<Self, TargetError> {
         if path.is_symlink() {
             // A link to nowhere: say so rather than guess which of the two names was meant.
-            return Err(TargetError::NotATarget { path: path.to_owned(), kind: "a link to a file that is not there" });
+            return Err(TargetError::NotATarget {
+                path: path.to_owned(),
+                kind: "a link to a file that is not there",
+            });
         }
         FileTarget::at(path, path, None)
     }
 
     pub(super) fn replacing(path: &Path, metadata: &Metadata) -> Result<Self, TargetError> {
         let real = fs::canonicalize(path).map_err(TargetError::io("look at", path))?;
-        let owner = (metadata.permissions().mode() & 0o7777, metadata.uid(), metadata.gid());
+        let owner = (
+            metadata.permissions().mode() & 0o7777,
+            metadata.uid(),
+            metadata.gid(),
+        );
         FileTarget::at(path, &real, Some(owner))
     }
 
     fn at(shown: &Path, real: &Path, replaces: Option<(u32, u32, u32)>) -> Result<Self, TargetError> {
-        let name = real.file_name().ok_or_else(|| TargetError::NoName { path: shown.to_owned() })?;
+        let name = real.file_name().ok_or_else(|| TargetError::NoName {
+            path: shown.to_owned(),
+        })?;
         let folder = match real.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
         if !folder.is_dir() {
-            return Err(TargetError::NoFolder { path: folder.to_owned() });
+            return Err(TargetError::NoFolder {
+                path: folder.to_owned(),
+            });
         }
-        Ok(FileTarget { shown: shown.to_owned(), folder: folder.to_owned(), name: name.to_owned(), replaces })
+        Ok(FileTarget {
+            shown: shown.to_owned(),
+            folder: folder.to_owned(),
+            name: name.to_owned(),
+            replaces,
+        })
     }
 
     /// Whether a file of that name is there already.
@@ -67,7 +83,11 @@ impl FileTarget {
     /// Makes the file, `bytes` long and zero, without a name where the file system can do that.
     pub(crate) fn create(self, bytes: u64) -> Result<FileInProgress, TargetError> {
         let (file, temporary) = self.open()?;
-        let made = FileInProgress { target: self, file, temporary };
+        let made = FileInProgress {
+            target: self,
+            file,
+            temporary,
+        };
         let prepare = || -> io::Result<()> {
             if let Some((mode, user, group)) = made.target.replaces {
                 // Only root may give files away; others keep what they can.
@@ -83,7 +103,11 @@ impl FileTarget {
     fn open(&self) -> Result<(File, Option<PathBuf>), TargetError> {
         let mut options = OpenOptions::new();
         options.write(true).mode(MODE);
-        match options.clone().custom_flags(OFlags::TMPFILE.bits() as i32).open(&self.folder) {
+        match options
+            .clone()
+            .custom_flags(OFlags::TMPFILE.bits() as i32)
+            .open(&self.folder)
+        {
             Ok(file) => return Ok((file, None)),
             // Not every file system has unnamed files; each says so in its own way.
             Err(error)
@@ -123,11 +147,6 @@ impl FileInProgress {
         nonzero_runs(data).try_for_each(|(start, run)| self.file.write_all_at(run, offset + start as u64))
     }
 
-    /// Bytes that the file takes on disk.
-    pub(crate) fn allocated_bytes(&self) -> Option<u64> {
-        Some(self.file.metadata().ok()?.blocks() * 512)
-    }
-
     /// Puts the file on disk, then under its name.
     pub(crate) fn finish(mut self) -> Result<(), TargetError> {
         let shown = self.target.shown.clone();
@@ -165,7 +184,10 @@ mod tests {
     use super::*;
 
     fn names_in(folder: &Path) -> Vec<OsString> {
-        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+        fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect()
     }
 
     #[test]
@@ -204,7 +226,11 @@ mod tests {
         let target = FileTarget::new_file(&path).unwrap();
         let temporary = target.temporary_path();
         let file = File::create_new(&temporary).unwrap();
-        drop(FileInProgress { target, file, temporary: Some(temporary) });
+        drop(FileInProgress {
+            target,
+            file,
+            temporary: Some(temporary),
+        });
         assert_eq!(names_in(folder.path()), Vec::<OsString>::new());
     }
 

@@ -1,0 +1,235 @@
+//! `diff`: what was written between two moments, where, how often, when and by whom.
+//!
+//! The records between the two moments tell all of it. Where a gap lies between them, what was lost is told
+//! by the read-back that ended the gap: such ranges are listed with fewer writes than there were, or none.
+
+use cdp_journal::format::{Body, PlacedRecord};
+use cdp_journal::history::{Gap, History};
+use serde::Serialize;
+
+use super::{Instant, find_volume, open_store, require_block, resolve, table};
+use crate::args::Diff;
+use crate::changes::{Changes, Kind, Range};
+use crate::exit::UsageError;
+use crate::report::Report;
+use crate::time::Time;
+use crate::units::{Bytes, Elapsed, count};
+
+/// What `diff --json` prints.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    volume: String,
+    since: Moment,
+    until: Moment,
+    /// Bytes that lie in a range: each counts once, however often it was written.
+    changed_bytes: u64,
+    writes: u64,
+    ranges: Vec<JsonRange>,
+    /// Gaps between the two moments: what was written in them is known only by its result.
+    gaps: Vec<JsonGap>,
+}
+
+#[derive(Debug, Serialize)]
+struct Moment {
+    at: Time,
+    seq: u64,
+    /// The volume's size then.
+    bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct JsonRange {
+    offset: u64,
+    bytes: u64,
+    /// Writes, zeroes and discards that touched it.
+    writes: u64,
+    discards: u64,
+    read_backs: u64,
+    first_at: Time,
+    last_at: Time,
+    by: Vec<Writer>,
+}
+
+#[derive(Debug, Serialize)]
+struct Writer {
+    pid: u32,
+    comm: String,
+    writes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct JsonGap {
+    from: Time,
+    to: Option<Time>,
+    cause: &'static str,
+}
+
+pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
+    let store = open_store(&args.source.from)?;
+    let volume = find_volume(&store, &args.source.from, &args.volume)?;
+    require_block(&volume, "diff")?;
+    // The later one first: it may have to wait until it is covered, and the earlier one never does then.
+    let until = resolve(&store, &volume, &args.until)?;
+    let since = resolve(&store, &volume, &args.since)?;
+    if since.seq > until.seq {
+        let message = format!("--since {since} is later than --until {until}; swap them");
+        return Err(UsageError(message).into());
+    }
+    let mut changes = Changes::default();
+    store.records(Some(since.seq), until.seq, &mut |record: &PlacedRecord| {
+        if record.record.volume == Some(volume.id) {
+            note(&mut changes, record);
+        }
+    })?;
+    let (bytes_before, bytes_after) = (
+        store.view(volume.id, since.seq)?.bytes(),
+        store.view(volume.id, until.seq)?.bytes(),
+    );
+    let gaps = gaps_between(store.history(volume.id)?.as_ref(), since, until);
+    let outcome = Outcome {
+        volume: volume.name,
+        since: Moment {
+            at: since.at,
+            seq: since.seq.get(),
+            bytes: bytes_before,
+        },
+        until: Moment {
+            at: until.at,
+            seq: until.seq.get(),
+            bytes: bytes_after,
+        },
+        changed_bytes: changes.bytes(),
+        writes: changes.writes(),
+        ranges: changes
+            .into_ranges()
+            .map(|(offset, range)| JsonRange::new(offset, range))
+            .collect(),
+        gaps,
+    };
+    for gap in &outcome.gaps {
+        report.warn(format!(
+            "gap {} from {} lies between the two moments: writes in it are known only by their result",
+            gap.cause, gap.from
+        ));
+    }
+    if args.json {
+        report.json(&outcome)
+    } else {
+        report.out(text(&outcome, since, until))
+    }
+}
+
+/// Adds what a record changed.
+fn note(changes: &mut Changes, placed: &PlacedRecord) {
+    let record = &placed.record;
+    let (offset, len, kind) = match record.body {
+        Body::Write { offset, len } | Body::Zero { offset, len } => (offset, len, Kind::Write),
+        Body::Discard { offset, len } => (offset, len, Kind::Discard),
+        Body::ReadBack { offset, len, .. } | Body::ReadBackZero { offset, len, .. } => {
+            (offset, len, Kind::ReadBack)
+        }
+        _ => return,
+    };
+    changes.add(
+        offset,
+        len,
+        kind,
+        Time(placed.wall),
+        record.origin.pid,
+        &record.origin.command(),
+    );
+}
+
+fn gaps_between(history: Option<&History>, since: Instant, until: Instant) -> Vec<JsonGap> {
+    let between = |gap: &&Gap| {
+        gap.from_seq
+            .is_some_and(|from| since.seq <= from && from < until.seq)
+    };
+    let gaps = history
+        .map_or(&[][..], |history| &history.gaps)
+        .iter()
+        .filter(between);
+    gaps.map(|gap| JsonGap {
+        from: Time(gap.from),
+        to: gap.to.map(Time),
+        cause: gap.cause.as_str(),
+    })
+    .collect()
+}
+
+impl JsonRange {
+    fn new(offset: u64, range: Range) -> Self {
+        let mut by: Vec<_> = range
+            .by
+            .into_iter()
+            .map(|((pid, comm), writes)| Writer { pid, comm, writes })
+            .collect();
+        by.sort_by(|a, b| b.writes.cmp(&a.writes).then(a.pid.cmp(&b.pid)));
+        JsonRange {
+            offset,
+            bytes: range.end - offset,
+            writes: range.writes,
+            discards: range.discards,
+            read_backs: range.read_backs,
+            first_at: range.first_at,
+            last_at: range.last_at,
+            by,
+        }
+    }
+
+    fn who(&self) -> String {
+        let names = self
+            .by
+            .iter()
+            .map(|writer| format!("{}[{}]", writer.comm, writer.pid));
+        let mut shown: Vec<_> = names.take(3).collect();
+        if self.by.len() > shown.len() {
+            shown.push(format!("{} more", self.by.len() - shown.len()));
+        }
+        shown.join(", ")
+    }
+
+    fn row(&self) -> Vec<String> {
+        let writes = if self.read_backs > 0 {
+            format!("{} + {}", self.writes, count(self.read_backs, "read-back"))
+        } else {
+            self.writes.to_string()
+        };
+        vec![
+            self.offset.to_string(),
+            self.bytes.to_string(),
+            writes,
+            self.first_at.to_string(),
+            self.last_at.to_string(),
+            self.who(),
+        ]
+    }
+}
+
+fn text(outcome: &Outcome, since: Instant, until: Instant) -> String {
+    let mut text = format!(
+        "{} from {since} to {until} ({}): {} by {} in {}\n",
+        outcome.volume,
+        Elapsed(since.at.until(until.at)),
+        Bytes(outcome.changed_bytes),
+        count(outcome.writes, "write"),
+        count(outcome.ranges.len() as u64, "range"),
+    );
+    if outcome.since.bytes != outcome.until.bytes {
+        text.push_str(&format!(
+            "resized from {} to {}\n",
+            Bytes(outcome.since.bytes),
+            Bytes(outcome.until.bytes)
+        ));
+    }
+    if outcome.ranges.is_empty() {
+        return text;
+    }
+    let title = ["OFFSET", "BYTES", "WRITES", "FIRST", "LAST", "BY"]
+        .map(str::to_owned)
+        .to_vec();
+    let rows = outcome.ranges.iter().map(JsonRange::row);
+    text.push('\n');
+    text.push_str(&table(&std::iter::once(title).chain(rows).collect::<Vec<_>>()));
+    text
+}

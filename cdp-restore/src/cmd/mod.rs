@@ -1,0 +1,194 @@
+//! The commands, and what they share: opening a store, finding a volume, naming a moment.
+
+use std::fmt;
+
+use anyhow::{Context, anyhow, bail};
+use cdp_journal::Seq;
+use cdp_journal::format::{GapCause, VolumeKind};
+use cdp_journal::history::VolumeInfo;
+use cdp_journal::store::StoreReader;
+use cdp_journal::when::{NotExact, NotExactCause, Point, When, WhenError};
+
+use crate::source::Source;
+use crate::time::Time;
+
+pub(crate) mod completions;
+pub(crate) mod diff;
+pub(crate) mod image;
+pub(crate) mod ls;
+pub(crate) mod points;
+pub(crate) mod verify;
+
+/// Something that was read does not match its checksum; where it lies has been printed.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Damaged(String);
+
+/// A moment of a volume that can be restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Instant {
+    /// Last record that belongs to it.
+    pub(crate) seq: Seq,
+    /// The time asked for, or the time of that record.
+    pub(crate) at: Time,
+}
+
+impl fmt::Display for Instant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (seq:{})", self.at, self.seq)
+    }
+}
+
+/// Opens the store that `--from` names.
+fn open_store(source: &Source) -> anyhow::Result<StoreReader> {
+    let folder = source.folder()?;
+    if !folder
+        .try_exists()
+        .with_context(|| format!("look at {}", folder.display()))?
+    {
+        bail!(
+            "{}: no such folder; give the store that `cdp-agent run` writes to",
+            folder.display()
+        );
+    }
+    Ok(StoreReader::open(folder)?)
+}
+
+/// Finds a volume by its name.
+fn find_volume(store: &StoreReader, source: &Source, name: &str) -> anyhow::Result<VolumeInfo> {
+    if let Some(volume) = store.volume(name)? {
+        return Ok(volume);
+    }
+    let names: Vec<_> = store.volumes()?.into_iter().map(|volume| volume.name).collect();
+    Err(match names.as_slice() {
+        [] => anyhow!("no volume {name:?} in {source}: nothing was captured there yet"),
+        names => anyhow!("no volume {name:?} in {source}; there is {}", names.join(", ")),
+    })
+}
+
+/// Refuses volumes that are not block devices.
+fn require_block(volume: &VolumeInfo, command: &str) -> anyhow::Result<()> {
+    if volume.kind != VolumeKind::Block {
+        bail!(
+            "{} is a {} volume, and `{command}` is for block volumes",
+            volume.name,
+            volume.kind
+        );
+    }
+    Ok(())
+}
+
+/// Finds the moment that `when` names, if it can be restored exactly.
+fn resolve(store: &StoreReader, volume: &VolumeInfo, when: &When) -> anyhow::Result<Instant> {
+    let moment = match store.resolve(volume.id, when) {
+        Ok(moment) => moment,
+        Err(WhenError::NotExact(inner)) => {
+            return Err(NotExactHere {
+                volume: volume.name.clone(),
+                inner: *inner,
+            }
+            .into());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let seq = moment
+        .seq
+        .with_context(|| format!("{when} lies before the first record"))?;
+    Ok(Instant {
+        seq,
+        at: Time(moment.wall),
+    })
+}
+
+/// A moment of a volume cannot be restored exactly: why, and what can be instead.
+#[derive(Debug)]
+pub(crate) struct NotExactHere {
+    volume: String,
+    inner: NotExact,
+}
+
+impl std::error::Error for NotExactHere {}
+
+impl fmt::Display for NotExactHere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let NotExact {
+            moment,
+            cause,
+            gap,
+            before,
+            after,
+        } = &self.inner;
+        write!(f, "{} cannot be restored exactly at ", self.volume)?;
+        match moment.seq {
+            Some(seq) if !moment.by_time => write!(f, "seq:{seq}")?,
+            _ => write!(f, "{}", Time(moment.wall))?,
+        }
+        match cause {
+            NotExactCause::Gap(GapCause::Seeding) => write!(f, ": {}", explain(GapCause::Seeding))?,
+            NotExactCause::Gap(cause) => {
+                write!(f, ": gap {cause} ({})", explain(*cause))?;
+                if let Some(from) = gap.0 {
+                    write!(f, " from {}", Time(from))?;
+                }
+                match gap.1 {
+                    Some(to) => write!(f, " to {}", Time(to))?,
+                    None => write!(f, ", still open")?,
+                }
+            }
+            NotExactCause::BeforeHistory => write!(f, ": history begins later")?,
+            NotExactCause::AfterHistory {
+                covered_until: Some(until),
+            } => {
+                write!(
+                    f,
+                    ": nothing was captured after {}, and no agent is running",
+                    Time(*until)
+                )?;
+            }
+            NotExactCause::AfterHistory { covered_until: None } => write!(f, ": nothing was captured yet")?,
+        }
+        let paste = |point: &Option<Point>| match point {
+            Some(point) => format!("--at {} or --at seq:{}", Time(point.wall), point.seq),
+            None => "none".to_owned(),
+        };
+        write!(
+            f,
+            "\n  nearest exact moment before: {}\n  nearest exact moment after:  {}",
+            paste(before),
+            paste(after)
+        )
+    }
+}
+
+/// A gap's cause in plain words.
+fn explain(cause: GapCause) -> &'static str {
+    match cause {
+        GapCause::Seeding => "its first copy was not complete",
+        GapCause::RingOverflow => "writes came faster than they could be taken",
+        GapCause::AgentDown => "the agent did not run",
+        GapCause::Reboot => "the host was restarted",
+        GapCause::IoError => "the device failed a write",
+        GapCause::SpoolFull => "the store was full",
+        GapCause::LogHole => "records are missing from the log",
+    }
+}
+
+/// Rows as columns of equal width, two blanks between them; the last column is not padded.
+fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line.push_str(&format!("{cell:<width$}  "));
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
