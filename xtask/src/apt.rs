@@ -25,11 +25,17 @@ pub(crate) fn missing<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
         .output()
         .context("start dpkg-query")?;
     let listing = String::from_utf8_lossy(&output.stdout);
-    Ok(packages.iter().copied().filter(|package| !is_installed(&listing, package)).collect())
+    Ok(packages
+        .iter()
+        .copied()
+        .filter(|package| !is_installed(&listing, package))
+        .collect())
 }
 
 fn is_installed(listing: &str, package: &str) -> bool {
-    listing.lines().any(|line| line.split_once(' ') == Some((package, "installed")))
+    listing
+        .lines()
+        .any(|line| line.split_once(' ') == Some((package, "installed")))
 }
 
 /// Installs packages; nothing is asked, and settings that exist are kept.
@@ -37,10 +43,20 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
     sh::run(sh::as_root("apt-get")?.args(["update", "--quiet"]))?;
     let mut install = sh::as_root("env")?;
     install
-        .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "install"])
+        .args([
+            "DEBIAN_FRONTEND=noninteractive",
+            "UCF_FORCE_CONFFOLD=1",
+            "apt-get",
+            "install",
+        ])
         .args(["--yes", "--quiet", "--no-install-recommends"])
         .args(["-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0"])
-        .args(["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"])
+        .args([
+            "-o",
+            "Dpkg::Options::=--force-confdef",
+            "-o",
+            "Dpkg::Options::=--force-confold",
+        ])
         .args(packages);
     sh::run(&mut install)
 }
@@ -59,8 +75,11 @@ pub(crate) fn unpack_from_suite(
         let folder = scratch.join(folder);
         fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
     }
-    let signed_by =
-        if Path::new(KEYRING).is_file() { format!(" [signed-by={KEYRING}]") } else { String::new() };
+    let signed_by = if Path::new(KEYRING).is_file() {
+        format!(" [signed-by={KEYRING}]")
+    } else {
+        String::new()
+    };
     let list = scratch.join("sources.list");
     fs::write(&list, format!("deb{signed_by} {} {suite} main\n", mirror()))
         .with_context(|| format!("write {}", list.display()))?;
@@ -88,7 +107,9 @@ pub(crate) fn unpack_from_suite(
         .with_context(|| format!("list {}", deb.display()))?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| path.extension().is_some_and(|extension| extension == "deb"));
-    let Some(file) = file else { bail!("apt-get left no package in {}", deb.display()) };
+    let Some(file) = file else {
+        bail!("apt-get left no package in {}", deb.display())
+    };
     sh::run(Command::new("dpkg-deb").arg("--extract").arg(&file).arg(into))
 }
 
@@ -99,7 +120,11 @@ fn mirror() -> String {
         .find_map(|path| {
             let text = fs::read_to_string(path).ok()?;
             let is_deb822 = path.extension().is_some_and(|extension| extension == "sources");
-            if is_deb822 { deb822_mirror(&text) } else { one_line_mirror(&text) }
+            if is_deb822 {
+                deb822_mirror(&text)
+            } else {
+                one_line_mirror(&text)
+            }
         })
         .unwrap_or_else(|| DEFAULT_MIRROR.to_owned())
 }
@@ -108,7 +133,9 @@ fn source_lists() -> Vec<PathBuf> {
     let parts = fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten();
     let mut parts: Vec<_> = parts.filter_map(|entry| Some(entry.ok()?.path())).collect();
     parts.sort();
-    std::iter::once(PathBuf::from("/etc/apt/sources.list")).chain(parts).collect()
+    std::iter::once(PathBuf::from("/etc/apt/sources.list"))
+        .chain(parts)
+        .collect()
 }
 
 /// `deb [options] URI suite component…`
@@ -125,7 +152,11 @@ fn one_line_mirror(text: &str) -> Option<String> {
 
 /// Stanzas of `Field: value`.
 fn deb822_mirror(text: &str) -> Option<String> {
-    text.lines().find_map(|line| line.strip_prefix("URIs:")?.split_whitespace().find_map(debian_archive))
+    text.lines().find_map(|line| {
+        line.strip_prefix("URIs:")?
+            .split_whitespace()
+            .find_map(debian_archive)
+    })
 }
 
 /// The URI if it is a main Debian archive: not the security one, not somebody else's.
@@ -151,10 +182,19 @@ mod tests {
         let one_line = "# deb http://old/debian x main\n\
                         deb http://security.debian.org/debian-security bookworm-security main\n\
                         deb [arch=amd64 signed-by=/k] https://mirror.example/debian/ bookworm main\n";
-        assert_eq!(one_line_mirror(one_line).as_deref(), Some("https://mirror.example/debian"));
+        assert_eq!(
+            one_line_mirror(one_line).as_deref(),
+            Some("https://mirror.example/debian")
+        );
         let deb822 = "Types: deb\nURIs: http://security.debian.org/debian-security\n\n\
                       Types: deb\nURIs: http://deb.debian.org/debian\nSuites: bookworm\n";
-        assert_eq!(deb822_mirror(deb822).as_deref(), Some("http://deb.debian.org/debian"));
-        assert_eq!(one_line_mirror("deb https://packages.example/apt all main\n"), None);
+        assert_eq!(
+            deb822_mirror(deb822).as_deref(),
+            Some("http://deb.debian.org/debian")
+        );
+        assert_eq!(
+            one_line_mirror("deb https://packages.example/apt all main\n"),
+            None
+        );
     }
 }

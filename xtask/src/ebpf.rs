@@ -45,7 +45,11 @@ pub(crate) fn committed_object(workspace: &Workspace) -> PathBuf {
 /// Builds the object and puts it where it is committed.
 pub(crate) fn build(workspace: &Workspace) -> Result<()> {
     let place = committed_object(workspace);
-    let before = if place.is_file() { Some(sh::sha256(&place)?) } else { None };
+    let before = if place.is_file() {
+        Some(sh::sha256(&place)?)
+    } else {
+        None
+    };
     let _lock = workspace.lock("ebpf")?;
     let built = build_object(workspace)?;
     let after = sh::sha256(&built)?;
@@ -63,7 +67,10 @@ pub(crate) fn build(workspace: &Workspace) -> Result<()> {
 pub(crate) fn verify(workspace: &Workspace) -> Result<()> {
     let committed = committed_object(workspace);
     if !committed.is_file() {
-        bail!("{} is missing: run `cargo xtask ebpf build` and commit it", committed.display());
+        bail!(
+            "{} is missing: run `cargo xtask ebpf build` and commit it",
+            committed.display()
+        );
     }
     let _lock = workspace.lock("ebpf")?;
     let built = build_object(workspace)?;
@@ -108,11 +115,20 @@ fn target_folder(workspace: &Workspace) -> Result<PathBuf> {
 
 fn cargo(workspace: &Workspace, subcommand: &str, target_folder: &Path) -> Result<std::process::Command> {
     let library = tools::rust_src(workspace)?;
-    let library = library.canonicalize().with_context(|| format!("resolve {}", library.display()))?;
+    let library = library
+        .canonicalize()
+        .with_context(|| format!("resolve {}", library.display()))?;
     let linker = tools::bpf_linker(workspace)?;
     let mut cargo = workspace.bare_cargo(subcommand);
     cargo
-        .args(["--locked", "--release", "--target", TARGET, "-Z", "build-std=core"])
+        .args([
+            "--locked",
+            "--release",
+            "--target",
+            TARGET,
+            "-Z",
+            "build-std=core",
+        ])
         .args(["--package", "cdp-ebpf", "--bin", BINARY, "--features", "probe"]);
     for setting in PROFILE {
         cargo.args(["--config", &format!("profile.release.{setting}")]);

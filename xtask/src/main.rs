@@ -1,9 +1,12 @@
 //! `cargo xtask`: everything about this workspace that plain cargo does not do.
 
 mod apt;
+mod ci;
 mod ebpf;
 mod rocksdb;
+mod setup;
 mod sh;
+mod test;
 mod tools;
 mod workspace;
 
@@ -15,7 +18,11 @@ use clap::{Parser, Subcommand};
 use crate::workspace::Workspace;
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Build, test and show this workspace")]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Build, test and show this workspace"
+)]
 struct Args {
     #[command(subcommand)]
     task: Task,
@@ -23,6 +30,16 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Get what this machine lacks to build and test: packages, eBPF tools, RocksDB
+    Setup {
+        /// Only say what is missing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Run every test; what needs root or BTF is skipped by name where they are missing
+    Test(test::TestArgs),
+    /// Format, clippy, documentation, the probe's object and every test
+    Ci,
     /// The probe's object
     #[command(subcommand)]
     Ebpf(EbpfTask),
@@ -55,6 +72,9 @@ fn run() -> Result<()> {
     let args = Args::parse();
     let workspace = Workspace::open()?;
     match args.task {
+        Task::Setup { dry_run } => setup::run(&workspace, dry_run),
+        Task::Test(args) => test::run(&workspace, &args),
+        Task::Ci => ci::run(&workspace),
         Task::Ebpf(EbpfTask::Build) => ebpf::build(&workspace),
         Task::Ebpf(EbpfTask::Verify) => ebpf::verify(&workspace),
         Task::Ebpf(EbpfTask::Lint) => ebpf::lint(&workspace),

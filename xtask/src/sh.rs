@@ -15,14 +15,22 @@ pub(crate) fn say(message: impl AsRef<str>) {
 
 /// Shows the command, runs it with the caller's stdout and stderr, and fails if it does.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let line = command_line(command);
-    eprintln!("  $ {line}");
-    let status =
-        command.stdin(Stdio::null()).status().with_context(|| format!("start `{}`", program(command)))?;
+    let line = show(command);
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| format!("start `{}`", program(command)))?;
     if !status.success() {
         bail!("`{line}`: {status}");
     }
     Ok(())
+}
+
+/// Shows the command that is about to run, and gives what was shown.
+pub(crate) fn show(command: &Command) -> String {
+    let line = command_line(command);
+    eprintln!("  $ {line}");
+    line
 }
 
 /// Runs the command silently and gives what it wrote to stdout, without the last newline.
@@ -55,7 +63,10 @@ pub(crate) fn succeeds(command: &mut Command) -> bool {
 pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
-    std::env::split_paths(&path).chain(system).map(|folder| folder.join(name)).find(|file| file.is_file())
+    std::env::split_paths(&path)
+        .chain(system)
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file())
 }
 
 /// A command that runs as root: itself if we are root, else through `sudo`.
@@ -66,7 +77,10 @@ pub(crate) fn as_root(program: impl AsRef<OsStr>) -> Result<Command> {
         return Ok(Command::new(program));
     }
     if find_program("sudo").is_none() {
-        bail!("`{}` needs root, and there is no sudo: run this as root", program.as_ref().display());
+        bail!(
+            "`{}` needs root, and there is no sudo: run this as root",
+            program.as_ref().display()
+        );
     }
     let mut command = Command::new("sudo");
     if !std::io::stdin().is_terminal() {
@@ -79,11 +93,6 @@ pub(crate) fn as_root(program: impl AsRef<OsStr>) -> Result<Command> {
 /// Whether we run as root.
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
-}
-
-/// Whether this is a CI run (`CI` set to something other than nothing, `0` or `false`).
-pub(crate) fn is_ci() -> bool {
-    std::env::var("CI").is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"))
 }
 
 /// Does one named step, and says how long it took.
@@ -109,7 +118,11 @@ pub(crate) fn seconds(time: Duration) -> String {
 pub(crate) fn sha256(file: &Path) -> Result<String> {
     let line = capture(Command::new("sha256sum").arg("--binary").arg(file))?;
     // A name with a backslash or newline makes coreutils put a backslash before the sum.
-    let sum = line.trim_start_matches('\\').split_whitespace().next().unwrap_or_default();
+    let sum = line
+        .trim_start_matches('\\')
+        .split_whitespace()
+        .next()
+        .unwrap_or_default();
     if sum.len() != 64 {
         bail!("sha256sum {}: unexpected answer `{line}`", file.display());
     }
@@ -122,7 +135,11 @@ fn program(command: &Command) -> String {
 
 /// The command as one could type it, without the environment.
 fn command_line(command: &Command) -> String {
-    std::iter::once(command.get_program()).chain(command.get_args()).map(quoted).collect::<Vec<_>>().join(" ")
+    std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(quoted)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 fn quoted(word: &OsStr) -> String {
@@ -142,7 +159,10 @@ mod tests {
     fn a_shown_command_can_be_pasted_into_a_shell() {
         let mut command = Command::new("echo");
         command.args(["plain-word", "two words", "it's", ""]);
-        assert_eq!(command_line(&command), r"echo plain-word 'two words' 'it'\''s' ''");
+        assert_eq!(
+            command_line(&command),
+            r"echo plain-word 'two words' 'it'\''s' ''"
+        );
     }
 
     #[test]
@@ -164,6 +184,9 @@ mod tests {
     #[test]
     fn sha256_is_that_of_the_bytes() {
         let sum = sha256(Path::new("/dev/null")).expect("/dev/null is readable");
-        assert_eq!(sum, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+        assert_eq!(
+            sum,
+            "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+        );
     }
 }

@@ -20,13 +20,18 @@ fn debian_rust_src(release: &str) -> String {
 
 /// The sources of the standard library, if they are on this machine already.
 pub(crate) fn present_rust_src(workspace: &Workspace) -> Option<PathBuf> {
-    [workspace.rustc.sysroot.join("lib/rustlib/src/rust/library"), cached_rust_src(workspace)]
-        .into_iter()
-        .find(|library| library.join("core/src/lib.rs").is_file())
+    [
+        workspace.rustc.sysroot.join("lib/rustlib/src/rust/library"),
+        cached_rust_src(workspace),
+    ]
+    .into_iter()
+    .find(|library| library.join("core/src/lib.rs").is_file())
 }
 
 fn rust_src_folder(workspace: &Workspace) -> PathBuf {
-    workspace.cache.join(format!("rust-src-{}", workspace.rustc.release))
+    workspace
+        .cache
+        .join(format!("rust-src-{}", workspace.rustc.release))
 }
 
 fn cached_rust_src(workspace: &Workspace) -> PathBuf {
@@ -45,11 +50,15 @@ pub(crate) fn rust_src(workspace: &Workspace) -> Result<PathBuf> {
         return Ok(library);
     }
     if !apt::is_here() {
-        return Err(from_rustup.err().unwrap_or_else(|| anyhow::anyhow!("rustup put nothing in the sysroot")))
-            .context("get rust-src: rustup cannot, and there is no apt to get Debian's package with");
+        return Err(from_rustup
+            .err()
+            .unwrap_or_else(|| anyhow::anyhow!("rustup put nothing in the sysroot")))
+        .context("get rust-src: rustup cannot, and there is no apt to get Debian's package with");
     }
     if let Err(error) = from_rustup {
-        sh::say(format!("rustup cannot give rust-src ({error:#}); taking Debian's package"));
+        sh::say(format!(
+            "rustup cannot give rust-src ({error:#}); taking Debian's package"
+        ));
     }
     let folder = rust_src_folder(workspace);
     let part = workspace.cache.join("rust-src.part");
@@ -61,17 +70,28 @@ pub(crate) fn rust_src(workspace: &Workspace) -> Result<PathBuf> {
     apt::unpack_from_suite("rust-src", &version, DEBIAN_SUITE, &scratch, &part)?;
     remove_folder(&scratch)?;
     put_in_place(&part, &folder)?;
-    present_rust_src(workspace)
-        .with_context(|| format!("Debian's rust-src {version} has no library/core: {}", folder.display()))
+    present_rust_src(workspace).with_context(|| {
+        format!(
+            "Debian's rust-src {version} has no library/core: {}",
+            folder.display()
+        )
+    })
 }
 
 /// Adds a component to the active toolchain.
 pub(crate) fn rustup_component(workspace: &Workspace, component: &str) -> Result<()> {
-    sh::run(Command::new("rustup").args(["component", "add", component]).current_dir(&workspace.root))
+    sh::run(
+        Command::new("rustup")
+            .args(["component", "add", component])
+            .current_dir(&workspace.root),
+    )
 }
 
 fn linker_folder(workspace: &Workspace) -> PathBuf {
-    workspace.cache.join(format!("bpf-linker-{BPF_LINKER_VERSION}-rust-{}", workspace.rustc.release))
+    workspace.cache.join(format!(
+        "bpf-linker-{BPF_LINKER_VERSION}-rust-{}",
+        workspace.rustc.release
+    ))
 }
 
 /// The linker, if it is in the cache and runs: it does not once the toolchain it was built with, whose
@@ -109,8 +129,12 @@ pub(crate) fn bpf_linker(workspace: &Workspace) -> Result<PathBuf> {
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
     sh::run(&mut install)?;
     remove_folder(&build)?;
-    present_bpf_linker(workspace)
-        .with_context(|| format!("bpf-linker was installed in {} but does not run", folder.display()))
+    present_bpf_linker(workspace).with_context(|| {
+        format!(
+            "bpf-linker was installed in {} but does not run",
+            folder.display()
+        )
+    })
 }
 
 /// The toolchain's own LLVM, like `lib/libLLVM.so.22.1-rust-1.95.0-stable`.
@@ -120,18 +144,31 @@ fn llvm_library(workspace: &Workspace) -> Result<PathBuf> {
     fs::read_dir(&folder)
         .with_context(|| format!("list {}", folder.display()))?
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)))
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+        })
         .with_context(|| {
-            format!("{} has no {prefix}*: the toolchain must be rustup's, which carries LLVM", folder.display())
+            format!(
+                "{} has no {prefix}*: the toolchain must be rustup's, which carries LLVM",
+                folder.display()
+            )
         })
 }
 
 /// `rust-objcopy` of the toolchain, ready to run.
 pub(crate) fn objcopy(workspace: &Workspace) -> Result<Command> {
     let rustc = &workspace.rustc;
-    let program = rustc.sysroot.join("lib/rustlib").join(&rustc.host).join("bin/rust-objcopy");
+    let program = rustc
+        .sysroot
+        .join("lib/rustlib")
+        .join(&rustc.host)
+        .join("bin/rust-objcopy");
     if !program.is_file() {
-        bail!("{} is missing: the toolchain must be rustup's, which carries it", program.display());
+        bail!(
+            "{} is missing: the toolchain must be rustup's, which carries it",
+            program.display()
+        );
     }
     let mut objcopy = Command::new(program);
     objcopy.env("LD_LIBRARY_PATH", rustc.sysroot.join("lib"));

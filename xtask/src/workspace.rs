@@ -49,7 +49,9 @@ impl Workspace {
         let cache = cache_folder(|name| std::env::var_os(name))?;
         fs::create_dir_all(&cache).with_context(|| format!("make the cache folder {}", cache.display()))?;
         // Canonical, since paths are compared with those that cargo and rustc report.
-        let cache = cache.canonicalize().with_context(|| format!("resolve {}", cache.display()))?;
+        let cache = cache
+            .canonicalize()
+            .with_context(|| format!("resolve {}", cache.display()))?;
         let rustc = Rustc::active(&root)?;
         Ok(Self { root, cache, rustc })
     }
@@ -119,9 +121,15 @@ impl Rustc {
     fn active(root: &Path) -> Result<Self> {
         let about = sh::capture(Command::new("rustc").arg("-vV").current_dir(root))
             .context("ask rustc for its version")?;
-        let sysroot = sh::capture(Command::new("rustc").args(["--print", "sysroot"]).current_dir(root))?;
+        let sysroot = sh::capture(
+            Command::new("rustc")
+                .args(["--print", "sysroot"])
+                .current_dir(root),
+        )?;
         let sysroot = PathBuf::from(sysroot);
-        let sysroot = sysroot.canonicalize().with_context(|| format!("resolve {}", sysroot.display()))?;
+        let sysroot = sysroot
+            .canonicalize()
+            .with_context(|| format!("resolve {}", sysroot.display()))?;
         let field = |name| about_field(&about, name).with_context(|| format!("`rustc -vV` says no {name}"));
         let llvm = field("LLVM version")?;
         let rustc = Self {
@@ -136,8 +144,8 @@ impl Rustc {
         };
         let path = root.join("rust-toolchain.toml");
         let pin = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-        let pinned = toml_string(&pin, "channel")
-            .with_context(|| format!("{} names no channel", path.display()))?;
+        let pinned =
+            toml_string(&pin, "channel").with_context(|| format!("{} names no channel", path.display()))?;
         if rustc.release != pinned {
             bail!(
                 "rustc {} is active, {} pins {pinned}: run `rustup toolchain install {pinned}`, \
@@ -165,7 +173,11 @@ fn find_root() -> Result<PathBuf> {
 }
 
 fn cache_folder(variable: impl Fn(&str) -> Option<OsString>) -> Result<PathBuf> {
-    let set = |name| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set = |name| {
+        variable(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     if let Some(folder) = set("CDP_CACHE") {
         return Ok(folder);
     }
@@ -177,7 +189,9 @@ fn cache_folder(variable: impl Fn(&str) -> Option<OsString>) -> Result<PathBuf> 
 
 /// The value of `name: value` in the answer of `rustc -vV`.
 fn about_field<'a>(about: &'a str, name: &str) -> Option<&'a str> {
-    about.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+    about
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
 }
 
 /// The value of the first line `key = "value"`. Enough for the two files we read, which we also write.
@@ -200,7 +214,12 @@ mod tests {
     use super::*;
 
     fn cache_with(variables: &[(&str, &str)]) -> Option<PathBuf> {
-        let find = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| OsString::from(v));
+        let find = |name: &str| {
+            variables
+                .iter()
+                .find(|(n, _)| *n == name)
+                .map(|(_, v)| OsString::from(v))
+        };
         cache_folder(find).ok()
     }
 
@@ -210,7 +229,10 @@ mod tests {
         assert_eq!(cache_with(&all), Some(PathBuf::from("/a")));
         assert_eq!(cache_with(&all[1..]), Some(PathBuf::from("/b/cdp")));
         assert_eq!(cache_with(&all[2..]), Some(PathBuf::from("/c/.cache/cdp")));
-        assert_eq!(cache_with(&[("CDP_CACHE", ""), ("HOME", "/c")]), Some(PathBuf::from("/c/.cache/cdp")));
+        assert_eq!(
+            cache_with(&[("CDP_CACHE", ""), ("HOME", "/c")]),
+            Some(PathBuf::from("/c/.cache/cdp"))
+        );
         assert_eq!(cache_with(&[]), None);
     }
 

@@ -25,7 +25,9 @@ pub(crate) const LIBRARY: &str = "CDP_PROBE_LIBRARY";
 /// Becomes rustc. Comes back only if it cannot.
 pub(crate) fn exec(arguments: impl Iterator<Item = OsString>) -> Result<()> {
     let mut arguments = arguments.skip(1);
-    let rustc = arguments.next().context("the wrapper was given no rustc to run")?;
+    let rustc = arguments
+        .next()
+        .context("the wrapper was given no rustc to run")?;
     let arguments = rewrite(arguments.collect(), |name| std::env::var_os(name));
     let error = Command::new(&rustc).args(arguments).exec();
     Err(Error::new(error).context(format!("start {}", rustc.display())))
@@ -34,7 +36,9 @@ pub(crate) fn exec(arguments: impl Iterator<Item = OsString>) -> Result<()> {
 /// The arguments with which the crate comes out the same everywhere. Crates for the host (build
 /// scripts, macros) and questions cargo asks of rustc stay as they are.
 fn rewrite(mut arguments: Vec<OsString>, variable: impl Fn(&str) -> Option<OsString>) -> Vec<OsString> {
-    let for_the_probe = arguments.windows(2).any(|pair| pair[0] == "--target" && pair[1] == super::TARGET);
+    let for_the_probe = arguments
+        .windows(2)
+        .any(|pair| pair[0] == "--target" && pair[1] == super::TARGET);
     let metadata = arguments.iter_mut().find(|argument| is_metadata(argument));
     let (true, Some(metadata), Some(crate_name)) = (for_the_probe, metadata, variable("CARGO_PKG_NAME"))
     else {
@@ -51,14 +55,21 @@ fn rewrite(mut arguments: Vec<OsString>, variable: impl Fn(&str) -> Option<OsStr
     ];
     for (name, to) in renamed {
         if let Some(from) = variable(name) {
-            arguments.push(joined(&["--remap-path-prefix=".as_ref(), &from, "=".as_ref(), to]));
+            arguments.push(joined(&[
+                "--remap-path-prefix=".as_ref(),
+                &from,
+                "=".as_ref(),
+                to,
+            ]));
         }
     }
     arguments
 }
 
 fn is_metadata(argument: &OsStr) -> bool {
-    argument.to_str().is_some_and(|argument| argument.starts_with("metadata="))
+    argument
+        .to_str()
+        .is_some_and(|argument| argument.starts_with("metadata="))
 }
 
 fn joined(parts: &[&OsStr]) -> OsString {
@@ -70,9 +81,17 @@ mod tests {
     use super::*;
 
     fn rewritten(arguments: &[&str], variables: &[(&str, &str)]) -> Vec<String> {
-        let find = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| OsString::from(v));
+        let find = |name: &str| {
+            variables
+                .iter()
+                .find(|(n, _)| *n == name)
+                .map(|(_, v)| OsString::from(v))
+        };
         let arguments = arguments.iter().map(OsString::from).collect();
-        rewrite(arguments, find).iter().map(|argument| argument.to_string_lossy().into_owned()).collect()
+        rewrite(arguments, find)
+            .iter()
+            .map(|argument| argument.to_string_lossy().into_owned())
+            .collect()
     }
 
     #[test]
@@ -82,8 +101,14 @@ mod tests {
             ("CARGO_PKG_NAME", "aya-ebpf"),
             ("CARGO_MANIFEST_DIR", "/home/me/.cargo/aya"),
         ];
-        let arguments =
-            ["--crate-name", "aya_ebpf", "-C", "metadata=0123", "--target", "bpfel-unknown-none"];
+        let arguments = [
+            "--crate-name",
+            "aya_ebpf",
+            "-C",
+            "metadata=0123",
+            "--target",
+            "bpfel-unknown-none",
+        ];
         assert_eq!(
             rewritten(&arguments, &variables),
             [
@@ -101,7 +126,10 @@ mod tests {
 
     #[test]
     fn a_build_script_and_a_question_stay_as_they_are() {
-        let variables = [("CARGO_PKG_NAME", "aya-ebpf"), ("CARGO_MANIFEST_DIR", "/somewhere")];
+        let variables = [
+            ("CARGO_PKG_NAME", "aya-ebpf"),
+            ("CARGO_MANIFEST_DIR", "/somewhere"),
+        ];
         for arguments in [
             ["--crate-name", "build_script_build", "-C", "metadata=0123"],
             ["--print", "cfg", "--target", "bpfel-unknown-none"],

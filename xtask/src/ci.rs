@@ -1,0 +1,38 @@
+//! `cargo xtask ci`: what has to hold before a change is taken; the same at home as on the CI machine.
+
+use anyhow::Result;
+
+use crate::test::TestArgs;
+use crate::workspace::Workspace;
+use crate::{ebpf, sh, test};
+
+/// All checks, the quick ones first; stops at the first that fails.
+///
+/// Clippy and rustdoc take the release profile, so that build scripts and macros are built once.
+pub(crate) fn run(workspace: &Workspace) -> Result<()> {
+    sh::step("format", || {
+        sh::run(workspace.cargo("fmt").args(["--all", "--check"]))
+    })?;
+    sh::step("clippy", || {
+        let mut clippy = workspace.cargo("clippy");
+        clippy.args([
+            "--locked",
+            "--release",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "--deny",
+            "warnings",
+        ]);
+        sh::run(&mut clippy)
+    })?;
+    sh::step("clippy of the probe", || ebpf::lint(workspace))?;
+    sh::step("documentation", || {
+        let mut doc = workspace.cargo("doc");
+        doc.args(["--locked", "--release", "--workspace", "--no-deps"])
+            .env("RUSTDOCFLAGS", "--deny warnings");
+        sh::run(&mut doc)
+    })?;
+    sh::step("the committed probe", || ebpf::verify(workspace))?;
+    test::run(workspace, &TestArgs::default())
+}
