@@ -36,3 +36,16 @@ impl Interrupt {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_signal_is_noted() {
+        let interrupt = Interrupt::catch().unwrap();
+        assert!(interrupt.check().is_ok());
+        signal_hook::low_level::raise(signal_hook::consts::SIGTERM).unwrap();
+        assert_eq!(interrupt.check().unwrap_err().kind(), io::ErrorKind::Interrupted);
+    }
+}

@@ -1,0 +1,14 @@
+//! The binary as a script sees it: exit codes, JSON, messages, and what is left on disk.
+//!
+//! Every test makes its own store with the journal's writer; nothing here needs an agent or a probe.
+
+#![allow(clippy::unwrap_used, reason = "a helper of a test fails the test")]
+
+mod damage;
+mod device;
+mod history;
+mod image;
+mod live;
+mod program;
+mod store;
+mod usage;
