@@ -233,6 +233,12 @@ impl Agent {
         Ok(())
     }
 
+    /// Waits until everything written before is durable, and makes sure that nothing was dropped.
+    pub fn wait_and_check(&mut self) -> Result<()> {
+        self.wait_synced()?;
+        self.expect_nothing_dropped()
+    }
+
     /// `cdp-agent bookmark`.
     pub fn bookmark(&self, label: &str) -> Result<()> {
         self.ask("bookmark").arg(label).run()?.success().map(drop)

@@ -319,10 +319,12 @@ fn ignore_missing(done: std::io::Result<()>) -> Result<u64> {
 }
 
 fn is_full(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
-        .any(|cause| matches!(cause.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+    error.chain().any(|cause| {
+        let kind = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        let errno = cause.downcast_ref::<rustix::io::Errno>();
+        matches!(kind, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+            || matches!(errno, Some(&rustix::io::Errno::NOSPC | &rustix::io::Errno::DQUOT))
+    })
 }
 
 /// Writes, zeroes and discards in one part of a device, down to single sectors.

@@ -391,8 +391,7 @@ fn check_all(
     store: &Path,
     mut moments: Vec<QuietMoment>,
 ) -> Result<()> {
-    agent.wait_synced()?;
-    agent.expect_nothing_dropped()?;
+    agent.wait_and_check()?;
     let restore = Restore::from(store)?;
     let image: PathBuf = scene.path("image");
     let last = moments.last().context("a moment")?.clone();

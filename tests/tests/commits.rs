@@ -1,0 +1,144 @@
+//! P1, exact, under load: restored to any moment and recovered, a database holds every transaction that
+//! had been committed by then, and none that had not begun.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use cdp_tests::agent::AgentPlan;
+use cdp_tests::commits::{CommitLog, Committers, PRESENT, SCHEMA, TORN, numbers, session_log};
+use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
+use cdp_tests::moments::WallNs;
+use cdp_tests::mount::{FileSystem, Mount};
+use cdp_tests::postgres::Installation;
+use cdp_tests::restore::Restore;
+use cdp_tests::sqlite::{Database, Journal};
+use cdp_tests::{Scene, system_test};
+
+/// Sessions of PostgreSQL that commit at once.
+const SESSIONS: u64 = 3;
+/// Transactions for each moment that is checked, so that moments fall far apart.
+const COMMITS_PER_MOMENT: u64 = 60;
+
+/// Goal: P1 for PostgreSQL. Method: sessions commit numbered transactions on a protected ext4, with log
+/// segments so small that checkpoints and recycling happen all the time; then images of random moments are
+/// mounted, the server recovers on each, and its rows are compared with what the clients had seen.
+#[test]
+fn postgresql_restored_to_any_moment_has_exactly_the_commits_until_then() {
+    let name = "commits: PostgreSQL";
+    system_test(name, &["mkfs.ext4", "psql"], |scene| {
+        let postgres =
+            Installation::find()?.context("PostgreSQL is not installed (cargo xtask setup gets it)")?;
+        let mut rng = scene.rng();
+        let (device, mount) = ext4(scene, 256 * MIB)?;
+        let data = mount.dir().join("data");
+        postgres.create_cluster(&data)?;
+        let settings = ["max_wal_size=4MB", "min_wal_size=2MB", "checkpoint_timeout=30s"];
+        let server =
+            Arc::new(postgres.start(&data, &scene.path("sock"), &settings, &scene.log("postgres"))?);
+        server.sql(SCHEMA)?;
+        let plan = AgentPlan::new(scene, &scene.path("store"))?.volume("pg", device.path());
+        let mut agent = plan.protect()?;
+        let (sessions, logs) = (Arc::clone(&server), scene.dir().to_owned());
+        let open = move |session| sessions.session(&session_log(&logs, session));
+        let committers = Committers::start(SESSIONS, &mut rng, open);
+        let moments = scene.moments();
+        committers.wait_for(moments as u64 * COMMITS_PER_MOMENT)?;
+        let log = committers.stop()?;
+        agent.wait_and_check()?;
+        let restore = Restore::from(plan.store())?;
+        for number in 0..moments {
+            let at = log.random_moment(&mut rng)?;
+            with_restored(scene, &restore, "pg", at, |dir| {
+                let logfile = scene.log(&format!("restored-{number}"));
+                let copy = postgres.start(&dir.join("data"), &scene.path("sock2"), &[], &logfile)?;
+                judge(&log, at, &copy.sql(PRESENT)?, &copy.sql(TORN)?)?;
+                copy.stop()?;
+                std::fs::remove_file(logfile).context("remove the log of a recovery that went well")
+            })?;
+        }
+        drop(server);
+        mount.unmount()?;
+        agent.stop()
+    });
+}
+
+/// Goal: P1 for SQLite with a write-ahead log. Method: as for PostgreSQL, with one session.
+#[test]
+fn sqlite_with_a_write_ahead_log_has_exactly_the_commits_until_then() {
+    sqlite_has_exactly_the_commits("commits: SQLite, write-ahead log", &[Journal::Wal]);
+}
+
+/// Goal: P1 for SQLite with a rollback journal, deleted or kept at each commit. Method: as for PostgreSQL,
+/// with one session.
+#[test]
+fn sqlite_with_a_rollback_journal_has_exactly_the_commits_until_then() {
+    sqlite_has_exactly_the_commits(
+        "commits: SQLite, rollback journal",
+        &[Journal::Delete, Journal::Persist],
+    );
+}
+
+fn sqlite_has_exactly_the_commits(name: &str, journals: &[Journal]) {
+    for &journal in journals {
+        system_test(name, &["mkfs.ext4", "sqlite3"], |scene| {
+            let mut rng = scene.rng();
+            let (device, mount) = ext4(scene, 64 * MIB)?;
+            let database = Database::new(&mount.dir().join("entries.db"), journal);
+            let mut setup = database.session(&scene.log("sqlite"))?;
+            setup.ask(&format!("{SCHEMA}\nselect 'made';\n"), "made")?;
+            setup.finish(Duration::from_secs(10))?;
+            let plan = AgentPlan::new(scene, &scene.path("store"))?.volume("db", device.path());
+            let mut agent = plan.protect()?;
+            let (sessions, logs) = (database.clone(), scene.dir().to_owned());
+            let open = move |session| sessions.session(&session_log(&logs, session));
+            let committers = Committers::start(1, &mut rng, open);
+            let moments = scene.moments();
+            committers.wait_for(moments as u64 * COMMITS_PER_MOMENT / 2)?;
+            let log = committers.stop()?;
+            agent.wait_and_check()?;
+            let restore = Restore::from(plan.store())?;
+            for _ in 0..moments {
+                let at = log.random_moment(&mut rng)?;
+                with_restored(scene, &restore, "db", at, |dir| {
+                    let copy = Database::new(&dir.join("entries.db"), journal);
+                    copy.check_integrity()?;
+                    judge(&log, at, &copy.sql(PRESENT)?, &copy.sql(TORN)?)
+                })?;
+            }
+            mount.unmount()?;
+            agent.stop()
+        });
+    }
+}
+
+fn ext4(scene: &Scene, bytes: u64) -> Result<(LoopDevice, Mount)> {
+    let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(bytes))?;
+    FileSystem::Ext4.make(device.path())?;
+    let mount = Mount::new(device.path(), FileSystem::Ext4, &scene.path("mnt"))?;
+    Ok((device, mount))
+}
+
+/// Restores `volume` to `at`, mounts the image (the file system recovers by its journal) and looks at it.
+fn with_restored(
+    scene: &Scene,
+    restore: &Restore,
+    volume: &str,
+    at: WallNs,
+    look: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let image = scene.path("image");
+    restore.image(volume, &at.to_string(), &image)?.success()?;
+    let device = LoopDevice::attach(&image)?;
+    let mount = Mount::new(device.path(), FileSystem::Ext4, &scene.path("restored"))?;
+    look(mount.dir()).with_context(|| format!("restored to {at}"))?;
+    mount.unmount()?;
+    drop(device);
+    std::fs::remove_file(image).context("remove the image")
+}
+
+fn judge(log: &CommitLog, at: WallNs, present: &[String], torn: &[String]) -> Result<()> {
+    ensure!(torn.is_empty(), "half a transaction: {torn:?}");
+    log.check(at, &numbers(present)?)
+}
