@@ -35,7 +35,7 @@ macro_rules! help_with_when {
             "\
 WHEN is one of:
   latest                               the newest moment in the store
-  2026-11-21T10:15:03.123456789+08:00  RFC 3339, up to nanoseconds; local time zone without an offset
+  2026-11-21T10:15:03.123456789+08:00  RFC 3339; without the offset, local time
   -90s, -5m, -2h                       before now
   seq:123456                           right after the write with that sequence number
   bookmark:LABEL                       a moment named with `cdp-agent bookmark`
@@ -64,6 +64,7 @@ pub(crate) struct Cli {
 
 /// Flags that every command takes.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every command")]
 pub(crate) struct Common {
     /// Say more on stderr; twice for details, three times for everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
@@ -85,20 +86,14 @@ pub(crate) enum LogFormat {
     Json,
 }
 
-/// What to do.
+/// What to do; each command's help is that of its arguments.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// List the volumes of a store, with how far their history reaches
     Ls(Ls),
-    /// Show a volume's history: which stretches are exact, the gaps and their causes, the bookmarks
     Points(Points),
-    /// Write a block volume, as it was at a moment, to a file or onto a device
     Image(Image),
-    /// List what was written between two moments: where, how often, when and by whom
     Diff(Diff),
-    /// Read and check what is stored: every frame of the store, or every block of one moment
     Verify(Verify),
-    /// Print the completion script for a shell
     Completions(Completions),
 }
 
@@ -110,7 +105,11 @@ pub(crate) struct From {
     pub(crate) from: Source,
 }
 
+/// List the volumes of a store, with how far their history reaches.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  cdp-restore ls --from /var/lib/cdp
+  cdp-restore ls --from /var/lib/cdp --json")]
 pub(crate) struct Ls {
     #[command(flatten)]
     pub(crate) source: From,
@@ -119,7 +118,13 @@ pub(crate) struct Ls {
     pub(crate) json: bool,
 }
 
+/// Show a volume's history: exact stretches, gaps with their causes, bookmarks.
+///
+/// Every time is shown in a form that can be given back after `--at`.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  cdp-restore points --from /var/lib/cdp pg
+  cdp-restore points --from /var/lib/cdp pg --json")]
 pub(crate) struct Points {
     #[command(flatten)]
     pub(crate) source: From,
