@@ -1,7 +1,9 @@
 //! `cargo xtask`: everything about this workspace that plain cargo does not do.
 
 mod apt;
+mod bench;
 mod ci;
+mod demo;
 mod ebpf;
 mod rocksdb;
 mod setup;
@@ -36,6 +38,10 @@ enum Task {
         #[arg(long)]
         dry_run: bool,
     },
+    /// See it work: a database loses a table and gets it back as it was a millisecond earlier
+    Demo(demo::DemoArgs),
+    /// Measure what protection costs, and write docs/bench.md
+    Bench(bench::BenchArgs),
     /// Run every test; what needs root or BTF is skipped by name where they are missing
     Test(test::TestArgs),
     /// Format, clippy, documentation, the probe's object and every test
@@ -73,6 +79,8 @@ fn run() -> Result<()> {
     let workspace = Workspace::open()?;
     match args.task {
         Task::Setup { dry_run } => setup::run(&workspace, dry_run),
+        Task::Demo(args) => demo::run(&workspace, &args),
+        Task::Bench(args) => bench::run(&workspace, &args),
         Task::Test(args) => test::run(&workspace, &args),
         Task::Ci => ci::run(&workspace),
         Task::Ebpf(EbpfTask::Build) => ebpf::build(&workspace),

@@ -222,7 +222,8 @@ fn say_what_the_kernel_lacks() {
     if !sh::is_root() {
         sh::say("note: you are not root: `cargo xtask test` skips, by name, what needs root");
     }
-    if !sh::succeeds(Command::new("losetup").arg("--find")) && sh::is_root() {
+    let losetup = sh::find_program("losetup").unwrap_or_else(|| "losetup".into());
+    if sh::is_root() && !sh::succeeds(Command::new(losetup).arg("--find")) {
         sh::say("note: no loop device can be had here: tests of the whole system cannot run");
     }
 }

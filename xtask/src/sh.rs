@@ -1,6 +1,6 @@
 //! Running other programs: every command is shown before it runs, and a failure names it.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -58,15 +58,24 @@ pub(crate) fn succeeds(command: &mut Command) -> bool {
         .is_ok_and(|status| status.success())
 }
 
-/// The full path of a program, looked for in `PATH` and in the folders of system programs, which an
-/// ordinary user's `PATH` leaves out on Debian.
+/// The full path of a program, looked for in [`search_path`].
 pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
-    std::env::split_paths(&path)
-        .chain(system)
+    std::env::split_paths(&search_path())
         .map(|folder| folder.join(name))
         .find(|file| file.is_file())
+}
+
+/// `PATH`, and after it the folders of system programs, which Debian leaves out of a user's `PATH`.
+pub(crate) fn search_path() -> OsString {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    let folders: Vec<_> = std::env::split_paths(&path).collect();
+    let lacking: Vec<_> = system
+        .into_iter()
+        .filter(|folder| !folders.contains(folder))
+        .collect();
+    // Joining fails only on a folder with a colon in its name, and these came from splitting at colons.
+    std::env::join_paths(folders.into_iter().chain(lacking)).unwrap_or(path)
 }
 
 /// A command that runs as root: itself if we are root, else through `sudo`.

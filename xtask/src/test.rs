@@ -62,6 +62,7 @@ fn cargo_test(workspace: &Workspace) -> Command {
     let mut cargo = workspace.cargo("test");
     cargo.args(["--release", "--no-fail-fast"]);
     cargo
+        .env("PATH", sh::search_path())
         .env("CDP_AGENT", workspace.release_binary("cdp-agent"))
         .env("CDP_RESTORE", workspace.release_binary("cdp-restore"));
     cargo

@@ -1,0 +1,168 @@
+//! `cargo xtask bench`: what protection costs, measured against the same machine without it.
+//!
+//! Machines are shared and figures move by a factor between runs; ratios within one run move less. So both
+//! sides take turns, several times, and medians are compared. A consumer that polls keeps virtual CPUs from
+//! sleeping and can make a database *faster*: the unprotected side therefore runs beside an agent of its
+//! own, which protects another device where nothing happens.
+
+mod measure;
+mod report;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use cdp_tests::Scene;
+use cdp_tests::agent::use_binaries_in;
+use cdp_tests::process::catch_interrupts;
+use cdp_tests::scene::missing_here;
+
+use crate::workspace::Workspace;
+use crate::{demo, sh};
+
+use measure::{Bench, Side};
+use report::Report;
+
+/// How to measure.
+#[derive(clap::Args, Default)]
+pub(crate) struct BenchArgs {
+    /// A short run, to see that everything works: prints its table and writes no file
+    #[arg(long)]
+    quick: bool,
+    /// Where the table goes
+    #[arg(long, value_name = "FILE", default_value = "docs/bench.md")]
+    to: PathBuf,
+    /// How often both sides take turns (5; with --quick 2)
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// The machine and the binaries are ready (said by the bench itself to its own second half)
+    #[arg(long, hide = true)]
+    prepared: bool,
+}
+
+/// How long and how often everything is measured.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Effort {
+    /// How often both sides take turns.
+    pub(crate) rounds: usize,
+    /// One measurement with fio.
+    pub(crate) fio: Duration,
+    /// One measurement with pgbench.
+    pub(crate) pgbench: Duration,
+    /// One stretch of writing at a held rate.
+    pub(crate) sustained: Duration,
+    /// How often an image and a copy take turns.
+    pub(crate) copies: usize,
+}
+
+impl Effort {
+    fn of(args: &BenchArgs) -> Effort {
+        let secs = Duration::from_secs;
+        let effort = if args.quick {
+            Effort {
+                rounds: 2,
+                fio: secs(3),
+                pgbench: secs(5),
+                sustained: secs(10),
+                copies: 1,
+            }
+        } else {
+            Effort {
+                rounds: 5,
+                fio: secs(10),
+                pgbench: secs(20),
+                sustained: secs(60),
+                copies: 3,
+            }
+        };
+        Effort {
+            rounds: args.rounds.unwrap_or(effort.rounds).max(1),
+            ..effort
+        }
+    }
+}
+
+/// Prepares the machine, builds, measures, and writes the table.
+pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
+    if !args.prepared {
+        demo::prepare(workspace)?;
+    }
+    if !sh::is_root() {
+        return demo::again_as_root(workspace, &again(args));
+    }
+    if let Some(why) = missing_here(&["fio", "mkfs.ext4", "losetup", "setpriv"]) {
+        bail!("the bench cannot run here: {why}");
+    }
+    use_binaries_in(&workspace.target().join("release"));
+    catch_interrupts();
+    let scene = Scene::new(1)?;
+    let measured = measure_all(&scene, Effort::of(args));
+    if measured.is_err() {
+        scene.show_logs();
+    }
+    let cleared = scene.clear();
+    let text = measured?.markdown()?;
+    cleared?;
+    println!("{text}");
+    if !args.quick {
+        let path = workspace.root.join(&args.to);
+        let folder = path.parent().context("a folder for the table")?;
+        std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+        std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        sh::say(format!("written: {}", path.display()));
+    }
+    Ok(())
+}
+
+fn again(args: &BenchArgs) -> Vec<String> {
+    let mut again = vec!["bench".to_owned(), "--prepared".to_owned(), "--to".to_owned()];
+    again.push(args.to.display().to_string());
+    if args.quick {
+        again.push("--quick".to_owned());
+    }
+    if let Some(rounds) = args.rounds {
+        again.extend(["--rounds".to_owned(), rounds.to_string()]);
+    }
+    again
+}
+
+fn measure_all(scene: &Scene, effort: Effort) -> Result<Report> {
+    let mut bench = Bench::set_up(scene, effort)?;
+    let mut report = Report::new(effort);
+    for round in 0..effort.rounds {
+        // Whoever comes first in one round comes second in the next.
+        let sides = if round % 2 == 0 {
+            Side::BOTH
+        } else {
+            [Side::BOTH[1], Side::BOTH[0]]
+        };
+        for side in sides {
+            for load in measure::Load::ALL {
+                let figures = bench
+                    .measure(load, side)
+                    .with_context(|| format!("{load:?}, {side:?}"))?;
+                sh::say(format!(
+                    "round {} of {}: {load:?}, {side:?}: {figures}",
+                    round + 1,
+                    effort.rounds
+                ));
+                report.add(load, side, figures);
+            }
+        }
+    }
+    for load in measure::HeldLoad::ALL {
+        let figures = bench.hold(load).with_context(|| format!("{load:?}"))?;
+        sh::say(format!("{load:?}: {figures}"));
+        report.add_held(load, figures);
+    }
+    for _ in 0..effort.copies {
+        let (image, copy) = bench.image_and_copy()?;
+        sh::say(format!(
+            "image {:.0} MB/s, cp {:.0} MB/s",
+            image / 1e6,
+            copy / 1e6
+        ));
+        report.add_image(image, copy);
+    }
+    Ok(report)
+}
