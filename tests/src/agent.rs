@@ -1,6 +1,7 @@
 //! `cdp-agent`, as a user runs it.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -15,21 +16,34 @@ pub const PROTECT_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long an agent may take to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A program of the product: `CDP_AGENT` or `CDP_RESTORE`, else beside the test's own build, else the release build.
+static BINARIES: OnceLock<PathBuf> = OnceLock::new();
+
+/// Takes the product's programs from `folder` from now on, unless the environment names others. The first
+/// call counts.
+pub fn use_binaries_in(folder: &Path) {
+    BINARIES.get_or_init(|| folder.to_owned());
+}
+
+/// A program of the product: what `CDP_AGENT` or `CDP_RESTORE` names, else from the folder of
+/// [`use_binaries_in`], else beside the test's own build, else the release build.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let variable = name.to_uppercase().replace('-', "_");
     if let Some(path) = std::env::var_os(&variable) {
         return Ok(path.into());
     }
-    let mut tried = Vec::new();
-    // A test runs from target/PROFILE/deps, a task from target/PROFILE.
+    let mut tried: Vec<PathBuf> = BINARIES
+        .get()
+        .map(|folder| folder.join(name))
+        .into_iter()
+        .collect();
+    // A test runs from target/PROFILE/deps.
     let own = std::env::current_exe().context("where this program lies")?;
-    tried.extend(own.ancestors().skip(1).take(2).map(|folder| folder.join(name)));
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"),
-        PathBuf::from,
-    );
-    tried.push(target.join("release").join(name));
+    tried.extend(own.ancestors().nth(2).map(|folder| folder.join(name)));
+    // At run time, not `env!`: clones that share a target folder share this code.
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    let target = target.or_else(|| Some(manifest?.join("../target")));
+    tried.extend(target.map(|folder| folder.join("release").join(name)));
     let found = tried.iter().find(|path| path.is_file()).cloned();
     found.with_context(|| {
         format!("{name} is not built (cargo build --release -p {name}); looked for {tried:?}")

@@ -26,17 +26,31 @@ impl Installation {
         let Some(user) = User::find("postgres")? else {
             return Ok(None);
         };
-        let Ok(versions) = std::fs::read_dir(DEBIAN_FOLDER) else {
-            return Ok(None);
-        };
         let number = |path: &PathBuf| path.file_name()?.to_str()?.parse::<u32>().ok();
-        let mut versions: Vec<PathBuf> = versions.flatten().map(|entry| entry.path()).collect();
-        versions.retain(|path| number(path).is_some() && path.join("bin/postgres").exists());
+        let versions = std::fs::read_dir(DEBIAN_FOLDER).into_iter().flatten().flatten();
+        let mut versions: Vec<PathBuf> = versions.map(|entry| entry.path()).collect();
+        versions.retain(|path| number(path).is_some());
         versions.sort_by_key(number);
-        Ok(versions.pop().map(|path| Installation {
-            folder: path.join("bin"),
-            user,
-        }))
+        // Other systems have the programs in the search path.
+        let search = std::env::var_os("PATH").unwrap_or_default();
+        let folders = versions
+            .iter()
+            .rev()
+            .map(|path| path.join("bin"))
+            .chain(std::env::split_paths(&search));
+        let mut fit = folders.filter(|folder| {
+            ["postgres", "initdb"]
+                .iter()
+                .all(|name| folder.join(name).exists())
+        });
+        Ok(fit.next().map(|folder| Installation { folder, user }))
+    }
+
+    /// What the server says of itself, such as `PostgreSQL 15.8`.
+    pub fn version(&self) -> Result<String> {
+        let text = self.program("postgres").arg("--version").output()?;
+        let number = text.split_whitespace().nth(2).context("a version of postgres")?;
+        Ok(format!("PostgreSQL {number}"))
     }
 
     fn program(&self, name: &str) -> Cmd {

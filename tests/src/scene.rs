@@ -77,7 +77,8 @@ impl Scene {
         knob("CDP_MOMENTS").unwrap_or(default) as usize
     }
 
-    fn show_logs(&self) {
+    /// Shows the end of each log.
+    pub fn show_logs(&self) {
         let Ok(entries) = std::fs::read_dir(self.dir()) else {
             return;
         };
@@ -87,6 +88,27 @@ impl Scene {
         for log in logs {
             eprintln!("{}", process::tail(&log, LOG_LINES_SHOWN));
         }
+    }
+
+    /// Removes the folder; an error if a mount, a loop device or a file of the scene is still there.
+    pub fn clear(self) -> Result<()> {
+        let dir = self.dir.path().to_owned();
+        self.dir
+            .close()
+            .with_context(|| format!("remove {}", dir.display()))?;
+        let text = dir.display().to_string();
+        let mounts = std::fs::read_to_string("/proc/self/mounts").context("list the mounts")?;
+        let loops = std::fs::read_dir("/sys/block").context("list the devices")?;
+        let mut backing = loops
+            .flatten()
+            .map(|entry| entry.path().join("loop/backing_file"));
+        let attached =
+            backing.any(|path| std::fs::read_to_string(path).is_ok_and(|file| file.contains(&text)));
+        anyhow::ensure!(
+            !mounts.contains(&text) && !attached,
+            "something of {text} is still mounted or attached"
+        );
+        Ok(())
     }
 
     fn keep_if_asked(self) {
