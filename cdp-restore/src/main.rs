@@ -17,6 +17,7 @@ mod cmd;
 mod digest;
 mod exit;
 mod interrupt;
+mod records;
 mod report;
 mod source;
 mod target;

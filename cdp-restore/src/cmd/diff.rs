@@ -11,6 +11,7 @@ use super::{Instant, find_volume, open_store, require_block, resolve, table};
 use crate::args::Diff;
 use crate::changes::{Changes, Kind, Range};
 use crate::exit::UsageError;
+use crate::records;
 use crate::report::Report;
 use crate::time::Time;
 use crate::units::{Bytes, Elapsed, count};
@@ -76,7 +77,7 @@ pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
         return Err(UsageError(message).into());
     }
     let mut changes = Changes::default();
-    store.records(Some(since.seq), until.seq, &mut |record: &PlacedRecord| {
+    records::between(args.source.from.folder()?, since.seq, until.seq, &mut |record| {
         if record.record.volume == Some(volume.id) {
             note(&mut changes, record);
         }

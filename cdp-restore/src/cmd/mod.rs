@@ -170,6 +170,7 @@ fn explain(cause: GapCause) -> &'static str {
         GapCause::IoError => "the device failed a write",
         GapCause::SpoolFull => "the store was full",
         GapCause::LogHole => "records are missing from the log",
+        GapCause::Resized => "the volume grew, and what it gained was not read yet",
     }
 }
 

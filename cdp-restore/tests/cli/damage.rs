@@ -127,13 +127,3 @@ fn a_store_of_a_newer_format_is_left_alone() {
     store.image("latest").unwrap_err().exits(1).says(&["format 99"]);
     assert_eq!(names_in(&store.beside("")), ["store"]);
 }
-
-#[test]
-fn a_segment_of_a_newer_format_is_left_alone() {
-    let store = Store::known();
-    let path = store.segment();
-    let mut bytes = fs::read(&path).unwrap();
-    bytes[4] = 9;
-    fs::write(&path, bytes).unwrap();
-    store.run("verify", &[]).exits(1).says(&[".seg", "format 9"]);
-}

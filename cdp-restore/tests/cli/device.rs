@@ -19,8 +19,16 @@ struct Loop {
 
 impl Loop {
     fn new(file: PathBuf, bytes: u64) -> Self {
+        Loop::with(file, bytes, &[])
+    }
+
+    fn with(file: PathBuf, bytes: u64, flags: &[&str]) -> Self {
         fs::write(&file, vec![0xee; bytes as usize]).unwrap();
-        let path = tool("losetup", ["--find", "--show", file.to_str().unwrap()]).into();
+        let path = tool(
+            "losetup",
+            [flags, &["--find", "--show", file.to_str().unwrap()]].concat(),
+        )
+        .into();
         Loop { path, file }
     }
 
@@ -126,8 +134,7 @@ fn a_device_that_is_read_only_is_refused() {
         return;
     }
     let store = Store::known();
-    let device = Loop::new(store.beside("target"), VOLUME_BYTES);
-    tool("blockdev", ["--setro", device.text()]);
+    let device = Loop::with(store.beside("target"), VOLUME_BYTES, &["--read-only"]);
     image_to(&store, &device.path, &["--yes"])
         .exits(1)
         .says(&["is read-only"]);

@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
-use crate::program::{names_in, root_for, tool};
+use crate::program::{command, names_in, root_for, tool};
 use crate::store::{BLOCK_BYTES, Store, VOLUME_BYTES, known_image, time};
 
 #[test]
@@ -49,11 +49,8 @@ fn a_time_without_an_offset_is_local() {
             target.to_str().unwrap(),
         ],
     );
-    let status = crate::program::command(arguments)
-        .env("TZ", "Asia/Shanghai")
-        .status()
-        .unwrap();
-    assert!(status.success());
+    let output = command(arguments).env("TZ", "Asia/Shanghai").output().unwrap();
+    assert!(output.status.success(), "{output:?}");
     assert!(fs::read(&target).unwrap() == known_image(5));
 }
 
@@ -185,7 +182,7 @@ fn targets_that_make_no_sense_are_refused() {
     let segment = store.segment();
     let before = fs::read(&segment).unwrap();
     for (target, says) in [
-        (store.path().as_path(), "a folder"),
+        (store.beside("").as_path(), "a folder"),
         (Path::new("/dev/null"), "a character device"),
         (store.beside("no/disk.img").as_path(), "no such folder"),
         (inside.as_path(), "inside the store"),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use cdp_journal::WallNs;
@@ -68,7 +69,7 @@ fn a_moment_that_is_about_to_be_covered_is_waited_for() {
         .to_string();
     let target = store.beside("disk.img");
     let arguments = store.arguments("image", &["pg", "--at", &when, "--to", target.to_str().unwrap()]);
-    let mut child = command(arguments).spawn().unwrap();
+    let mut child = command(arguments).stdout(Stdio::null()).spawn().unwrap();
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
             break status;

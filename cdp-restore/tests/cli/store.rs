@@ -134,7 +134,7 @@ impl Writing {
 /// |   8 |      6 | discard block 0                                          |
 /// |   9 |      7 | tick                                                     |
 /// |  10 |      8 | gap `ring-overflow`, exact up to 9                       |
-/// |  11 |      9 | read-back: block 3 holds noise(11) as of 9               |
+/// |  11 |      9 | read-back: block 3 holds noise(11) as of 10              |
 /// |  12 |     10 | gap closed                                               |
 /// |  13 |     11 | write noise(13) to block 1                               |
 /// |  14 |     12 | resized to 2 MiB                                         |
@@ -185,7 +185,7 @@ impl Store {
             last_exact: Seq::new(9),
         };
         writing.add(8000, pg, open, &[]);
-        writing.add(9000, pg, read_back(3, Seq::new(9)), &noise(11));
+        writing.add(9000, pg, read_back(3, Seq::new(10)), &noise(11));
         writing.add(10_000, pg, Body::GapClose, &[]);
         writing.write(11_000, block, &noise(13));
         writing.add(12_000, pg, Body::Resize { bytes: RESIZED_BYTES }, &[]);
