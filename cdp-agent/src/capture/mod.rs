@@ -195,12 +195,6 @@ impl Probe {
     }
 }
 
-impl AsFd for Probe {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.ring_fd()
-    }
-}
-
 fn take_map(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<aya::maps::Map> {
     ebpf.take_map(name).with_context(|| format!("the probe's object has no map {name}"))
 }

@@ -106,6 +106,8 @@ pub enum GapCause {
     SpoolFull,
     /// Records are missing from the log.
     LogHole,
+    /// The volume grew, and what it gained was not read yet.
+    Resized,
 }
 
 impl GapCause {
@@ -119,6 +121,7 @@ impl GapCause {
             Self::IoError => "io-error",
             Self::SpoolFull => "spool-full",
             Self::LogHole => "log-hole",
+            Self::Resized => "resized",
         }
     }
 
@@ -131,6 +134,7 @@ impl GapCause {
             Self::IoError => 4,
             Self::SpoolFull => 5,
             Self::LogHole => 6,
+            Self::Resized => 7,
         }
     }
 
@@ -143,6 +147,7 @@ impl GapCause {
             Self::IoError,
             Self::SpoolFull,
             Self::LogHole,
+            Self::Resized,
         ]
         .into_iter()
         .find(|cause| cause.code() == code)
@@ -271,7 +276,7 @@ impl Body {
             Self::Zero { offset, len }
             | Self::Discard { offset, len }
             | Self::ReadBackZero { offset, len, .. } => range_fault(*offset, *len),
-            Self::Resize { bytes } | Self::Volume { bytes, .. } if bytes % SECTOR_BYTES != 0 => {
+            Self::Resize { bytes } | Self::Volume { bytes, .. } if !bytes.is_multiple_of(SECTOR_BYTES) => {
                 Some("the size is not a multiple of 512")
             }
             Self::Volume { name, .. } if name.len() > u16::MAX as usize => Some("the name is too long"),
@@ -299,7 +304,7 @@ impl Body {
 fn range_fault(offset: u64, len: u64) -> Option<&'static str> {
     if len == 0 {
         Some("an empty range")
-    } else if offset % SECTOR_BYTES != 0 || len % SECTOR_BYTES != 0 {
+    } else if !offset.is_multiple_of(SECTOR_BYTES) || !len.is_multiple_of(SECTOR_BYTES) {
         Some("not a multiple of 512")
     } else if offset.checked_add(len).is_none_or(|end| end > i64::MAX as u64) {
         Some("beyond the largest offset")

@@ -1,0 +1,408 @@
+//! One running agent: the store, the probe, the threads, and the volumes that come and go.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use cdp_ebpf::DiskFilter;
+use cdp_ebpf::map::{DIRTY_WORDS_PER_DISK, DISKS_MAX, RANGES_MAX, SectorRange};
+use cdp_journal::format::{Body, GapCause, VolumeKind};
+use cdp_journal::store::{StoreWriter, VolumeState, WriterOptions};
+use cdp_journal::{SECTOR_BYTES, Seq, VolumeId};
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use crate::capture::{DiskNumber, Probe, Slot};
+use crate::clock;
+use crate::config::{Config, VolumeConfig};
+use crate::control::{Status, VolumeStatus};
+use crate::device::{self, BlockDevice};
+use crate::pipeline::{Pipeline, Request, Shared};
+use crate::readback::{Devices, ReadBack};
+use crate::recorder::{NewVolume, Recorder, State, VolumeRun};
+
+/// How long the agent waits for the capture thread to take a request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// See the module's head.
+pub(crate) struct Agent {
+    pub(crate) shared: Arc<Shared>,
+    config: Config,
+    agent_id: Uuid,
+    boot_id: Uuid,
+    pipeline: Pipeline,
+    readback: JoinHandle<()>,
+    devices: Devices,
+    /// Volumes that the store knows of, protected just now or not.
+    known: Vec<VolumeState>,
+    interrupted: GapCause,
+    slots: HashMap<DiskNumber, Slot>,
+    next_volume: u16,
+}
+
+impl Agent {
+    /// Opens the store, loads the probe and protects the configured volumes.
+    pub(crate) fn start(config: Config) -> anyhow::Result<Self> {
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "cdp-agent run needs root (CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN): run it with sudo or as a service"
+        );
+        // All that can be refused is refused before anything is made.
+        let devices = config
+            .volumes
+            .iter()
+            .map(|volume| BlockDevice::find(&volume.path).with_context(|| format!("volume {}", volume.name)))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        for (volume, device) in config.volumes.iter().zip(&devices) {
+            refuse_store_on(&config.store, volume, device)?;
+        }
+        crate::capture::btf::Btf::of_running_kernel()?;
+        let options =
+            WriterOptions { store_bytes_max: config.store_bytes_max, ..WriterOptions::default() };
+        let (store, recovered) = StoreWriter::open(&config.store, &options)?;
+        if let Some(cut) = &recovered.cut {
+            tracing::warn!(segment = %cut.path.display(), offset = cut.offset, bytes = cut.bytes,
+                "cut an interrupted append off the end of the log");
+        }
+        for damage in &recovered.damages {
+            tracing::error!("the log is damaged: {damage:?}");
+        }
+        if let Some(why) = &recovered.index_rebuilt {
+            tracing::info!("index rebuilt from the log: {why}");
+        }
+        let probe = Probe::load(config.ring_bytes)?;
+        let boot_id = clock::boot_id()?;
+        let agent_id = recovered.agent.unwrap_or_else(Uuid::new_v4);
+        let rebooted = recovered.boot_id.is_some_and(|then| then != boot_id);
+        let mut recorder = Recorder::new(recovered.last_seq, clock::wall_offset_ns());
+        recorder.note(clock::boot_ns(), None, Body::Start { agent: agent_id, boot_id });
+        let shared = Arc::new(Shared::new(recorder, probe.positions(), config.commit_interval));
+        let (log, index) = store.split();
+        let pipeline = Pipeline::start(&shared, probe, boot_id, log, index)?;
+        let devices_shared: Devices = Arc::new(Mutex::new(HashMap::new()));
+        let readback = ReadBack {
+            shared: Arc::clone(&shared),
+            index: pipeline.index.clone(),
+            devices: Arc::clone(&devices_shared),
+        };
+        let readback_shared = Arc::clone(&shared);
+        let readback = std::thread::Builder::new()
+            .name("cdp-readback".into())
+            .spawn(move || {
+                if let Err(error) = readback.run() {
+                    readback_shared.fail("readback", &error);
+                }
+            })
+            .context("start the read-back thread")?;
+        let next_volume = recovered.volumes.iter().map(|volume| volume.info.id.get()).max().unwrap_or(0) + 1;
+        let mut agent = Self {
+            shared,
+            agent_id,
+            boot_id,
+            pipeline,
+            readback,
+            devices: devices_shared,
+            known: recovered.volumes,
+            interrupted: if rebooted { GapCause::Reboot } else { GapCause::AgentDown },
+            slots: HashMap::new(),
+            next_volume,
+            config: config.clone(),
+        };
+        for (volume, device) in config.volumes.iter().zip(devices) {
+            if let Err(error) = agent.protect(volume, device) {
+                agent.finish();
+                return Err(error);
+            }
+        }
+        Ok(agent)
+    }
+
+    /// Protects a volume from now on.
+    fn protect(&mut self, volume: &VolumeConfig, device: BlockDevice) -> anyhow::Result<()> {
+        let slot = match self.slots.get(&device.disk) {
+            Some(&slot) => slot,
+            None => {
+                // The last slot is the self-test's.
+                let free = (0..DISKS_MAX - 1).map(Slot).find(|slot| !self.slots.values().any(|used| used == slot));
+                free.with_context(|| format!("{} disks at most can be protected at once", DISKS_MAX - 1))?
+            }
+        };
+        let known = self.known.iter().position(|known| known.info.name == volume.name);
+        let id = match known {
+            Some(i) => self.known[i].info.id,
+            None => VolumeId::new(self.next_volume).context("a store holds 65 535 volumes at most")?,
+        };
+        let region_bytes = self.config.dirty_region_bytes;
+        {
+            let mut recorder = self.shared.recorder.lock();
+            let now = clock::boot_ns();
+            let declared = Body::Volume {
+                kind: VolumeKind::Block,
+                bytes: device.bytes,
+                name: volume.name.clone(),
+                path: device.path.display().to_string(),
+            };
+            let mut cause = None;
+            if let Some(i) = known {
+                let state = &self.known[i];
+                cause = Some(self.interrupted);
+                if state.inexact.is_none() {
+                    let last_exact = state.last_exact;
+                    recorder.note(now, Some(id), Body::GapOpen { cause: self.interrupted, last_exact });
+                    self.known[i].gaps += 1;
+                }
+                if self.known[i].info.bytes != device.bytes {
+                    recorder.note(now, Some(id), Body::Resize { bytes: device.bytes });
+                }
+            } else {
+                self.next_volume += 1;
+            }
+            recorder.note(now, Some(id), declared);
+            recorder.add_disk(device.disk, slot, device.bio_based);
+            recorder.add_volume(
+                NewVolume {
+                    id,
+                    name: volume.name.clone(),
+                    path: device.path.clone(),
+                    disk: device.disk,
+                    start_sector: device.start_sector,
+                    bytes: device.bytes,
+                    region_bytes,
+                    blank: known.is_none(),
+                    gaps: known.map_or(0, |i| self.known[i].gaps),
+                    cause,
+                },
+                now,
+            );
+        }
+        self.devices.lock().insert(id, device.clone());
+        self.slots.insert(device.disk, slot);
+        self.watch(device.disk)?;
+        tracing::info!(volume = %volume.name, path = %device.path.display(), bytes = device.bytes, "watching");
+        Ok(())
+    }
+
+    /// Tells the probe what is protected of a disk.
+    fn watch(&mut self, disk: DiskNumber) -> anyhow::Result<()> {
+        let Some(&slot) = self.slots.get(&disk) else { return Ok(()) };
+        let mut filter = DiskFilter { slot: slot.0, ..DiskFilter::default() };
+        let mut count = 0;
+        let mut end_bytes = 0;
+        {
+            let recorder = self.shared.recorder.lock();
+            for volume in recorder.volumes().iter().filter(|volume| volume.disk == disk) {
+                ensure!(count < RANGES_MAX, "{RANGES_MAX} volumes at most can be protected on one disk");
+                let end = volume.start_sector + volume.bytes / SECTOR_BYTES;
+                filter.ranges[count] = SectorRange { start: volume.start_sector, end };
+                end_bytes = end_bytes.max(end * SECTOR_BYTES);
+                count += 1;
+            }
+        }
+        filter.region_shift = region_shift(self.config.dirty_region_bytes, end_bytes);
+        let filter = (count > 0).then_some(filter);
+        if let Some(filter) = filter {
+            self.send(Request::Slot(slot, disk, filter.region_shift))?;
+        } else {
+            self.slots.remove(&disk);
+        }
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        self.send(Request::Watch(disk, filter, reply))?;
+        answer.recv_timeout(REQUEST_TIMEOUT).context("the capture thread does not answer")?
+    }
+
+    fn send(&self, request: Request) -> anyhow::Result<()> {
+        self.pipeline.requests.send_timeout(request, REQUEST_TIMEOUT).ok().context("the capture thread does not answer")
+    }
+
+    /// Takes over what a changed configuration says: volumes come and go, the commit interval changes.
+    pub(crate) fn reload(&mut self, config: Config) -> anyhow::Result<()> {
+        ensure!(config.store == self.config.store, "the store cannot change while the agent runs");
+        ensure!(config.ring_bytes == self.config.ring_bytes, "ring_bytes cannot change while the agent runs");
+        let new: Vec<_> = config.volumes.iter().filter(|volume| !self.config.volumes.contains(volume)).collect();
+        let gone: Vec<_> = self.config.volumes.iter().filter(|volume| !config.volumes.contains(volume)).collect();
+        let mut found = Vec::new();
+        for volume in &new {
+            let device = BlockDevice::find(&volume.path).with_context(|| format!("volume {}", volume.name))?;
+            refuse_store_on(&config.store, volume, &device)?;
+            found.push(device);
+        }
+        let gone: Vec<String> = gone.into_iter().map(|volume| volume.name.clone()).collect();
+        for name in gone {
+            self.unprotect(&name)?;
+        }
+        for (volume, device) in new.into_iter().zip(found) {
+            self.protect(volume, device)?;
+        }
+        self.shared
+            .commit_interval_ms
+            .store(config.commit_interval.as_millis() as u64, std::sync::atomic::Ordering::Relaxed);
+        self.config = config;
+        Ok(())
+    }
+
+    fn unprotect(&mut self, name: &str) -> anyhow::Result<()> {
+        let (volume, disk) = {
+            let mut recorder = self.shared.recorder.lock();
+            let Some(volume) = recorder.volumes().iter().find(|volume| volume.name == name) else { return Ok(()) };
+            let (id, disk) = (volume.id, volume.disk);
+            let state = VolumeState {
+                info: cdp_journal::history::VolumeInfo {
+                    id,
+                    name: name.to_owned(),
+                    kind: VolumeKind::Block,
+                    path: volume.path.display().to_string(),
+                    bytes: volume.bytes,
+                },
+                // History ends here: the gap is opened now, so that no later moment counts as exact.
+                inexact: Some(GapCause::AgentDown),
+                last_exact: None,
+                gaps: volume.gaps + 1,
+            };
+            if matches!(volume.state, State::Exact { .. }) {
+                let last_exact = recorder.last_seq();
+                recorder.note(
+                    clock::boot_ns(),
+                    Some(id),
+                    Body::GapOpen { cause: GapCause::AgentDown, last_exact },
+                );
+            }
+            recorder.remove_volume(id);
+            self.known.retain(|known| known.info.id != id);
+            self.known.push(state);
+            (id, disk)
+        };
+        self.devices.lock().remove(&volume);
+        self.watch(disk)?;
+        tracing::info!(volume = %name, "no longer watching");
+        Ok(())
+    }
+
+    /// Looks whether volumes have changed their size or gone away.
+    pub(crate) fn check_devices(&mut self) {
+        let devices: Vec<(VolumeId, BlockDevice)> =
+            self.devices.lock().iter().map(|(&id, device)| (id, device.clone())).collect();
+        for (id, mut device) in devices {
+            if !device.is_present() {
+                continue;
+            }
+            match device.size() {
+                Ok(bytes) if bytes != device.bytes && bytes > 0 => {
+                    tracing::info!(path = %device.path.display(), from = device.bytes, to = bytes, "resized");
+                    device.bytes = bytes;
+                    let disk = device.disk;
+                    self.devices.lock().insert(id, device);
+                    self.shared.recorder.lock().resized(id, bytes, clock::boot_ns());
+                    if let Err(error) = self.watch(disk) {
+                        self.shared.fail("watch a resized disk", &error);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// How the volumes are.
+    pub(crate) fn status(&self) -> Status {
+        let recorder = self.shared.recorder.lock();
+        let offset = clock::wall_offset_ns();
+        let devices = self.devices.lock();
+        Status {
+            agent: self.agent_id.to_string(),
+            boot_id: self.boot_id.to_string(),
+            seq: recorder.last_seq().map_or(0, Seq::get),
+            durable_seq: self.shared.durable().map_or(0, Seq::get),
+            store_bytes: self.shared.log_bytes.load(std::sync::atomic::Ordering::Relaxed),
+            volumes: recorder
+                .volumes()
+                .iter()
+                .map(|volume| {
+                    let present = devices.get(&volume.id).is_some_and(BlockDevice::is_present);
+                    volume_status(volume, offset, present)
+                })
+                .collect(),
+            targets: Vec::new(),
+        }
+    }
+
+    /// Stops cleanly: everything captured so far is durable afterwards.
+    pub(crate) fn finish(self) -> Option<String> {
+        let shared = Arc::clone(&self.shared);
+        shared.stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        if self.readback.join().is_err() {
+            tracing::error!("the read-back thread panicked");
+        }
+        self.pipeline.finish();
+        shared.failure()
+    }
+
+    pub(crate) fn store(&self) -> &Path {
+        &self.config.store
+    }
+}
+
+fn volume_status(volume: &VolumeRun, offset: i64, present: bool) -> VolumeStatus {
+    let (state, exact_since, cause) = match volume.state {
+        State::Seeding => ("seeding", None, None),
+        State::Exact { since, .. } => ("protected", Some(since.at_offset(offset).to_string()), None),
+        State::Resyncing(cause) => ("resyncing", None, Some(cause.to_string())),
+    };
+    VolumeStatus {
+        name: volume.name.clone(),
+        kind: "block".into(),
+        path: volume.path.display().to_string(),
+        bytes: volume.bytes,
+        state: if present { state } else { "stopped" }.into(),
+        progress: volume.progress(),
+        captured_bytes: volume.captured_bytes,
+        captured_writes: volume.captured_writes,
+        dropped_writes: volume.dropped_writes,
+        exact_since,
+        gaps: volume.gaps,
+        gap_cause: cause,
+    }
+}
+
+/// log2 of a region of the dirty map in sectors: large enough that the disk fits in its stretch of the map.
+fn region_shift(region_bytes: u64, disk_bytes: u64) -> u32 {
+    let regions_max = u64::from(DIRTY_WORDS_PER_DISK) * 64;
+    let least = disk_bytes.div_ceil(regions_max).next_power_of_two();
+    (region_bytes.max(least) / SECTOR_BYTES).trailing_zeros()
+}
+
+fn refuse_store_on(store: &Path, volume: &VolumeConfig, device: &BlockDevice) -> anyhow::Result<()> {
+    let existing: PathBuf = store
+        .ancestors()
+        .find(|folder| folder.exists())
+        .map_or_else(|| PathBuf::from("."), Path::to_path_buf);
+    let existing = if existing.as_os_str().is_empty() { PathBuf::from(".") } else { existing };
+    if device::lies_on(&existing, device)? {
+        bail!(
+            "the store {} lies on volume {} ({}): journaling a write would cause the next one; put the store on \
+             another disk",
+            store.display(),
+            volume.name,
+            volume.path.display()
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_grow_with_the_disk_so_that_it_fits_the_dirty_map() {
+        assert_eq!(region_shift(64 << 10, 1 << 30), 7);
+        assert_eq!(region_shift(64 << 10, 512 << 30), 7);
+        assert_eq!(region_shift(64 << 10, 513 << 30), 8);
+        let regions_max = u64::from(DIRTY_WORDS_PER_DISK) * 64;
+        for tib in 1..64u64 {
+            let shift = region_shift(64 << 10, tib << 40);
+            assert!((tib << 40) >> (shift + 9) <= regions_max, "{tib} TiB");
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXAMPLES: &str = "Examples:
+  cdp-agent doctor
+  cdp-agent run --store /var/lib/cdp --volume pg=/dev/vdb
+  cdp-agent wait --store /var/lib/cdp --for protected
+  cdp-agent bookmark --store /var/lib/cdp before-upgrade
+
+Exit codes: 0 done; 1 failed, the message says what, why and what to do; 2 wrong usage.";
+
+/// Journals every write to the protected volumes of this host, so that any moment can be restored.
+#[derive(Debug, Parser)]
+#[command(name = "cdp-agent", version, after_help = EXAMPLES, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) output: Output,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How to talk.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Output {
+    /// Say more on stderr; twice for everything
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+    /// Say only what went wrong
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+    /// Form of the messages on stderr
+    #[arg(long, value_enum, default_value = "text", global = true)]
+    pub(crate) log_format: LogFormat,
+}
+
+/// Form of the messages on stderr.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Protect volumes until SIGTERM or SIGINT
+    Run(Box<RunArgs>),
+    /// Tell how the volumes are
+    Status {
+        #[command(flatten)]
+        store: StoreArg,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Wait until a state is reached
+    Wait {
+        #[command(flatten)]
+        store: StoreArg,
+        /// Only this volume (all by default)
+        #[arg(long, value_name = "NAME")]
+        volume: Option<String>,
+        /// What to wait for
+        #[arg(long = "for", value_enum)]
+        state: WaitFor,
+        /// How long to wait at most, such as 60s or 5m
+        #[arg(long, default_value = "60s", value_parser = parse_duration)]
+        timeout: Duration,
+    },
+    /// Name this moment
+    Bookmark {
+        #[command(flatten)]
+        store: StoreArg,
+        /// The name: restore with `--at bookmark:LABEL`
+        label: String,
+    },
+    /// Tell whether this host can be protected, and what to mend
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which store.
+#[derive(Debug, Args)]
+pub(crate) struct StoreArg {
+    /// The agent's store folder
+    #[arg(long = "store", value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+}
+
+/// What `wait` waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WaitFor {
+    /// The first copy (or a resync) is done and history is exact from now on
+    Protected,
+    /// Everything written before this call is durable in the store
+    Synced,
+}
+
+/// Flags of `run`. Each has a key of the same name in the file that `--config` names; flags win.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct RunArgs {
+    /// The store folder; must not lie on a protected volume
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    /// A volume to protect: a name of your choice and a block device. May be given several times
+    #[arg(long, value_name = "NAME=PATH")]
+    pub(crate) volume: Vec<String>,
+    /// A TOML file with these settings; read again on SIGHUP
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Bytes of the ring between kernel and agent; a power of two [default: 64 MiB]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) ring_bytes: Option<u64>,
+    /// What is read back around a write that was lost; a power of two [default: 64 KiB]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) dirty_region_bytes: Option<u64>,
+    /// Captured writes are durable at the latest after this long [default: 20]
+    #[arg(long, value_name = "MS")]
+    pub(crate) commit_interval_ms: Option<u64>,
+    /// Stop appending when the store holds this much [default: no bound but the file system]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) store_bytes_max: Option<u64>,
+}
+
+/// `90s`, `5m`, `2h`, `250ms`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor_ms = match unit {
+        "ms" => 1,
+        "" | "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err(format!("{text}: a number and ms, s, m or h, such as 60s")),
+    };
+    let number: u64 = number.parse().map_err(|_| format!("{text}: a number and ms, s, m or h, such as 60s"))?;
+    number.checked_mul(factor_ms).map(Duration::from_millis).ok_or_else(|| format!("{text} is too long"))
+}
+
+/// `67108864`, `64MiB`, `1GiB`.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" | "K" => 10,
+        "MiB" | "M" => 20,
+        "GiB" | "G" => 30,
+        "TiB" | "T" => 40,
+        _ => return Err(format!("{text}: a number of bytes, or with KiB, MiB, GiB")),
+    };
+    let number: u64 = number.parse().map_err(|_| format!("{text}: a number of bytes, or with KiB, MiB, GiB"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is too large"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_and_sizes_are_read_with_their_units() {
+        assert_eq!(parse_duration("60s"), Ok(Duration::from_secs(60)));
+        assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
+        assert!(parse_duration("soon").is_err());
+        assert_eq!(parse_bytes("64MiB"), Ok(64 << 20));
+        assert_eq!(parse_bytes("512"), Ok(512));
+        assert!(parse_bytes("1 parsec").is_err());
+        assert!(parse_bytes("99999999999TiB").is_err());
+    }
+}

@@ -1,0 +1,5 @@
+//! The commands: the only code of this binary that prints results.
+
+pub(crate) mod doctor;
+pub(crate) mod query;
+pub(crate) mod run;

@@ -1,0 +1,172 @@
+//! `cdp-agent run`: starts the agent and serves its control socket until it is told to stop.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cdp_journal::format::Body;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::agent::Agent;
+use crate::cli::RunArgs;
+use crate::clock;
+use crate::config::Config;
+use crate::control::{Answer, LINE_BYTES_MAX, Request, socket_path};
+use crate::pipeline::Shared;
+
+/// Requests under way at once.
+const REQUESTS_MAX: usize = 64;
+/// How often devices and threads are looked at.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
+const BOOKMARK_TIMEOUT: Duration = Duration::from_secs(30);
+const LABEL_BYTES_MAX: usize = 256;
+
+type StatusRequest = oneshot::Sender<Answer>;
+
+/// Removes the socket when the agent ends.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Runs until SIGTERM or SIGINT.
+pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
+    let config = Config::load(args)?;
+    let agent = Agent::start(config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            agent.finish();
+            return Err(error).context("start the runtime");
+        }
+    };
+    runtime.block_on(serve(agent, args))
+}
+
+async fn serve(mut agent: Agent, args: &RunArgs) -> anyhow::Result<()> {
+    let result = serve_until_stopped(&mut agent, args).await;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let failure = agent.finish();
+    result?;
+    match failure {
+        Some(failure) => anyhow::bail!(failure),
+        None => Ok(()),
+    }
+}
+
+async fn serve_until_stopped(agent: &mut Agent, args: &RunArgs) -> anyhow::Result<()> {
+    let path = socket_path(agent.store());
+    // The store's lock is ours: whatever lies here is left over from an agent that was killed.
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).with_context(|| format!("listen on {}", path.display()))?;
+    let _socket = SocketFile(path.clone());
+    rustix::fs::chmod(&path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)
+        .with_context(|| format!("protect {}", path.display()))?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let (ask, mut asked) = mpsc::channel::<StatusRequest>(REQUESTS_MAX);
+    let permits = Arc::new(tokio::sync::Semaphore::new(REQUESTS_MAX));
+    let mut check = tokio::time::interval(CHECK_INTERVAL);
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hangup.recv() => reload(agent, args),
+            _ = check.tick() => {
+                if agent.shared.failure().is_some() {
+                    return Ok(());
+                }
+                agent.check_devices();
+            }
+            Some(reply) = asked.recv() => {
+                let _ = reply.send(Answer::Status(agent.status()));
+            }
+            accepted = listener.accept() => {
+                let Ok((stream, _)) = accepted else { continue };
+                let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else { continue };
+                let (shared, ask) = (Arc::clone(&agent.shared), ask.clone());
+                tokio::spawn(async move {
+                    if let Err(error) = answer_one(stream, shared, ask).await {
+                        tracing::debug!("control socket: {error:#}");
+                    }
+                    drop(permit);
+                });
+            }
+        }
+    }
+}
+
+fn reload(agent: &mut Agent, args: &RunArgs) {
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Reloading]);
+    match Config::load(args).and_then(|config| agent.reload(config)) {
+        Ok(()) => tracing::info!("configuration reloaded"),
+        Err(error) => tracing::error!("configuration not reloaded: {error:#}"),
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+}
+
+async fn answer_one(stream: UnixStream, shared: Arc<Shared>, ask: mpsc::Sender<StatusRequest>) -> anyhow::Result<()> {
+    let (read, mut write) = stream.into_split();
+    let mut line = String::new();
+    BufReader::new(read.take(LINE_BYTES_MAX)).read_line(&mut line).await?;
+    let answer = match serde_json::from_str(&line) {
+        Ok(Request::Status) => {
+            let (reply, answer) = oneshot::channel();
+            ask.send(reply).await.ok().context("the agent is stopping")?;
+            answer.await.context("the agent is stopping")?
+        }
+        Ok(Request::Sync { timeout_ms }) => {
+            blocking(move || sync(&shared, Duration::from_millis(timeout_ms))).await?
+        }
+        Ok(Request::Bookmark { label }) => blocking(move || bookmark(&shared, label)).await?,
+        Err(error) => Answer::Failed { why: format!("not understood: {error}") },
+    };
+    let mut text = serde_json::to_string(&answer)?;
+    text.push('\n');
+    write.write_all(text.as_bytes()).await?;
+    Ok(())
+}
+
+async fn blocking(work: impl FnOnce() -> Answer + Send + 'static) -> anyhow::Result<Answer> {
+    tokio::task::spawn_blocking(work).await.context("a request panicked")
+}
+
+fn sync(shared: &Shared, timeout: Duration) -> Answer {
+    let Some(seq) = shared.drained() else {
+        return Answer::Failed { why: "the agent is stopping".into() };
+    };
+    if shared.wait_durable(seq, timeout) {
+        Answer::Synced { seq: seq.map_or(0, cdp_journal::Seq::get) }
+    } else {
+        Answer::Failed { why: format!("not durable after {} ms", timeout.as_millis()) }
+    }
+}
+
+fn bookmark(shared: &Shared, label: String) -> Answer {
+    if label.is_empty() || label.len() > LABEL_BYTES_MAX || label.chars().any(char::is_control) {
+        return Answer::Failed { why: format!("a label has 1 to {LABEL_BYTES_MAX} bytes and no control characters") };
+    }
+    if shared.drained().is_none() {
+        return Answer::Failed { why: "the agent is stopping".into() };
+    }
+    let (seq, at) = {
+        let mut recorder = shared.recorder.lock();
+        let now = clock::boot_ns();
+        (recorder.note(now, None, Body::Bookmark { label }), now.at_offset(clock::wall_offset_ns()))
+    };
+    if shared.wait_durable(Some(seq), BOOKMARK_TIMEOUT) {
+        Answer::Bookmarked { seq: seq.get(), at: at.to_string() }
+    } else {
+        Answer::Failed { why: "the bookmark is not durable yet: the log's disk does not keep up".into() }
+    }
+}

@@ -1,0 +1,113 @@
+//! The agent's control socket, `agent.sock` in the store folder: one JSON request and one JSON answer a line.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// A line of either side at most.
+pub(crate) const LINE_BYTES_MAX: u64 = 1 << 20;
+
+/// What the other commands ask of the running agent.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub(crate) enum Request {
+    /// How are the volumes?
+    Status,
+    /// Tell when everything written so far is durable.
+    Sync {
+        /// Give up after this long.
+        timeout_ms: u64,
+    },
+    /// Name this moment.
+    Bookmark {
+        /// The name.
+        label: String,
+    },
+}
+
+/// What the agent says.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub(crate) enum Answer {
+    /// See [`Status`].
+    Status(Status),
+    /// Everything up to here is durable.
+    Synced {
+        /// Last record; 0 if there is none.
+        seq: u64,
+    },
+    /// The bookmark is durable.
+    Bookmarked {
+        /// Its record.
+        seq: u64,
+        /// Its time, RFC 3339.
+        at: String,
+    },
+    /// It did not work.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+/// `cdp-agent status --json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Status {
+    pub(crate) agent: String,
+    pub(crate) boot_id: String,
+    pub(crate) seq: u64,
+    pub(crate) durable_seq: u64,
+    pub(crate) store_bytes: u64,
+    pub(crate) volumes: Vec<VolumeStatus>,
+    pub(crate) targets: Vec<serde_json::Value>,
+}
+
+/// One volume in it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct VolumeStatus {
+    pub(crate) name: String,
+    pub(crate) kind: String,
+    pub(crate) path: String,
+    pub(crate) bytes: u64,
+    /// seeding, protected, resyncing or stopped
+    pub(crate) state: String,
+    pub(crate) progress: f64,
+    pub(crate) captured_bytes: u64,
+    pub(crate) captured_writes: u64,
+    pub(crate) dropped_writes: u64,
+    pub(crate) exact_since: Option<String>,
+    pub(crate) gaps: u64,
+    /// Why the present gap is open.
+    pub(crate) gap_cause: Option<String>,
+}
+
+/// Where the socket of a store is.
+pub(crate) fn socket_path(store: &Path) -> PathBuf {
+    store.join("agent.sock")
+}
+
+/// Asks the running agent. `None` if none is running.
+pub(crate) fn ask(store: &Path, request: &Request, timeout: Duration) -> anyhow::Result<Option<Answer>> {
+    let stream = match UnixStream::connect(socket_path(store)) {
+        Ok(stream) => stream,
+        Err(error) => {
+            return match error.kind() {
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => Ok(None),
+                _ => Err(anyhow::Error::new(error).context(format!("reach the agent of {}", store.display()))),
+            };
+        }
+    };
+    stream.set_read_timeout(Some(timeout))?;
+    let mut line = serde_json::to_string(request)?;
+    line.push('\n');
+    (&stream).write_all(line.as_bytes())?;
+    let mut answer = String::new();
+    BufReader::new(std::io::Read::take(&stream, LINE_BYTES_MAX)).read_line(&mut answer)?;
+    if answer.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(serde_json::from_str(&answer)?))
+}

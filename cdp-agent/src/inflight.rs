@@ -1,0 +1,291 @@
+//! Which captured writes of a disk have been queued but have not ended.
+//!
+//! Pure: fed with events in ring order. A request that ends may cover parts of several writes, or a part of
+//! one; so writes are kept by range, and what remains of each shrinks until nothing is left.
+//!
+//! Always true: a write is forgotten only when completions have covered all of it. Where two writes to one
+//! range are in flight, a completion is taken for the younger: the older then counts as in flight for longer
+//! than it is, which costs a wait and never a wrong byte.
+
+use std::collections::{BTreeMap, HashMap};
+
+use cdp_journal::Seq;
+
+/// Longest write that is kept by its start; the few longer ones (discards) are looked through one by one.
+const SHORT_SECTORS_MAX: u64 = (cdp_ebpf::event::CHUNK_BYTES as u64) / 512;
+
+/// A range of a disk, in sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sectors {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+}
+
+impl Sectors {
+    pub(crate) fn overlaps(self, other: Self) -> bool {
+        self.start < other.end && other.start < self.end
+    }
+}
+
+/// What a completion meant.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ended {
+    /// Writes of ours that it covered, at least in part.
+    pub(crate) writes: Vec<Seq>,
+    /// Parts that no captured write explains: somebody wrote there, and we do not know what.
+    pub(crate) strangers: Vec<Sectors>,
+}
+
+/// Writes in flight on one disk.
+#[derive(Debug, Default)]
+pub(crate) struct InFlight {
+    /// By (first sector, Seq): end.
+    short: BTreeMap<(u64, Seq), u64>,
+    long: Vec<(Sectors, Seq)>,
+    /// Bio-based drivers complete whole bios: their chunks by the bio's address.
+    bios: HashMap<u64, Vec<(Sectors, Seq)>>,
+}
+
+/// A bio of a driver that completes whole bios.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WholeBio {
+    /// Its address.
+    pub(crate) address: u64,
+    /// Is this its first chunk? Then whatever lived at the address before has ended.
+    pub(crate) first: bool,
+}
+
+impl InFlight {
+    /// A captured write (or chunk) was queued; `bio` if its driver completes whole bios.
+    pub(crate) fn queued(&mut self, range: Sectors, seq: Seq, bio: Option<WholeBio>) {
+        if range.start >= range.end {
+            return;
+        }
+        if let Some(bio) = bio {
+            let chunks = self.bios.entry(bio.address).or_default();
+            if bio.first {
+                chunks.clear();
+            }
+            chunks.push((range, seq));
+        } else {
+            self.insert(range, seq);
+        }
+    }
+
+    fn insert(&mut self, range: Sectors, seq: Seq) {
+        if range.end - range.start <= SHORT_SECTORS_MAX {
+            self.short.insert((range.start, seq), range.end);
+        } else {
+            self.long.push((range, seq));
+        }
+    }
+
+    /// A bio-based driver ended a bio.
+    pub(crate) fn bio_ended(&mut self, bio: u64, range: Sectors) -> Ended {
+        if let Some(chunks) = self.bios.remove(&bio) {
+            return Ended { writes: chunks.into_iter().map(|(_, seq)| seq).collect(), strangers: Vec::new() };
+        }
+        // A driver's own split of a bio that is still in flight says nothing new, and a bio whose iterator
+        // the driver has moved to its end does not tell where it was.
+        let part_of_ours = self
+            .bios
+            .values()
+            .flatten()
+            .any(|(ours, _)| ours.start <= range.start && range.end <= ours.end);
+        if part_of_ours || range.start >= range.end {
+            return Ended::default();
+        }
+        Ended { writes: Vec::new(), strangers: vec![range] }
+    }
+
+    /// A request-based driver ended a range.
+    pub(crate) fn range_ended(&mut self, range: Sectors) -> Ended {
+        let mut ended = Ended::default();
+        let mut at = range.start;
+        while at < range.end {
+            if let Some((ours, seq)) = self.take_youngest_at(at) {
+                let end = ours.end.min(range.end);
+                self.insert_rest(Sectors { start: ours.start, end: at }, seq);
+                self.insert_rest(Sectors { start: end, end: ours.end }, seq);
+                if ended.writes.last() != Some(&seq) {
+                    ended.writes.push(seq);
+                }
+                at = end;
+            } else {
+                let next = self.next_start_after(at).map_or(range.end, |next| next.min(range.end));
+                ended.strangers.push(Sectors { start: at, end: next });
+                at = next;
+            }
+        }
+        ended
+    }
+
+    fn insert_rest(&mut self, rest: Sectors, seq: Seq) {
+        if rest.start < rest.end {
+            self.insert(rest, seq);
+        }
+    }
+
+    fn take_youngest_at(&mut self, sector: u64) -> Option<(Sectors, Seq)> {
+        let lowest = (sector.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
+        let highest = (sector, Seq::new(u64::MAX)?);
+        let short = self
+            .short
+            .range(lowest..=highest)
+            .filter(|&(_, &end)| end > sector)
+            .max_by_key(|((_, seq), _)| *seq)
+            .map(|(&(start, seq), &end)| (Sectors { start, end }, seq));
+        let long = self
+            .long
+            .iter()
+            .enumerate()
+            .filter(|(_, (range, _))| range.start <= sector && sector < range.end)
+            .max_by_key(|(_, (_, seq))| *seq)
+            .map(|(i, &(range, seq))| (i, range, seq));
+        match (short, long) {
+            (Some((range, seq)), long) if long.is_none_or(|(_, _, other)| seq > other) => {
+                self.short.remove(&(range.start, seq));
+                Some((range, seq))
+            }
+            (_, Some((i, range, seq))) => {
+                self.long.swap_remove(i);
+                Some((range, seq))
+            }
+            (_, None) => None,
+        }
+    }
+
+    fn next_start_after(&self, sector: u64) -> Option<u64> {
+        let short = self.short.range((sector + 1, Seq::FIRST)..).next().map(|((start, _), _)| *start);
+        let long = self.long.iter().map(|(range, _)| range.start).filter(|&start| start > sector).min();
+        short.into_iter().chain(long).min()
+    }
+
+    /// Is a write up to `last` to this range still in flight?
+    pub(crate) fn any(&self, range: Sectors, last: Option<Seq>) -> bool {
+        let Some(last) = last else { return false };
+        let from = (range.start.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
+        let short = self
+            .short
+            .range(from..(range.end, Seq::FIRST))
+            .any(|(&(_, seq), &end)| seq <= last && end > range.start);
+        short
+            || self
+                .long
+                .iter()
+                .chain(self.bios.values().flatten())
+                .any(|&(ours, seq)| seq <= last && ours.overlaps(range))
+    }
+
+    /// How many writes (or rests of writes) are in flight.
+    #[cfg(test)]
+    fn len(&self) -> usize {
+        self.short.len() + self.long.len() + self.bios.len()
+    }
+
+    /// Forgets everything: completions were lost, so nothing here can be trusted to end.
+    pub(crate) fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn seq(n: u64) -> Seq {
+        Seq::new(n).unwrap()
+    }
+
+    fn range(start: u64, end: u64) -> Sectors {
+        Sectors { start, end }
+    }
+
+    #[test]
+    fn a_merged_request_ends_all_its_writes() {
+        let mut flight = InFlight::default();
+        flight.queued(range(0, 8), seq(1), None);
+        flight.queued(range(8, 16), seq(2), None);
+        let ended = flight.range_ended(range(0, 16));
+        assert_eq!(ended, Ended { writes: vec![seq(1), seq(2)], strangers: vec![] });
+        assert_eq!(flight.len(), 0);
+    }
+
+    #[test]
+    fn a_split_write_is_in_flight_until_its_last_part_ends() {
+        let mut flight = InFlight::default();
+        flight.queued(range(0, 512), seq(1), None);
+        flight.range_ended(range(128, 512));
+        assert!(flight.any(range(0, 8), Some(seq(1))));
+        assert!(!flight.any(range(128, 512), Some(seq(1))));
+        assert!(flight.range_ended(range(0, 128)).strangers.is_empty());
+        assert_eq!(flight.len(), 0);
+    }
+
+    #[test]
+    fn what_nobody_queued_is_a_stranger() {
+        let mut flight = InFlight::default();
+        flight.queued(range(8, 16), seq(1), None);
+        let ended = flight.range_ended(range(0, 24));
+        assert_eq!(ended.writes, vec![seq(1)]);
+        assert_eq!(ended.strangers, vec![range(0, 8), range(16, 24)]);
+    }
+
+    #[test]
+    fn of_two_writes_to_one_place_the_older_counts_as_in_flight() {
+        let mut flight = InFlight::default();
+        flight.queued(range(0, 8), seq(1), None);
+        flight.queued(range(0, 8), seq(2), None);
+        flight.range_ended(range(0, 8));
+        assert!(flight.any(range(0, 8), Some(seq(1))));
+        flight.range_ended(range(0, 8));
+        assert!(!flight.any(range(0, 8), Some(seq(2))));
+    }
+
+    #[test]
+    fn a_bio_ends_as_a_whole_and_its_splits_say_nothing() {
+        let mut flight = InFlight::default();
+        flight.queued(range(0, 512), seq(1), Some(WholeBio { address: 7, first: true }));
+        flight.queued(range(512, 600), seq(2), Some(WholeBio { address: 7, first: false }));
+        assert_eq!(flight.bio_ended(8, range(0, 128)), Ended::default());
+        assert_eq!(flight.bio_ended(7, range(600, 600)).writes, vec![seq(1), seq(2)]);
+        assert_eq!(flight.bio_ended(9, range(0, 8)).strangers, vec![range(0, 8)]);
+    }
+
+    proptest! {
+        /// Goal: nothing is forgotten early or kept for ever. Method: a count of pending writes for each
+        /// sector, as a model; complete random parts of what is pending.
+        #[test]
+        fn pending_sectors_agree_with_a_model(
+            steps in prop::collection::vec((0u64..2000, 1u64..700, any::<bool>()), 1..200)
+        ) {
+            let mut flight = InFlight::default();
+            let mut pending = vec![0u32; 3000];
+            let mut next = Seq::FIRST;
+            for (start, length, is_write) in steps {
+                let asked = range(start, start + length);
+                if is_write {
+                    flight.queued(asked, next, None);
+                    next = next.next();
+                    for n in &mut pending[start as usize..(start + length) as usize] { *n += 1; }
+                } else {
+                    let ended = flight.range_ended(asked);
+                    for sector in asked.start..asked.end {
+                        let strange = ended.strangers.iter().any(|s| s.start <= sector && sector < s.end);
+                        let n = &mut pending[sector as usize];
+                        prop_assert_eq!(strange, *n == 0, "sector {}", sector);
+                        *n = n.saturating_sub(1);
+                    }
+                }
+            }
+            for sector in 0..3000u64 {
+                prop_assert_eq!(
+                    flight.any(range(sector, sector + 1), Some(next)),
+                    pending[sector as usize] > 0,
+                    "sector {}", sector
+                );
+            }
+        }
+    }
+}

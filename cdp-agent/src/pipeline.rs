@@ -1,0 +1,475 @@
+//! The threads between the ring and the disk.
+//!
+//!     ring → capture (order, time) → encode (LZ4, CRC) → log (write, fsync) → index
+//!
+//! Each arrow is a queue with a bound. When one is full the stage before it waits, down to the ring; when
+//! the ring is full the probe drops, counts and marks. The host's writers never wait.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use cdp_ebpf::map::CAUSES;
+use cdp_ebpf::{Counter, DiskFilter};
+use cdp_journal::format::{Body, SealedFrame};
+use cdp_journal::index::IndexWriter;
+use cdp_journal::log::{FrameLocation, LogError, LogWriter};
+use cdp_journal::view::View;
+use cdp_journal::{BootNs, Seq, VolumeId};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use parking_lot::{Condvar, Mutex};
+use rustix::event::{Timespec, epoll};
+
+use crate::capture::{DiskNumber, Probe, RingPositions, Slot};
+use crate::clock;
+use crate::event::Event;
+use crate::recorder::{Losses, Recorder, Sealed};
+
+/// Frames between two stages.
+const QUEUE_FRAMES: usize = 8;
+/// Frames that the index may be behind.
+const INDEX_QUEUE_FRAMES: usize = 1024;
+/// Events taken from the ring before the lock is given up.
+const EVENTS_PER_TURN: usize = 64;
+/// How long the capture thread sleeps when the last turn found something; the kernel wakes it earlier when a
+/// quarter of the ring waits.
+const NAP_BUSY: Duration = Duration::from_millis(4);
+/// How long it sleeps when nothing happens.
+const NAP_IDLE: Duration = Duration::from_millis(20);
+/// A tick is recorded when nothing else was for this long, so that quiet times are known to be covered.
+const TICK: Duration = Duration::from_secs(1);
+/// How often the kernel is asked for skipped events.
+const MISSES_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What all threads share.
+pub(crate) struct Shared {
+    pub(crate) recorder: Mutex<Recorder>,
+    pub(crate) positions: RingPositions,
+    pub(crate) stop: AtomicBool,
+    durable: Mutex<Durable>,
+    changed: Condvar,
+    applied: AtomicU64,
+    pub(crate) commit_interval_ms: AtomicU64,
+    pub(crate) log_bytes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Durable {
+    seq: Option<Seq>,
+    failure: Option<String>,
+}
+
+/// What the capture thread is asked to do.
+pub(crate) enum Request {
+    /// Watch a disk with this filter, or no more.
+    Watch(DiskNumber, Option<DiskFilter>, Sender<anyhow::Result<()>>),
+    /// Also poll the counters of this slot.
+    Slot(Slot, DiskNumber, u32),
+}
+
+/// What the index thread is asked to do.
+pub(crate) enum IndexRequest {
+    Frame(SealedFrame, FrameLocation),
+    /// A view that holds at least everything up to the Seq.
+    HeadView(VolumeId, Sender<anyhow::Result<View>>),
+}
+
+impl Shared {
+    pub(crate) fn new(recorder: Recorder, positions: RingPositions, commit_interval: Duration) -> Self {
+        Self {
+            recorder: Mutex::new(recorder),
+            positions,
+            stop: AtomicBool::new(false),
+            durable: Mutex::new(Durable::default()),
+            changed: Condvar::new(),
+            applied: AtomicU64::new(0),
+            commit_interval_ms: AtomicU64::new(commit_interval.as_millis() as u64),
+            log_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Last record that survives a power loss.
+    pub(crate) fn durable(&self) -> Option<Seq> {
+        self.durable.lock().seq
+    }
+
+    /// Last record in the index.
+    pub(crate) fn applied(&self) -> Option<Seq> {
+        Seq::new(self.applied.load(Ordering::SeqCst))
+    }
+
+    /// Why the agent must end, if it must.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.durable.lock().failure.clone()
+    }
+
+    pub(crate) fn fail(&self, what: &str, error: &anyhow::Error) {
+        let mut durable = self.durable.lock();
+        durable.failure.get_or_insert_with(|| format!("{what}: {error:#}"));
+        self.stop.store(true, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    fn set_durable(&self, seq: Option<Seq>) {
+        let mut durable = self.durable.lock();
+        if seq > durable.seq {
+            durable.seq = seq;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until the ring has been emptied of all that was in it at the call; the last Seq by then.
+    /// None if the agent stops meanwhile.
+    pub(crate) fn drained(&self) -> Option<Option<Seq>> {
+        let target = self.positions.produced();
+        loop {
+            {
+                let recorder = self.recorder.lock();
+                if self.positions.consumed() >= target {
+                    return Some(recorder.last_seq());
+                }
+            }
+            if self.stop.load(Ordering::SeqCst) {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits until `seq` is durable; false after `timeout` or when the agent ends first.
+    pub(crate) fn wait_durable(&self, seq: Option<Seq>, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let mut durable = self.durable.lock();
+        while durable.seq < seq {
+            if durable.failure.is_some() || self.changed.wait_until(&mut durable, deadline).timed_out() {
+                return durable.seq >= seq;
+            }
+        }
+        true
+    }
+
+    fn commit_interval(&self) -> Duration {
+        Duration::from_millis(self.commit_interval_ms.load(Ordering::Relaxed).max(1))
+    }
+}
+
+/// The running threads; joined in order by [`Pipeline::finish`].
+pub(crate) struct Pipeline {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) requests: Sender<Request>,
+    pub(crate) index: Sender<IndexRequest>,
+    threads: Vec<(&'static str, JoinHandle<()>)>,
+}
+
+impl Pipeline {
+    /// Starts capture, encode, log and index.
+    pub(crate) fn start(
+        shared: &Arc<Shared>,
+        probe: Probe,
+        boot_id: uuid::Uuid,
+        log: LogWriter,
+        index: IndexWriter,
+    ) -> anyhow::Result<Self> {
+        let (to_encode, encode_queue) = bounded::<Sealed>(QUEUE_FRAMES);
+        let (to_log, log_queue) = bounded::<SealedFrame>(QUEUE_FRAMES);
+        let (to_index, index_queue) = bounded::<IndexRequest>(INDEX_QUEUE_FRAMES);
+        let (requests, request_queue) = bounded::<Request>(QUEUE_FRAMES);
+        let mut threads = Vec::new();
+        let mut spawn = |name: &'static str, work: Box<dyn FnOnce(&Shared) -> anyhow::Result<()> + Send>| {
+            let shared = Arc::clone(shared);
+            let run = move || {
+                if let Err(error) = work(&shared) {
+                    tracing::error!("{name}: {error:#}");
+                    shared.fail(name, &error);
+                }
+            };
+            std::thread::Builder::new()
+                .name(format!("cdp-{name}"))
+                .spawn(run)
+                .map(|handle| threads.push((name, handle)))
+                .with_context(|| format!("start the {name} thread"))
+        };
+        let index_sender = to_index.clone();
+        spawn("index", Box::new(move |shared| index_loop(shared, index, &index_queue)))?;
+        spawn("log", Box::new(move |shared| log_loop(shared, log, &log_queue, &to_index)))?;
+        spawn(
+            "encode",
+            Box::new(move |_| {
+                for sealed in encode_queue {
+                    if let Some(frame) = sealed.builder.seal(boot_id, sealed.wall_offset_ns)
+                        && to_log.send(frame).is_err()
+                    {
+                        break;
+                    }
+                }
+                Ok(())
+            }),
+        )?;
+        spawn("capture", Box::new(move |shared| Capture::new(probe)?.run(shared, &request_queue, &to_encode)))?;
+        Ok(Self { shared: Arc::clone(shared), requests, index: index_sender, threads })
+    }
+
+    /// Stops capture, writes out what is under way, and waits for all threads.
+    pub(crate) fn finish(self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        drop(self.requests);
+        drop(self.index);
+        // The capture thread was started last and ends first: each stage ends when its queue is closed.
+        for (name, handle) in self.threads.into_iter().rev() {
+            if handle.join().is_err() {
+                tracing::error!("the {name} thread panicked");
+            }
+        }
+    }
+}
+
+struct Watched {
+    slot: Slot,
+    region_shift: u32,
+    seen: Losses,
+}
+
+/// The capture thread's own state.
+struct Capture {
+    probe: Probe,
+    alarm: OwnedFd,
+    watched: HashMap<DiskNumber, Watched>,
+    misses: u64,
+    misses_at: Instant,
+    misses_seq: Option<Seq>,
+}
+
+impl Capture {
+    fn new(probe: Probe) -> anyhow::Result<Self> {
+        let alarm = epoll::create(epoll::CreateFlags::CLOEXEC).context("make an epoll descriptor")?;
+        let edges = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&alarm, probe.ring_fd(), epoll::EventData::new_u64(0), edges).context("watch the ring")?;
+        let misses = probe.recursion_misses()?;
+        Ok(Self { probe, alarm, watched: HashMap::new(), misses, misses_at: Instant::now(), misses_seq: None })
+    }
+
+    fn run(mut self, shared: &Shared, requests: &Receiver<Request>, to_encode: &Sender<Sealed>) -> anyhow::Result<()> {
+        loop {
+            let stopping = shared.stop.load(Ordering::SeqCst);
+            while let Ok(request) = requests.try_recv() {
+                self.request(request);
+            }
+            let now = clock::boot_ns();
+            {
+                let mut recorder = shared.recorder.lock();
+                recorder.set_wall_offset(clock::wall_offset_ns());
+                self.poll_losses(&mut recorder, now);
+            }
+            let (events, empty) = self.drain(shared, to_encode)?;
+            let mut recorder = shared.recorder.lock();
+            recorder.drained_to(self.probe.positions().consumed(), now);
+            if empty && now.0.saturating_sub(recorder.latest().0) >= TICK.as_nanos() as u64 {
+                recorder.note(now, None, Body::Tick);
+            }
+            let age_max = if stopping { Duration::ZERO } else { shared.commit_interval() / 2 };
+            recorder.seal_if_older(clock::boot_ns(), age_max);
+            drop(recorder);
+            forward(shared, to_encode)?;
+            if stopping && empty {
+                let mut recorder = shared.recorder.lock();
+                recorder.note(clock::boot_ns(), None, Body::Stop);
+                recorder.seal_if_older(clock::boot_ns(), Duration::ZERO);
+                drop(recorder);
+                return forward(shared, to_encode);
+            }
+            if empty && !stopping {
+                let nap = if events > 0 { NAP_BUSY.min(shared.commit_interval() / 4) } else { NAP_IDLE };
+                self.sleep(nap);
+            }
+        }
+    }
+
+    fn request(&mut self, request: Request) {
+        match request {
+            Request::Watch(disk, filter, reply) => {
+                let result = match filter {
+                    Some(filter) => self.probe.watch(disk, filter),
+                    None => {
+                        self.watched.remove(&disk);
+                        self.probe.unwatch(disk)
+                    }
+                };
+                let _ = reply.send(result);
+            }
+            Request::Slot(slot, disk, region_shift) => {
+                self.probe.take_marks(slot, |_| {});
+                let seen = self.losses(slot);
+                self.watched.insert(disk, Watched { slot, region_shift, seen });
+            }
+        }
+    }
+
+    fn losses(&self, slot: Slot) -> Losses {
+        let dropped = (0..CAUSES as u32).map(|cause| self.probe.counter(slot, Counter::Dropped, cause)).sum();
+        Losses { dropped, lost_completions: self.probe.counter(slot, Counter::LostCompletions, 0) }
+    }
+
+    fn poll_losses(&mut self, recorder: &mut Recorder, now: BootNs) {
+        let mut quiet = true;
+        let slots: Vec<DiskNumber> = self.watched.keys().copied().collect();
+        for disk in slots {
+            let Some(watched) = self.watched.get(&disk) else { continue };
+            let (slot, region_shift) = (watched.slot, watched.region_shift);
+            let losses = self.losses(slot);
+            let Some(watched) = self.watched.get_mut(&disk) else { continue };
+            if losses.dropped == watched.seen.dropped && losses.lost_completions == watched.seen.lost_completions {
+                continue;
+            }
+            watched.seen = losses;
+            quiet = false;
+            let first = self.probe.take_first_drop_ns(slot);
+            let mut marks = Vec::new();
+            self.probe.take_marks(slot, |region| {
+                let bytes = 512u64 << region_shift;
+                marks.push(region * bytes..(region + 1) * bytes);
+            });
+            let first_at = (first != 0).then_some(BootNs(first));
+            recorder.losses(slot, losses, first_at, now, self.probe.positions().produced(), &marks);
+        }
+        if quiet {
+            recorder.no_loss();
+        }
+        if self.misses_at.elapsed() >= MISSES_INTERVAL {
+            self.misses_at = Instant::now();
+            let misses = self.probe.recursion_misses().unwrap_or(self.misses);
+            if misses > self.misses {
+                recorder.everything_unknown(self.misses_seq, now);
+            }
+            self.misses = misses;
+            self.misses_seq = recorder.last_seq();
+        }
+    }
+
+    /// Takes out what is in the ring, at most once round it. Also tells whether it became empty.
+    fn drain(&mut self, shared: &Shared, to_encode: &Sender<Sealed>) -> anyhow::Result<(u64, bool)> {
+        let target = self.probe.positions().produced();
+        let mut events = 0;
+        loop {
+            {
+                let mut recorder = shared.recorder.lock();
+                for _ in 0..EVENTS_PER_TURN {
+                    if !recorder.has_room() {
+                        break;
+                    }
+                    let mut foreign = None;
+                    let any = self.probe.next_event(|bytes| match Event::parse(bytes) {
+                        Ok(event) => recorder.event(&event),
+                        Err(error) => foreign = Some(error),
+                    });
+                    if let Some(error) = foreign {
+                        return Err(error.into());
+                    }
+                    if !any {
+                        return Ok((events, true));
+                    }
+                    events += 1;
+                }
+            }
+            forward(shared, to_encode)?;
+            if self.probe.positions().consumed() >= target {
+                return Ok((events, false));
+            }
+        }
+    }
+
+    /// Sleeps, or until the probe raises the alarm that a quarter of the ring waits. Edge-triggered: the
+    /// data that waits below that mark does not wake us.
+    fn sleep(&self, nap: Duration) {
+        let timeout = Timespec { tv_sec: 0, tv_nsec: nap.as_nanos() as i64 };
+        let mut events = Vec::with_capacity(1);
+        let _ = epoll::wait(&self.alarm, rustix::buffer::spare_capacity(&mut events), Some(&timeout));
+    }
+}
+
+/// Hands sealed frames to the encoder. Waits while it is busy: the ring takes what comes meanwhile.
+fn forward(shared: &Shared, to_encode: &Sender<Sealed>) -> anyhow::Result<()> {
+    loop {
+        let Some(sealed) = shared.recorder.lock().take_sealed() else { return Ok(()) };
+        to_encode.send(sealed).ok().context("the encode stage has ended")?;
+    }
+}
+
+/// Appends frames and makes them durable in groups.
+fn log_loop(
+    shared: &Shared,
+    mut log: LogWriter,
+    queue: &Receiver<SealedFrame>,
+    to_index: &Sender<IndexRequest>,
+) -> anyhow::Result<()> {
+    let mut unsynced: Vec<(SealedFrame, FrameLocation)> = Vec::new();
+    let mut oldest: Option<Instant> = None;
+    loop {
+        let wait = oldest.map_or(Duration::from_secs(3600), |oldest| {
+            (shared.commit_interval() / 2).saturating_sub(oldest.elapsed())
+        });
+        let received = if wait.is_zero() {
+            queue.try_recv().map_err(|error| match error {
+                crossbeam_channel::TryRecvError::Empty => RecvTimeoutError::Timeout,
+                crossbeam_channel::TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+            })
+        } else {
+            queue.recv_timeout(wait)
+        };
+        let ended = match received {
+            Ok(frame) => {
+                let location = append(shared, &mut log, &frame)?;
+                unsynced.push((frame, location));
+                oldest.get_or_insert_with(Instant::now);
+                false
+            }
+            Err(RecvTimeoutError::Timeout) => false,
+            Err(RecvTimeoutError::Disconnected) => true,
+        };
+        let due = oldest.is_some_and(|oldest| oldest.elapsed() >= shared.commit_interval() / 2);
+        if !unsynced.is_empty() && (due || ended || unsynced.len() >= INDEX_QUEUE_FRAMES / 2) {
+            let durable = log.sync().context("make the log durable")?;
+            shared.log_bytes.store(log.log_bytes(), Ordering::Relaxed);
+            shared.set_durable(durable);
+            for (frame, location) in unsynced.drain(..) {
+                if to_index.send(IndexRequest::Frame(frame, location)).is_err() {
+                    anyhow::bail!("the index stage has ended");
+                }
+            }
+            oldest = None;
+        }
+        if ended {
+            return Ok(());
+        }
+    }
+}
+
+fn append(shared: &Shared, log: &mut LogWriter, frame: &SealedFrame) -> Result<FrameLocation, LogError> {
+    let appended = log.append(frame);
+    if let Err(error) = &appended
+        && error.is_full()
+    {
+        // What was appended is kept; the agent ends with this message, and its next start opens the gap.
+        shared.set_durable(log.sync()?);
+    }
+    appended
+}
+
+fn index_loop(shared: &Shared, mut index: IndexWriter, queue: &Receiver<IndexRequest>) -> anyhow::Result<()> {
+    for request in queue {
+        match request {
+            IndexRequest::Frame(frame, location) => {
+                index.apply(frame.bytes(), &location)?;
+                shared.applied.store(index.applied().map_or(0, Seq::get), Ordering::SeqCst);
+            }
+            IndexRequest::HeadView(volume, reply) => {
+                let _ = reply.send(index.head_view(volume).map_err(Into::into));
+            }
+        }
+    }
+    index.flush()?;
+    Ok(())
+}

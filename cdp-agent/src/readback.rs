@@ -1,0 +1,286 @@
+//! Reading volumes back: the first copy, and whatever became dirty.
+//!
+//! Bytes read at some time belong before every write still to be captured. The rule, for each run of regions:
+//! take the marks, empty the ring of all that was queued by then and note the Seq `s`, wait until every
+//! captured write up to `s` to these regions has ended, read past the page cache, and record the bytes as of
+//! `s`. Writes after `s` lie on top of them; a write that nobody captured leaves a new mark when it ends.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use cdp_journal::view::View;
+use cdp_journal::{BLOCK_BYTES, BootNs, SECTOR_BYTES, Seq, UNIT_BYTES, VolumeId};
+use crossbeam_channel::Sender;
+use parking_lot::Mutex;
+
+use crate::clock;
+use crate::device::BlockDevice;
+use crate::pipeline::{IndexRequest, Shared};
+use crate::recorder::Run;
+
+/// Read under one note of `s`.
+const RUN_BYTES_MAX: u64 = 32 << 20;
+/// One read, and at most one record.
+const READ_BYTES: u64 = 1 << 20;
+/// Memory that O_DIRECT may want its buffers aligned to.
+const ALIGN_BYTES: usize = 4096;
+/// How long the thread sleeps when nothing is dirty.
+const IDLE: Duration = Duration::from_millis(10);
+/// How long to wait before a device that failed a read is read again.
+const RETRY: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_millis(1);
+
+/// The devices of the volumes, by volume; shared with who adds and removes them.
+pub(crate) type Devices = Arc<Mutex<HashMap<VolumeId, BlockDevice>>>;
+
+/// The read-back thread.
+pub(crate) struct ReadBack {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) index: Sender<IndexRequest>,
+    pub(crate) devices: Devices,
+}
+
+/// The agent is stopping.
+#[derive(Debug, thiserror::Error)]
+#[error("the agent is stopping")]
+struct Stopping;
+
+/// Makes reading back give way to production: when others used the disk meanwhile, rest for as long as the
+/// read took.
+struct Pace<'a> {
+    device: &'a BlockDevice,
+    requests: Option<u64>,
+    ours: u64,
+    began: Instant,
+}
+
+impl<'a> Pace<'a> {
+    fn new(device: &'a BlockDevice) -> Self {
+        Self { device, requests: device.requests_done(), ours: 0, began: Instant::now() }
+    }
+
+    fn give_way(&mut self) {
+        // One read of ours is split into a few requests at most.
+        const REQUESTS_PER_READ: u64 = 16;
+        self.ours += REQUESTS_PER_READ;
+        let now = self.device.requests_done();
+        let others = now.zip(self.requests).is_some_and(|(now, then)| now.saturating_sub(then) > self.ours);
+        if others {
+            std::thread::sleep(self.began.elapsed().min(Duration::from_millis(50)));
+        }
+        *self = Self { requests: now, ours: 0, began: Instant::now(), device: self.device };
+    }
+}
+
+impl ReadBack {
+    /// Runs until the agent stops.
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        let mut idle_at: HashMap<VolumeId, BootNs> = HashMap::new();
+        while !self.shared.stop.load(Ordering::SeqCst) {
+            let run = self.shared.recorder.lock().take_run(RUN_BYTES_MAX);
+            let Some(run) = run else {
+                self.close_gaps(&mut idle_at);
+                std::thread::sleep(IDLE);
+                continue;
+            };
+            let result = self.read_run(&run);
+            self.shared.recorder.lock().run_done(&run, result.is_err());
+            match result {
+                Ok(()) => {}
+                Err(error) if error.is::<Stopping>() => return Ok(()),
+                Err(error) => {
+                    tracing::warn!("read back bytes {:?}: {error:#}; trying again", run.bytes);
+                    std::thread::sleep(RETRY);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn device(&self, volume: VolumeId) -> anyhow::Result<BlockDevice> {
+        self.devices.lock().get(&volume).cloned().context("the volume is not protected any more")
+    }
+
+    fn read_run(&self, run: &Run) -> anyhow::Result<()> {
+        let device = self.device(run.volume)?;
+        let file = device.open_direct()?;
+        let as_of = self.shared.drained().ok_or(Stopping)?;
+        self.wait_until(|| !self.shared.recorder.lock().in_flight(run, as_of))?;
+        let known = if run.blank { None } else { Some(self.head_view(run.volume, as_of)?) };
+        let mut buffer = AlignedBuffer::new(READ_BYTES as usize);
+        let mut pace = Pace::new(&device);
+        let mut at = run.bytes.start;
+        while at < run.bytes.end {
+            let length = READ_BYTES.min(run.bytes.end - at);
+            let bytes = buffer.slice(length as usize);
+            read_device(&file, bytes, at).with_context(|| format!("read {} at byte {at}", device.path.display()))?;
+            match &known {
+                None => self.record_nonzero(run, at, bytes, as_of)?,
+                Some(view) => self.record_changed(run, at, bytes, as_of, view)?,
+            }
+            at += length;
+            pace.give_way();
+        }
+        Ok(())
+    }
+
+    /// A view that holds every record up to `as_of`.
+    fn head_view(&self, volume: VolumeId, as_of: Option<Seq>) -> anyhow::Result<View> {
+        self.wait_until(|| self.shared.applied() >= as_of)?;
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        self.index.send(IndexRequest::HeadView(volume, reply)).ok().context("the index stage has ended")?;
+        answer.recv().context("the index stage has ended")?
+    }
+
+    /// The first copy: only what is not zero is recorded, unit by unit.
+    fn record_nonzero(&self, run: &Run, at: u64, bytes: &[u8], as_of: Option<Seq>) -> anyhow::Result<()> {
+        for piece in runs_of(bytes, UNIT_BYTES as usize, |unit| !is_zero(unit)) {
+            self.record(run, at, piece, bytes, as_of)?;
+        }
+        Ok(())
+    }
+
+    /// A resync: only what differs from the head of the log is recorded, block by block.
+    fn record_changed(
+        &self,
+        run: &Run,
+        at: u64,
+        bytes: &[u8],
+        as_of: Option<Seq>,
+        view: &View,
+    ) -> anyhow::Result<()> {
+        let mut known = vec![0u8; bytes.len()];
+        let readable = view.bytes().saturating_sub(at).min(bytes.len() as u64) as usize;
+        // Damaged history must not stop the repair: what cannot be read is recorded anew.
+        let damaged = view.read_at(at, &mut known[..readable]).is_err();
+        let block = BLOCK_BYTES as usize;
+        let mut index = 0;
+        let differs: Vec<bool> = bytes
+            .chunks(block)
+            .zip(known.chunks(block))
+            .map(|(now, then)| damaged || now != then)
+            .collect();
+        for piece in runs_of(bytes, block, |_| {
+            index += 1;
+            differs[index - 1]
+        }) {
+            self.record(run, at, piece, bytes, as_of)?;
+        }
+        Ok(())
+    }
+
+    fn record(
+        &self,
+        run: &Run,
+        at: u64,
+        piece: std::ops::Range<usize>,
+        bytes: &[u8],
+        as_of: Option<Seq>,
+    ) -> anyhow::Result<()> {
+        let data = &bytes[piece.clone()];
+        let data = (!is_zero(data)).then_some(data);
+        let place = at + piece.start as u64..at + piece.end as u64;
+        // Live frames go first: there is room for ours when the encoder has kept up.
+        self.wait_until(|| {
+            self.shared.recorder.lock().read_back(run, place.clone(), as_of, data, clock::boot_ns())
+        })
+    }
+
+    fn wait_until(&self, mut done: impl FnMut() -> bool) -> anyhow::Result<()> {
+        while !done() {
+            if self.shared.stop.load(Ordering::SeqCst) {
+                bail!(Stopping);
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    fn close_gaps(&self, idle_at: &mut HashMap<VolumeId, BootNs>) {
+        let waiting = self.shared.recorder.lock().waiting_to_close();
+        for (volume, _) in waiting {
+            let Ok(device) = self.device(volume) else { continue };
+            let asked_at = clock::boot_ns();
+            if device.writes_in_flight() == Some(0) {
+                idle_at.insert(volume, asked_at);
+            }
+            if self.shared.drained().is_none() {
+                return;
+            }
+            self.shared.recorder.lock().try_close(volume, idle_at.get(&volume).copied(), clock::boot_ns());
+        }
+    }
+}
+
+/// Reads exactly `bytes.len()` bytes. The last sectors of a device may be fewer than O_DIRECT reads at once.
+fn read_device(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
+    debug_assert!(at.is_multiple_of(SECTOR_BYTES));
+    file.read_exact_at(bytes, at)
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    let (chunks, rest) = bytes.as_chunks::<64>();
+    rest.iter().all(|&byte| byte == 0) && chunks.iter().all(|chunk| *chunk == [0; 64])
+}
+
+/// Runs of neighbouring pieces of `piece` bytes that are `wanted`.
+fn runs_of(bytes: &[u8], piece: usize, mut wanted: impl FnMut(&[u8]) -> bool) -> Vec<std::ops::Range<usize>> {
+    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+    for (i, chunk) in bytes.chunks(piece).enumerate() {
+        if !wanted(chunk) {
+            continue;
+        }
+        let start = i * piece;
+        match runs.last_mut() {
+            Some(last) if last.end == start => last.end = start + chunk.len(),
+            _ => runs.push(start..start + chunk.len()),
+        }
+    }
+    runs
+}
+
+/// Memory that O_DIRECT takes.
+struct AlignedBuffer {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl AlignedBuffer {
+    fn new(length: usize) -> Self {
+        let bytes = vec![0; length + ALIGN_BYTES];
+        let start = bytes.as_ptr().align_offset(ALIGN_BYTES);
+        Self { bytes, start }
+    }
+
+    fn slice(&mut self, length: usize) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + length]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_join_neighbours_and_keep_the_short_end() {
+        let bytes = [1, 1, 0, 0, 2, 2, 3, 3, 0, 0, 4];
+        assert_eq!(runs_of(&bytes, 2, |piece| !is_zero(piece)), vec![0..2, 4..8, 10..11]);
+    }
+
+    #[test]
+    fn zero_is_zero_to_the_last_byte() {
+        for length in [0, 1, 63, 64, 65, 4096] {
+            let mut bytes = vec![0u8; length];
+            assert!(is_zero(&bytes));
+            if let Some(last) = bytes.last_mut() {
+                *last = 1;
+                assert!(!is_zero(&bytes));
+            }
+        }
+    }
+}

@@ -1,0 +1,709 @@
+//! Events of the probe → records, and everything that is decided on the way: what is in flight, what must be
+//! read back, when a gap opens and when it closes.
+//!
+//! No clock, no device, no thread: times and events come in, frames go out. The threads in `pipeline` and
+//! `readback` only ask.
+//!
+//! Always true:
+//! - R1: records leave in the order of their Seq, and an event's record has the event's time.
+//! - R2: a volume that is not `Exact` has an open gap in its history (or was never exact).
+//! - R3: a gap closes only when nothing of the volume is dirty or being read, and no write that we did not
+//!   capture can still be on its way.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cdp_ebpf::event::{CompleteEvent, FLAG_FUA, FLAG_PREFLUSH, FLAG_SYNC, Op, WriteEvent};
+use cdp_journal::format::{Body, FrameBuilder, GapCause, Origin, RecordFlags};
+use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
+
+use crate::capture::{DiskNumber, Slot};
+use crate::event::Event;
+use crate::inflight::{InFlight, Sectors, WholeBio};
+use crate::regions::Regions;
+
+/// A frame is sealed when it holds this much, so that a chunk still fits.
+const FRAME_BYTES_SEAL: usize = 1 << 20;
+/// Sealed frames that wait for the encoder before the ring is left alone.
+const SEALED_MAX: usize = 4;
+/// Times of recent records, kept to place the beginning of a gap.
+const RECENT_MAX: usize = 1 << 16;
+/// A write that we did not capture and that shows no sign for this long is taken to have ended. If it ends
+/// later all the same, its region is read again and the gap reaches back.
+const STRANGER_QUIET: Duration = Duration::from_secs(3);
+/// The disk's own count of writes in flight says nothing about bios that wait in a task's plug; those are
+/// handed on within this time.
+const PLUG_TIME: Duration = Duration::from_millis(100);
+
+const _: () = assert!(
+    FRAME_BYTES_SEAL + cdp_ebpf::event::CHUNK_BYTES as usize <= cdp_journal::format::FRAME_DATA_BYTES_MAX
+);
+
+/// How exact a volume's history is at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// The first copy is under way.
+    Seeding,
+    /// Every moment from `since` on is exact.
+    Exact {
+        since: BootNs,
+        seq: Seq,
+    },
+    /// A gap is open.
+    Resyncing(GapCause),
+}
+
+/// A loss that was noticed, but whose place among the records is not reached yet.
+#[derive(Clone, Copy, Debug)]
+struct PendingGap {
+    cause: GapCause,
+    /// The first loss happened then; records of that time and later are not exact.
+    at: BootNs,
+    /// When the ring has been emptied to here, the loss lies behind all records.
+    ring_position: u64,
+}
+
+/// A protected volume while the agent runs.
+#[derive(Debug)]
+pub(crate) struct VolumeRun {
+    pub(crate) id: VolumeId,
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) disk: DiskNumber,
+    /// Where the volume begins on its disk.
+    pub(crate) start_sector: u64,
+    pub(crate) bytes: u64,
+    pub(crate) state: State,
+    pub(crate) captured_writes: u64,
+    pub(crate) captured_bytes: u64,
+    pub(crate) dropped_writes: u64,
+    pub(crate) gaps: u64,
+    region_bytes: u64,
+    dirty: Regions,
+    /// Regions that have never been read and of which the store knows nothing: zeroes need no record.
+    blank: Regions,
+    reading: Option<Range<u64>>,
+    /// Regions to read when the present gap (or the first copy) began.
+    dirty_at_start: u64,
+    /// A write that we did not capture may have been on its way until then.
+    unknown_since: BootNs,
+    pending: Option<PendingGap>,
+    last_cause: GapCause,
+}
+
+impl VolumeRun {
+    fn sectors(&self) -> Sectors {
+        Sectors { start: self.start_sector, end: self.start_sector + self.bytes / SECTOR_BYTES }
+    }
+
+    /// Cuts a range of the disk to the volume: bytes from the volume's start.
+    fn clip(&self, range: Sectors) -> Option<Range<u64>> {
+        let own = self.sectors();
+        let (start, end) = (range.start.max(own.start), range.end.min(own.end));
+        (start < end).then(|| (start - own.start) * SECTOR_BYTES..(end - own.start) * SECTOR_BYTES)
+    }
+
+    fn mark(&mut self, bytes: Range<u64>) {
+        for region in bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes) {
+            self.dirty.insert(region);
+        }
+    }
+
+    /// How much of the first copy or of the resync is done.
+    pub(crate) fn progress(&self) -> f64 {
+        if matches!(self.state, State::Exact { .. }) {
+            return 1.0;
+        }
+        let left = self.dirty.len() + self.reading.as_ref().map_or(0, |run| run.end - run.start);
+        if self.dirty_at_start == 0 { 0.0 } else { (1.0 - left as f64 / self.dirty_at_start as f64).max(0.0) }
+    }
+}
+
+/// What a new volume brings along.
+#[derive(Debug)]
+pub(crate) struct NewVolume {
+    pub(crate) id: VolumeId,
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) disk: DiskNumber,
+    pub(crate) start_sector: u64,
+    pub(crate) bytes: u64,
+    pub(crate) region_bytes: u64,
+    /// The store knows nothing of it: absent means zero.
+    pub(crate) blank: bool,
+    /// Gaps that its history has already.
+    pub(crate) gaps: u64,
+    /// Why its history is interrupted, if it is.
+    pub(crate) cause: Option<GapCause>,
+}
+
+#[derive(Debug)]
+struct DiskRun {
+    number: DiskNumber,
+    slot: Slot,
+    /// Its driver completes whole bios rather than requests.
+    bio_based: bool,
+    in_flight: InFlight,
+    dropped: u64,
+    lost_completions: u64,
+    /// The bio whose chunks are coming in.
+    open_bio: Option<u64>,
+}
+
+/// A frame ready to be encoded.
+#[derive(Debug)]
+pub(crate) struct Sealed {
+    pub(crate) builder: FrameBuilder,
+    pub(crate) wall_offset_ns: i64,
+}
+
+/// Regions to read back, decided by [`Recorder::take_run`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) volume: VolumeId,
+    pub(crate) bytes: Range<u64>,
+    /// Zeroes need no record.
+    pub(crate) blank: bool,
+}
+
+/// What the probe's counters say of one disk.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Losses {
+    pub(crate) dropped: u64,
+    pub(crate) lost_completions: u64,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    builder: FrameBuilder,
+    opened_at: Option<BootNs>,
+    sealed: VecDeque<Sealed>,
+    last_seq: Option<Seq>,
+    latest: BootNs,
+    recent: VecDeque<(BootNs, Seq)>,
+    wall_offset_ns: i64,
+    volumes: Vec<VolumeRun>,
+    disks: Vec<DiskRun>,
+}
+
+impl Recorder {
+    /// Goes on after `last_seq`.
+    pub(crate) fn new(last_seq: Option<Seq>, wall_offset_ns: i64) -> Self {
+        Self {
+            builder: FrameBuilder::new(Seq::after(last_seq)),
+            opened_at: None,
+            sealed: VecDeque::new(),
+            last_seq,
+            latest: BootNs(0),
+            recent: VecDeque::new(),
+            wall_offset_ns,
+            volumes: Vec::new(),
+            disks: Vec::new(),
+        }
+    }
+
+    pub(crate) fn volumes(&self) -> &[VolumeRun] {
+        &self.volumes
+    }
+
+    pub(crate) fn last_seq(&self) -> Option<Seq> {
+        self.last_seq
+    }
+
+    /// The newest sample of the wall clock's distance from boot time; frames sealed from now on carry it.
+    pub(crate) fn set_wall_offset(&mut self, wall_offset_ns: i64) {
+        self.wall_offset_ns = wall_offset_ns;
+    }
+
+    /// Adds a disk before it is watched.
+    pub(crate) fn add_disk(&mut self, number: DiskNumber, slot: Slot, bio_based: bool) {
+        if self.disks.iter().all(|disk| disk.number != number) {
+            self.disks.push(DiskRun {
+                number,
+                slot,
+                bio_based,
+                in_flight: InFlight::default(),
+                dropped: 0,
+                lost_completions: 0,
+                open_bio: None,
+            });
+        }
+    }
+
+    /// Adds a volume before it is watched: all of it has to be read.
+    pub(crate) fn add_volume(&mut self, new: NewVolume, now: BootNs) {
+        let regions = new.bytes.div_ceil(new.region_bytes);
+        let mut dirty = Regions::new(regions);
+        dirty.insert_all();
+        let mut blank = Regions::new(regions);
+        if new.blank {
+            blank.insert_all();
+        }
+        self.volumes.push(VolumeRun {
+            id: new.id,
+            name: new.name,
+            path: new.path,
+            disk: new.disk,
+            start_sector: new.start_sector,
+            bytes: new.bytes,
+            state: new.cause.map_or(State::Seeding, State::Resyncing),
+            captured_writes: 0,
+            captured_bytes: 0,
+            dropped_writes: 0,
+            gaps: new.gaps,
+            region_bytes: new.region_bytes,
+            dirty_at_start: dirty.len(),
+            dirty,
+            blank,
+            reading: None,
+            unknown_since: now,
+            pending: None,
+            last_cause: new.cause.unwrap_or(GapCause::AgentDown),
+        });
+    }
+
+    /// Forgets a volume that is no longer protected.
+    pub(crate) fn remove_volume(&mut self, id: VolumeId) {
+        self.volumes.retain(|volume| volume.id != id);
+        let disks: Vec<DiskNumber> = self.volumes.iter().map(|volume| volume.disk).collect();
+        self.disks.retain(|disk| disks.contains(&disk.number));
+    }
+
+    /// One event of the ring.
+    pub(crate) fn event(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Write(write, data) => self.write(write, data),
+            Event::Complete(complete) => self.complete(complete),
+        }
+    }
+
+    fn write(&mut self, write: &WriteEvent, data: &[u8]) {
+        let Some(disk) = self.disks.iter().position(|disk| disk.number.0 == write.disk) else { return };
+        let at = BootNs(write.boot_ns);
+        self.open_pending_gaps(at);
+        let origin = Origin { pid: write.pid, comm: write.comm };
+        let flags = flags_of(write.flags);
+        let range = Sectors {
+            start: write.sector,
+            end: write.sector + u64::from(write.bytes) / SECTOR_BYTES,
+        };
+        let mut seq = None;
+        for i in 0..self.volumes.len() {
+            let volume = &mut self.volumes[i];
+            if volume.disk.0 != write.disk {
+                continue;
+            }
+            let id = Some(volume.id);
+            if write.op == Op::Flush as u8 {
+                self.push(at, id, origin, flags, Body::Barrier, &[]);
+                continue;
+            }
+            let Some(bytes) = volume.clip(range) else { continue };
+            volume.captured_writes += u64::from(write.last);
+            volume.captured_bytes += bytes.end - bytes.start;
+            let (offset, len) = (bytes.start, bytes.end - bytes.start);
+            let body = match Op::from_code(write.op) {
+                Some(Op::Zero) => Body::Zero { offset, len },
+                Some(Op::Discard) => Body::Discard { offset, len },
+                _ => Body::Write { offset, len },
+            };
+            let skipped = (volume.start_sector.saturating_sub(range.start) * SECTOR_BYTES) as usize;
+            let data = data.get(skipped..skipped + body.data_bytes() as usize).unwrap_or_default();
+            seq = Some(self.push(at, id, origin, flags, body, data));
+        }
+        let disk = &mut self.disks[disk];
+        let whole_bio = disk
+            .bio_based
+            .then(|| WholeBio { address: write.bio, first: disk.open_bio != Some(write.bio) });
+        disk.open_bio = (write.last == 0).then_some(write.bio);
+        if let Some(seq) = seq {
+            disk.in_flight.queued(range, seq, whole_bio);
+        }
+    }
+
+    fn complete(&mut self, complete: &CompleteEvent) {
+        let Some(disk) = self.disks.iter_mut().find(|disk| disk.number.0 == complete.disk) else { return };
+        let range = Sectors {
+            start: complete.sector,
+            end: complete.sector + u64::from(complete.bytes).div_ceil(SECTOR_BYTES),
+        };
+        let at = BootNs(complete.boot_ns);
+        let ended = if complete.whole_bio != 0 {
+            disk.in_flight.bio_ended(complete.bio, range)
+        } else {
+            disk.in_flight.range_ended(range)
+        };
+        let number = disk.number;
+        for stranger in ended.strangers {
+            self.unknown(number, stranger, at);
+        }
+        if complete.failed != 0 {
+            let last_exact = ended.writes.iter().min().and_then(|first| first.prev());
+            self.write_failed(number, range, last_exact, at);
+        }
+    }
+
+    /// A write ended of which we do not have the bytes.
+    fn unknown(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
+        for i in 0..self.volumes.len() {
+            let volume = &mut self.volumes[i];
+            if volume.disk != disk {
+                continue;
+            }
+            let Some(bytes) = volume.clip(range) else { continue };
+            volume.mark(bytes);
+            volume.unknown_since = volume.unknown_since.max(at);
+            if let State::Exact { seq, .. } = volume.state {
+                // It had been on its way while we called the volume exact: that was never true.
+                let cause = volume.last_cause;
+                self.open_gap(i, cause, seq.prev(), at);
+            }
+        }
+    }
+
+    fn write_failed(&mut self, disk: DiskNumber, range: Sectors, last_exact: Option<Seq>, at: BootNs) {
+        for i in 0..self.volumes.len() {
+            let volume = &mut self.volumes[i];
+            if volume.disk != disk {
+                continue;
+            }
+            let Some(bytes) = volume.clip(range) else { continue };
+            volume.mark(bytes);
+            volume.dropped_writes += 1;
+            self.open_gap(i, GapCause::IoError, last_exact, at);
+        }
+    }
+
+    /// The probe's counters, read before the ring is drained. `ring_position`: when the ring has been emptied
+    /// to here, everything queued before this call has been seen. `marks`: regions of the disk (in bytes).
+    pub(crate) fn losses(
+        &mut self,
+        slot: Slot,
+        losses: Losses,
+        first_at: Option<BootNs>,
+        now: BootNs,
+        ring_position: u64,
+        marks: &[Range<u64>],
+    ) {
+        let Some(disk) = self.disks.iter_mut().find(|disk| disk.slot == slot) else { return };
+        let dropped = losses.dropped.saturating_sub(disk.dropped);
+        if losses.lost_completions > disk.lost_completions {
+            // Which writes have ended is not known any more. Those that end later show up as strangers.
+            disk.in_flight.clear();
+        }
+        disk.dropped = losses.dropped;
+        disk.lost_completions = losses.lost_completions;
+        let number = disk.number;
+        let floor = self.recent.front().map_or(now, |&(at, _)| at);
+        for volume in self.volumes.iter_mut().filter(|volume| volume.disk == number) {
+            let mut touched = false;
+            for mark in marks {
+                let range = Sectors { start: mark.start / SECTOR_BYTES, end: mark.end.div_ceil(SECTOR_BYTES) };
+                if let Some(bytes) = volume.clip(range) {
+                    volume.mark(bytes);
+                    touched = true;
+                }
+            }
+            if !touched {
+                continue;
+            }
+            volume.dropped_writes += dropped;
+            volume.unknown_since = volume.unknown_since.max(now);
+            volume.last_cause = GapCause::RingOverflow;
+            if matches!(volume.state, State::Exact { .. }) && volume.pending.is_none() {
+                volume.pending = Some(PendingGap {
+                    cause: GapCause::RingOverflow,
+                    at: first_at.unwrap_or(floor),
+                    ring_position,
+                });
+            }
+        }
+    }
+
+    /// Events were lost, and nobody knows of which disk: since `since`.
+    pub(crate) fn everything_unknown(&mut self, since: Option<Seq>, now: BootNs) {
+        for i in 0..self.volumes.len() {
+            let volume = &mut self.volumes[i];
+            volume.dirty.insert_all();
+            volume.unknown_since = now;
+            volume.dropped_writes += 1;
+            self.open_gap(i, GapCause::RingOverflow, since, now);
+        }
+    }
+
+    /// Opens the gaps whose place is reached: a record of time `at` comes next.
+    fn open_pending_gaps(&mut self, at: BootNs) {
+        for i in 0..self.volumes.len() {
+            if let Some(pending) = self.volumes[i].pending
+                && at >= pending.at
+            {
+                self.volumes[i].pending = None;
+                let last_exact = self.last_seq_before(pending.at);
+                self.open_gap(i, pending.cause, last_exact, at);
+            }
+        }
+    }
+
+    /// The ring has been emptied up to `position`.
+    pub(crate) fn drained_to(&mut self, position: u64, now: BootNs) {
+        for i in 0..self.volumes.len() {
+            if let Some(pending) = self.volumes[i].pending
+                && position >= pending.ring_position
+            {
+                self.volumes[i].pending = None;
+                let last_exact = self.last_seq_before(pending.at);
+                self.open_gap(i, pending.cause, last_exact, now);
+            }
+        }
+    }
+
+    /// The counters showed no loss: what was recorded so far will not be doubted by a later one.
+    pub(crate) fn no_loss(&mut self) {
+        if self.volumes.iter().all(|volume| volume.pending.is_none()) {
+            let last = self.recent.pop_back();
+            self.recent.clear();
+            self.recent.extend(last);
+        }
+    }
+
+    fn last_seq_before(&self, at: BootNs) -> Option<Seq> {
+        let before = self.recent.partition_point(|&(time, _)| time < at);
+        match before.checked_sub(1) {
+            Some(last) => Some(self.recent[last].1),
+            None => self.recent.front().and_then(|(_, seq)| seq.prev()),
+        }
+    }
+
+    fn open_gap(&mut self, volume: usize, cause: GapCause, last_exact: Option<Seq>, at: BootNs) {
+        let volume = &mut self.volumes[volume];
+        volume.last_cause = cause;
+        if !matches!(volume.state, State::Exact { .. }) {
+            return;
+        }
+        volume.state = State::Resyncing(cause);
+        volume.dirty_at_start = volume.dirty.len();
+        volume.gaps += 1;
+        volume.pending = None;
+        let (id, name) = (volume.id, volume.name.clone());
+        let body = Body::GapOpen { cause, last_exact };
+        let seq = self.push(at, Some(id), Origin::default(), RecordFlags::default(), body, &[]);
+        tracing::warn!(volume = %name, %cause, seq = seq.get(), last_exact = last_exact.map(Seq::get), "gap opened");
+    }
+
+    /// Chooses what to read back next: the first volume with something dirty, at most `bytes_max` of it.
+    pub(crate) fn take_run(&mut self, bytes_max: u64) -> Option<Run> {
+        let volume = self.volumes.iter_mut().find(|volume| !volume.dirty.is_empty() && volume.reading.is_none())?;
+        let mut run = volume.dirty.take_run((bytes_max / volume.region_bytes).max(1))?;
+        let blank = volume.blank.contains(run.start);
+        if let Some(other) = run.clone().find(|&region| volume.blank.contains(region) != blank) {
+            for region in other..run.end {
+                volume.dirty.insert(region);
+            }
+            run.end = other;
+        }
+        for region in run.clone() {
+            volume.blank.remove(region);
+        }
+        let bytes = run.start * volume.region_bytes..(run.end * volume.region_bytes).min(volume.bytes);
+        volume.reading = Some(run);
+        Some(Run { volume: volume.id, bytes, blank })
+    }
+
+    /// Is any write up to `last` to these bytes of a volume still in flight?
+    pub(crate) fn in_flight(&self, run: &Run, last: Option<Seq>) -> bool {
+        let Some(volume) = self.volumes.iter().find(|volume| volume.id == run.volume) else { return false };
+        let range = Sectors {
+            start: volume.start_sector + run.bytes.start / SECTOR_BYTES,
+            end: volume.start_sector + run.bytes.end.div_ceil(SECTOR_BYTES),
+        };
+        self.disks.iter().any(|disk| disk.number == volume.disk && disk.in_flight.any(range, last))
+    }
+
+    /// Adds what was read of the device: `None` for zeroes. False if there is no room just now.
+    pub(crate) fn read_back(
+        &mut self,
+        run: &Run,
+        bytes: Range<u64>,
+        as_of: Option<Seq>,
+        data: Option<&[u8]>,
+        now: BootNs,
+    ) -> bool {
+        if !self.has_room() {
+            return false;
+        }
+        let (offset, len) = (bytes.start, bytes.end - bytes.start);
+        let body = match data {
+            Some(_) => Body::ReadBack { offset, len, as_of },
+            None => Body::ReadBackZero { offset, len, as_of },
+        };
+        self.push(now, Some(run.volume), Origin::default(), RecordFlags::default(), body, data.unwrap_or_default());
+        true
+    }
+
+    /// A run was read; or it failed, and must be read again.
+    pub(crate) fn run_done(&mut self, run: &Run, failed: bool) {
+        if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == run.volume) {
+            volume.reading = None;
+            if failed {
+                let bytes = run.bytes.clone();
+                volume.mark(bytes.clone());
+                if run.blank {
+                    for region in bytes.start / volume.region_bytes..bytes.end.div_ceil(volume.region_bytes) {
+                        volume.blank.insert(region);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Volumes that would be exact if nothing unknown is on its way to their disk any more.
+    pub(crate) fn waiting_to_close(&self) -> Vec<(VolumeId, DiskNumber)> {
+        let waits = |volume: &&VolumeRun| {
+            !matches!(volume.state, State::Exact { .. })
+                && volume.dirty.is_empty()
+                && volume.reading.is_none()
+                && volume.pending.is_none()
+        };
+        self.volumes.iter().filter(waits).map(|volume| (volume.id, volume.disk)).collect()
+    }
+
+    /// Closes a gap if R3 allows. The ring has been drained since the last read-back.
+    /// `idle_at`: a time at which the disk itself counted no write in flight, if there was one.
+    pub(crate) fn try_close(&mut self, id: VolumeId, idle_at: Option<BootNs>, now: BootNs) -> bool {
+        if !self.waiting_to_close().iter().any(|&(waiting, _)| waiting == id) {
+            return false;
+        }
+        let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == id) else { return false };
+        let after = |time: BootNs, by: Duration| BootNs(time.0.saturating_add(by.as_nanos() as u64));
+        let idle = idle_at.is_some_and(|at| at > after(volume.unknown_since, PLUG_TIME));
+        if !idle && now <= after(volume.unknown_since, STRANGER_QUIET) {
+            return false;
+        }
+        let name = volume.name.clone();
+        let seq =
+            self.push(now, Some(id), Origin::default(), RecordFlags::default(), Body::GapClose, &[]);
+        if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == id) {
+            volume.state = State::Exact { since: now, seq };
+        }
+        tracing::info!(volume = %name, seq = seq.get(), "protected");
+        true
+    }
+
+    /// A volume has another size now. What it gained has to be read.
+    pub(crate) fn resized(&mut self, id: VolumeId, bytes: u64, now: BootNs) {
+        let Some(i) = self.volumes.iter().position(|volume| volume.id == id) else { return };
+        let volume = &mut self.volumes[i];
+        let old = volume.bytes;
+        if bytes == old {
+            return;
+        }
+        let last = self.last_seq;
+        volume.bytes = bytes;
+        let regions = bytes.div_ceil(volume.region_bytes);
+        volume.dirty.resize(regions);
+        volume.blank.resize(regions);
+        self.push(now, Some(id), Origin::default(), RecordFlags::default(), Body::Resize { bytes }, &[]);
+        if bytes > old {
+            let volume = &mut self.volumes[i];
+            volume.mark(old..bytes);
+            volume.unknown_since = now;
+            self.open_gap(i, GapCause::Resized, last, now);
+        }
+    }
+
+    /// A record that concerns no write: a start, a bookmark, a tick.
+    pub(crate) fn note(&mut self, now: BootNs, volume: Option<VolumeId>, body: Body) -> Seq {
+        self.push(now, volume, Origin::default(), RecordFlags::default(), body, &[])
+    }
+
+    fn push(
+        &mut self,
+        at: BootNs,
+        volume: Option<VolumeId>,
+        origin: Origin,
+        flags: RecordFlags,
+        body: Body,
+        data: &[u8],
+    ) -> Seq {
+        if !self.builder.fits(data.len()) {
+            self.seal();
+        }
+        let pushed = self.builder.push(at, volume, origin, flags, body.clone(), &[data]).or_else(|_| {
+            // Names and labels have a bound of their own in a frame: a new one takes them.
+            self.seal();
+            self.builder.push(at, volume, origin, flags, body, &[data])
+        });
+        let seq = match pushed {
+            Ok(seq) => seq,
+            Err(error) => {
+                // Only a record that is wrong by itself gets here. Its place is kept, so that the volume's
+                // history shows that something is missing.
+                tracing::error!(%error, "a record could not be encoded");
+                self.replace_by_gap(at, volume)
+            }
+        };
+        self.last_seq = Some(seq);
+        self.opened_at.get_or_insert(at);
+        self.latest = self.latest.max(at);
+        if self.recent.len() == RECENT_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back((self.latest, seq));
+        if self.builder.raw_bytes() >= FRAME_BYTES_SEAL {
+            self.seal();
+        }
+        seq
+    }
+
+    fn replace_by_gap(&mut self, at: BootNs, volume: Option<VolumeId>) -> Seq {
+        let body = Body::GapOpen { cause: GapCause::RingOverflow, last_exact: self.last_seq };
+        let none = (Origin::default(), RecordFlags::default());
+        self.builder.push(at, volume, none.0, none.1, body, &[]).unwrap_or_else(|_| self.builder.next_seq())
+    }
+
+    fn seal(&mut self) {
+        if self.builder.is_empty() {
+            return;
+        }
+        let next = FrameBuilder::new(self.builder.next_seq());
+        let builder = std::mem::replace(&mut self.builder, next);
+        self.opened_at = None;
+        self.sealed.push_back(Sealed { builder, wall_offset_ns: self.wall_offset_ns });
+    }
+
+    /// Seals the frame under construction if it is older than `age_max`.
+    pub(crate) fn seal_if_older(&mut self, now: BootNs, age_max: Duration) {
+        if self.opened_at.is_some_and(|at| now.0.saturating_sub(at.0) >= age_max.as_nanos() as u64) {
+            self.seal();
+        }
+    }
+
+    /// The next frame to encode.
+    pub(crate) fn take_sealed(&mut self) -> Option<Sealed> {
+        self.sealed.pop_front()
+    }
+
+    /// May more be drained? If not, the ring holds what comes.
+    pub(crate) fn has_room(&self) -> bool {
+        self.sealed.len() < SEALED_MAX
+    }
+
+    /// Time of the newest record.
+    pub(crate) fn latest(&self) -> BootNs {
+        self.latest
+    }
+}
+
+fn flags_of(flags: u8) -> RecordFlags {
+    [
+        (FLAG_PREFLUSH, RecordFlags::PREFLUSH),
+        (FLAG_FUA, RecordFlags::FUA),
+        (FLAG_SYNC, RecordFlags::SYNC),
+    ]
+    .into_iter()
+    .filter(|(bit, _)| flags & bit != 0)
+    .fold(RecordFlags::default(), |all, (_, flag)| all.with(flag))
+}
