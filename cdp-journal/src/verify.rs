@@ -1,7 +1,13 @@
 //! Reading everything to see whether it is good.
 
+use std::io;
 use std::path::PathBuf;
 
+use uuid::Uuid;
+
+use crate::error::ReadError;
+use crate::format::SEGMENT_HEADER_BYTES;
+use crate::log::{Depth, Disk, Found, HeaderState, Segment, segments};
 use crate::types::Seq;
 
 /// A stretch of the log that does not match its checksums.
@@ -32,4 +38,107 @@ pub struct VerifyReport {
     pub bytes: u64,
     /// What was not good.
     pub damages: Vec<Damage>,
+}
+
+/// Reads every frame of the log. Records up to `vouched` are known to have been durable.
+pub(crate) fn verify_log(
+    disk: &dyn Disk,
+    store: Uuid,
+    vouched: Option<Seq>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<VerifyReport, ReadError> {
+    let mut report = VerifyReport::default();
+    let ids = segments(disk).map_err(ReadError::io(disk.path("")))?;
+    for (index, id) in ids.iter().enumerate() {
+        let path = disk.path(&id.file_name());
+        let segment = Segment::open(disk, *id).map_err(ReadError::io(&path))?;
+        let vouched = if index + 1 == ids.len() {
+            vouched
+        } else {
+            Some(id.0.plus(u64::MAX))
+        };
+        verify_segment(&segment, store, vouched, &mut report, progress).map_err(ReadError::io(&path))?;
+        report.segments += 1;
+    }
+    Ok(report)
+}
+
+fn verify_segment(
+    segment: &Segment,
+    store: Uuid,
+    vouched: Option<Seq>,
+    report: &mut VerifyReport,
+    progress: &mut dyn FnMut(u64),
+) -> io::Result<()> {
+    if segment.header(store)? != HeaderState::Good {
+        // A segment without frames is still being made.
+        if vouched < Some(segment.id.0) && segment.resync(0)?.is_none() {
+            return Ok(());
+        }
+        report.damages.push(Damage {
+            path: segment.path.clone(),
+            offset: 0,
+            bytes: SEGMENT_HEADER_BYTES as u64,
+            seqs: None,
+            what: "bad segment header".to_owned(),
+        });
+    }
+    let mut at = SEGMENT_HEADER_BYTES as u64;
+    report.bytes += at;
+    let mut expected = segment.id.0;
+    loop {
+        match segment.read(at, Depth::Data)? {
+            Found::End => return Ok(()),
+            Found::Frame(found) => {
+                let header = &found.frame.header;
+                report.bytes += found.end - at;
+                progress(found.end - at);
+                expected = header.last_seq().next();
+                match found.bad_data {
+                    None => {
+                        report.frames += 1;
+                        report.records += header.record_count as u64;
+                    }
+                    Some(what) => report.damages.push(Damage {
+                        path: segment.path.clone(),
+                        offset: found.location.offset,
+                        bytes: header.frame_bytes as u64,
+                        seqs: Some((header.first_seq, header.last_seq())),
+                        what,
+                    }),
+                }
+                at = found.end;
+            }
+            Found::Bad(what) => {
+                let next = segment.resync(at)?;
+                // At the very end it is an append in progress, unless somebody vouches for it.
+                if next.is_none() && vouched < Some(expected) {
+                    return Ok(());
+                }
+                // The writer may have finished it while we looked.
+                if !matches!(segment.read(at, Depth::Data)?, Found::Bad(_)) {
+                    continue;
+                }
+                let end = match next {
+                    Some(next) => next,
+                    None => segment.file.len()?,
+                };
+                let next_seq = match next.map(|next| segment.read(next, Depth::Table)).transpose()? {
+                    Some(Found::Frame(found)) => found.frame.header.first_seq.prev(),
+                    _ => None,
+                };
+                report.damages.push(Damage {
+                    path: segment.path.clone(),
+                    offset: at,
+                    bytes: end - at,
+                    seqs: next_seq
+                        .filter(|last| *last >= expected)
+                        .map(|last| (expected, last)),
+                    what,
+                });
+                progress(end - at);
+                at = end;
+            }
+        }
+    }
 }

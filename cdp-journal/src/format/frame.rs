@@ -104,7 +104,7 @@ impl FrameHeader {
             && self.group_count <= FRAME_GROUPS_MAX
             && (fixed_bytes..=fixed_bytes + FRAME_TAIL_BYTES_MAX).contains(&self.table_raw_bytes)
             && (FRAME_HEADER_BYTES + self.table_bytes..=FRAME_BYTES_MAX).contains(&self.frame_bytes)
-            && self.frame_bytes % FRAME_ALIGN_BYTES == 0
+            && self.frame_bytes.is_multiple_of(FRAME_ALIGN_BYTES)
             && matches!(self.table_codec, CODEC_PLAIN | CODEC_LZ4)
     }
 

@@ -104,10 +104,10 @@ mod record;
 mod segment;
 
 pub use build::{FrameBuilder, PushError, SealedFrame};
+pub(crate) use frame::decode_group;
 pub use frame::{Frame, FrameError, FrameHeader, GroupRef, Part, PlacedRecord};
-pub(crate) use frame::{GroupHeader, decode_group};
 pub use record::{Body, GapCause, Origin, Record, RecordFlags, VolumeKind};
-pub(crate) use segment::{Envelope, SegmentHeader};
+pub(crate) use segment::{Envelope, SegmentHeader, SegmentHeaderError};
 
 /// The format this build writes, and the newest it reads.
 pub const FORMAT: u32 = 1;
@@ -146,7 +146,8 @@ pub(crate) const FRAME_GROUPS_MAX: usize = 2 * FRAME_DATA_BYTES_MAX / GROUP_BYTE
 const _: () = assert!(GROUP_BYTES_MAX as u64 == crate::UNIT_BYTES); // a unit lies in one group
 const _: () = assert!(FRAME_DATA_BYTES_MAX >= RECORD_DATA_BYTES_MAX); // every record fits a frame
 const _: () = assert!(FRAME_GROUPS_MAX <= u16::MAX as usize);
-const _: () = assert!(FRAME_HEADER_BYTES % FRAME_ALIGN_BYTES == 0 && ENVELOPE_BYTES % FRAME_ALIGN_BYTES == 0);
+const _: () = assert!(FRAME_HEADER_BYTES.is_multiple_of(FRAME_ALIGN_BYTES));
+const _: () = assert!(ENVELOPE_BYTES.is_multiple_of(FRAME_ALIGN_BYTES));
 const _: () = assert!(
     FRAME_BYTES_MAX
         >= FRAME_HEADER_BYTES

@@ -1,9 +1,30 @@
 //! From (volume, block, Seq) to where the bytes lie.
+//!
+//! Only durable frames are applied, and what was applied is written in the same batch, so the index on disk is
+//! always the exact state after some frame; the rest is replayed from the log. It is never repaired: an index
+//! that is damaged, of another format or ahead of the log is made anew.
+//!
+//! The same code ([`apply`]) serves the writer, whose [`overlay`] empties into RocksDB frame by frame, and a
+//! reader, who keeps the log's tail in the overlay.
 
-use crate::error::ReadError;
-use crate::log::FrameLocation;
-use crate::types::{Seq, VolumeId};
-use crate::view::View;
+mod apply;
+mod db;
+mod event;
+mod key;
+mod lookup;
+mod overlay;
+mod version;
+mod writer;
+
+pub(crate) use apply::{Applied, Applier, HeadCache};
+pub(crate) use db::{Db, open_reader};
+pub(crate) use event::{Event, EventBody};
+pub(crate) use key::CHUNK_BLOCKS;
+pub(crate) use lookup::{BlockVersion, FrameEntry, Lookup};
+pub(crate) use overlay::{DbCursor, Overlay};
+pub(crate) use version::{Place, Source, Version};
+pub use writer::IndexWriter;
+pub(crate) use writer::{IndexParts, open_index, rebuild_index};
 
 /// The index failed.
 #[derive(Debug, thiserror::Error)]
@@ -18,32 +39,7 @@ pub enum IndexError {
     /// A frame that does not follow the last one applied, or is not one.
     #[error("index: {0}")]
     Frame(String),
-}
-
-/// Keeps the index up with the log. One per store.
-#[derive(Debug)]
-pub struct IndexWriter {}
-
-impl IndexWriter {
-    /// Adds the records of a durable frame (header and record table suffice).
-    pub fn apply(&mut self, frame: &[u8], location: &FrameLocation) -> Result<(), IndexError> {
-        let _ = (frame, location);
-        unimplemented!()
-    }
-
-    /// Writes what is in memory to disk, so that readers have less to replay.
-    pub fn flush(&mut self) -> Result<(), IndexError> {
-        unimplemented!()
-    }
-
-    /// Last record applied.
-    pub fn applied(&self) -> Option<Seq> {
-        unimplemented!()
-    }
-
-    /// A volume as of the last record applied.
-    pub fn head_view(&self, volume: VolumeId) -> Result<View, ReadError> {
-        let _ = volume;
-        unimplemented!()
-    }
+    /// An unusable index could not be removed.
+    #[error("remove the old index")]
+    Remove(#[source] std::io::Error),
 }

@@ -1,10 +1,32 @@
 //! The log: frames in segments, the only truth.
+//!
+//! Always true:
+//! - L1: a frame is appended by one write, after the frame before it.
+//! - L2: a segment is durable before its successor exists.
+//! - L3: what [`LogWriter::sync`] reported is found by every later recovery, whatever the disk did with the
+//!   rest (`a_crash_at_any_disk_operation_keeps_what_was_durable`).
+//! - L4: after a failed sync nothing is written any more.
+
+mod disk;
+mod recover;
+mod scan;
+mod writer;
+
+#[cfg(test)]
+mod fault;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::path::PathBuf;
 
-use crate::format::SealedFrame;
 use crate::types::{SegmentId, Seq};
+
+pub(crate) use disk::{Disk, RealDisk};
+pub(crate) use recover::{LogState, recover};
+pub(crate) use scan::{Depth, Found, HeaderState, Segment, Tail, open_error, segments};
+pub(crate) use writer::LogLimits;
+pub use writer::LogWriter;
 
 /// Where a frame lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,42 +80,5 @@ impl LogError {
     /// Nothing was changed and a later append may succeed.
     pub fn is_full(&self) -> bool {
         matches!(self, Self::StoreFull { .. })
-    }
-}
-
-/// Appends frames. One per store.
-#[derive(Debug)]
-pub struct LogWriter {}
-
-impl LogWriter {
-    /// Appends a frame with a single write. It is durable after the next [`LogWriter::sync`].
-    pub fn append(&mut self, frame: &SealedFrame) -> Result<FrameLocation, LogError> {
-        let _ = frame;
-        unimplemented!()
-    }
-
-    /// Makes everything appended durable. Returns the last durable record.
-    pub fn sync(&mut self) -> Result<Option<Seq>, LogError> {
-        unimplemented!()
-    }
-
-    /// The Seq that the next frame must begin with.
-    pub fn next_seq(&self) -> Seq {
-        unimplemented!()
-    }
-
-    /// Last record appended.
-    pub fn appended(&self) -> Option<Seq> {
-        unimplemented!()
-    }
-
-    /// Last record known to be durable.
-    pub fn durable(&self) -> Option<Seq> {
-        unimplemented!()
-    }
-
-    /// Bytes of all segments.
-    pub fn log_bytes(&self) -> u64 {
-        unimplemented!()
     }
 }

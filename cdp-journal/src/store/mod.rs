@@ -1,7 +1,102 @@
 //! A folder with a log and an index.
+//!
+//! | name         | what                                                                          |
+//! |--------------|-------------------------------------------------------------------------------|
+//! | `store.json` | format number, id, when it was made; without it a folder is not a store       |
+//! | `lock`       | locked by the writer, and its process id                                      |
+//! | `log/`       | segments, see [`crate::format`]                                               |
+//! | `index/`     | RocksDB, see [`crate::index`]; may be deleted while no writer runs            |
+//!
+//! | Store format | First in | Change | Read | Written |
+//! |-------------:|----------|--------|------|---------|
+//! |            1 | 0.1      | first  | yes  | yes     |
 
+mod lock;
 mod reader;
+mod timeline;
 mod writer;
 
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::error::OpenError;
+
+pub(crate) use lock::StoreLock;
 pub use reader::StoreReader;
 pub use writer::{Cut, Recovered, StoreWriter, VolumeState, WriterOptions};
+
+/// The format of the folder as a whole.
+const STORE_FORMAT: u32 = 1;
+pub(crate) const STORE_FILE: &str = "store.json";
+pub(crate) const LOCK_FILE: &str = "lock";
+pub(crate) const LOG_DIR: &str = "log";
+pub(crate) const INDEX_DIR: &str = "index";
+
+/// `store.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct StoreFile {
+    format: u32,
+    uuid: Uuid,
+    created: String,
+}
+
+/// The format alone, which every version of the file has.
+#[derive(Deserialize)]
+struct StoreFormat {
+    format: u32,
+}
+
+impl StoreFile {
+    /// `None` if the folder has none.
+    fn read(dir: &Path) -> Result<Option<Self>, OpenError> {
+        let path = dir.join(STORE_FILE);
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(OpenError::io("read", path)(error)),
+        };
+        let bad = |error: serde_json::Error| OpenError::BadStoreFile {
+            path: path.clone(),
+            reason: error.to_string(),
+        };
+        let StoreFormat { format } = serde_json::from_slice(&text).map_err(bad)?;
+        if format > STORE_FORMAT {
+            return Err(OpenError::TooNew {
+                path,
+                found: format,
+                newest: STORE_FORMAT,
+            });
+        }
+        serde_json::from_slice(&text).map(Some).map_err(bad)
+    }
+
+    /// Makes the file of a new store, durable before anything else is in the folder.
+    fn create(dir: &Path) -> Result<Self, OpenError> {
+        let store = Self {
+            format: STORE_FORMAT,
+            uuid: Uuid::new_v4(),
+            created: jiff::Timestamp::now().to_string(),
+        };
+        let (path, draft) = (dir.join(STORE_FILE), dir.join("store.json.new"));
+        let text = serde_json::to_vec_pretty(&store).map_err(|error| OpenError::BadStoreFile {
+            path: path.clone(),
+            reason: error.to_string(),
+        })?;
+        let write = || {
+            let mut file = File::create(&draft)?;
+            file.write_all(&text)?;
+            file.sync_all()?;
+            std::fs::rename(&draft, &path)?;
+            File::open(dir)?.sync_all()
+        };
+        write().map_err(OpenError::io("make", &path))?;
+        Ok(store)
+    }
+}

@@ -1,15 +1,26 @@
 //! Opening a store to append to it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use uuid::Uuid;
 
-use crate::error::OpenError;
-use crate::format::GapCause;
+use super::timeline::Timeline;
+use super::{INDEX_DIR, LOCK_FILE, LOG_DIR, StoreFile, StoreLock};
+use crate::error::{OpenError, ReadError};
+use crate::format::{FRAME_BYTES_MAX, GapCause};
 use crate::history::VolumeInfo;
-use crate::index::IndexWriter;
-use crate::log::LogWriter;
-use crate::types::Seq;
+use crate::index::{Event, EventBody, IndexError, IndexParts, IndexWriter, open_index, rebuild_index};
+use crate::log::{Disk, LogLimits, LogState, LogWriter, RealDisk, Tail, open_error, recover};
+use crate::types::{SegmentId, Seq, WallNs};
+use crate::verify::Damage;
+use crate::when::Point;
+
+/// The index addresses a segment with 32 bits; and a smaller one than a frame makes no sense.
+const SEGMENT_BYTES_RANGE: std::ops::RangeInclusive<u64> = 1 << 16..=1 << 31;
+
+const _: () = assert!(*SEGMENT_BYTES_RANGE.end() + (FRAME_BYTES_MAX as u64) < u32::MAX as u64);
 
 /// Bounds of a store.
 #[derive(Clone, Debug)]
@@ -66,7 +77,7 @@ pub struct Recovered {
     /// What had to be cut.
     pub cut: Option<Cut>,
     /// Durable data that does not match its checksum; the moments that need it are refused.
-    pub damages: Vec<crate::verify::Damage>,
+    pub damages: Vec<Damage>,
     /// The agent of the newest start record, and the boot id.
     pub agent: Option<Uuid>,
     /// The boot of the host that the last frame was captured in.
@@ -81,22 +92,186 @@ pub struct Recovered {
 
 /// A store, locked against other writers.
 #[derive(Debug)]
-pub struct StoreWriter {}
+pub struct StoreWriter {
+    uuid: Uuid,
+    log: LogWriter,
+    index: IndexWriter,
+}
 
 impl StoreWriter {
     /// Opens the store in `dir`, or makes one, and recovers it.
     pub fn open(dir: &Path, options: &WriterOptions) -> Result<(Self, Recovered), OpenError> {
-        let _ = (dir, options);
-        unimplemented!()
+        std::fs::create_dir_all(dir).map_err(OpenError::io("make", dir))?;
+        // The format first: a store of a newer one is not even locked.
+        let known = StoreFile::read(dir)?;
+        let lock = Arc::new(StoreLock::take(&dir.join(LOCK_FILE))?);
+        let created = known.is_none();
+        let store = match known {
+            Some(store) => store,
+            None => StoreFile::create(dir)?,
+        };
+        let (log_dir, index_dir) = (dir.join(LOG_DIR), dir.join(INDEX_DIR));
+        std::fs::create_dir_all(&log_dir).map_err(OpenError::io("make", &log_dir))?;
+        sync_names(dir)?;
+
+        let disk = Arc::new(RealDisk::writable(&log_dir));
+        let is_new_store = created || !index_dir.exists() && is_empty(&*disk)?;
+        let parts = open_index(&index_dir, store.uuid, is_new_store)?;
+        let state = recover(&*disk, store.uuid, parts.applied.last)?;
+        let parts = match &state.lost_after {
+            Some(last) => {
+                let last = last.map_or(0, Seq::get);
+                rebuild_index(
+                    &index_dir,
+                    store.uuid,
+                    format!("the log ends at seq {last}, before the index does"),
+                )?
+            }
+            None => parts,
+        };
+        let index_rebuilt = parts.rebuilt.clone();
+        let index_bytes = Arc::new(AtomicU64::new(0));
+        let mut index = open_at(parts, &log_dir, &index_bytes, &lock);
+        catch_up(&mut index, &*disk, store.uuid)?;
+        index.flush()?;
+        let recovered = describe(&index, &*disk, &state, index_rebuilt, created)?;
+        let limits = LogLimits {
+            segment_bytes_max: options
+                .segment_bytes_max
+                .clamp(*SEGMENT_BYTES_RANGE.start(), *SEGMENT_BYTES_RANGE.end()),
+            store_bytes_max: options.store_bytes_max,
+            free_bytes_min: options.free_bytes_min,
+            index_bytes,
+        };
+        let log = LogWriter::new(disk, store.uuid, limits, state, Some(lock))
+            .map_err(OpenError::io("measure", &log_dir))?;
+        Ok((
+            Self {
+                uuid: store.uuid,
+                log,
+                index,
+            },
+            recovered,
+        ))
     }
 
     /// The store's own id.
     pub fn uuid(&self) -> Uuid {
-        unimplemented!()
+        self.uuid
     }
 
     /// Both halves, for a thread each. The lock is held until both are dropped.
     pub fn split(self) -> (LogWriter, IndexWriter) {
-        unimplemented!()
+        (self.log, self.index)
     }
+}
+
+fn open_at(
+    parts: IndexParts,
+    log_dir: &Path,
+    index_bytes: &Arc<AtomicU64>,
+    lock: &Arc<StoreLock>,
+) -> IndexWriter {
+    IndexWriter::new(parts, log_dir, Arc::clone(index_bytes), Arc::clone(lock))
+}
+
+fn sync_names(dir: &Path) -> Result<(), OpenError> {
+    std::fs::File::open(dir)
+        .and_then(|file| file.sync_all())
+        .map_err(OpenError::io("sync", dir))
+}
+
+fn is_empty(disk: &dyn Disk) -> Result<bool, OpenError> {
+    Ok(crate::log::segments(disk)
+        .map_err(OpenError::io("list", disk.path("")))?
+        .is_empty())
+}
+
+/// What stops [`catch_up`].
+enum CatchUpError {
+    Read(ReadError),
+    Index(IndexError),
+}
+
+impl From<ReadError> for CatchUpError {
+    fn from(error: ReadError) -> Self {
+        Self::Read(error)
+    }
+}
+
+/// Applies what the log has and the index has not. Everything in the log is durable by now.
+fn catch_up(index: &mut IndexWriter, disk: &dyn Disk, store: Uuid) -> Result<(), OpenError> {
+    let mut tail = match (index.state().end, index.applied()) {
+        (Some((segment, end)), Some(last)) => Tail::after(
+            store,
+            SegmentId(Seq::new(segment).unwrap_or(Seq::FIRST)),
+            end,
+            last,
+        ),
+        _ => Tail::from_start(store),
+    };
+    let followed = tail.follow(disk, |found| {
+        index
+            .apply_frame(&found.frame, &found.location)
+            .map_err(CatchUpError::Index)
+    });
+    followed.map_err(|error| match error {
+        CatchUpError::Read(error) => open_error(error, index.applied()),
+        CatchUpError::Index(error) => OpenError::Index(error),
+    })
+}
+
+fn describe(
+    index: &IndexWriter,
+    disk: &dyn Disk,
+    state: &LogState,
+    index_rebuilt: Option<String>,
+    created: bool,
+) -> Result<Recovered, OpenError> {
+    let applied = index.state();
+    let head = applied.last.map(|seq| Point {
+        seq,
+        wall: WallNs(applied.wall_max.unwrap_or(i64::MIN)),
+    });
+    let timeline = Timeline {
+        store: index.views(),
+        disk,
+        head,
+    };
+    let look = || -> Result<(Vec<VolumeState>, Vec<Event>), ReadError> {
+        let mut volumes = Vec::new();
+        for info in timeline.volumes()? {
+            let Some(history) = timeline.history(info.id)? else {
+                continue;
+            };
+            let is_exact = history.exact.last().is_some_and(|exact| exact.open);
+            let cause = history.gaps.last().map_or(GapCause::Seeding, |gap| gap.cause);
+            volumes.push(VolumeState {
+                inexact: (!is_exact).then_some(cause),
+                last_exact: history.exact.last().map(|exact| exact.to_seq),
+                gaps: history.gaps.len() as u64,
+                info,
+            });
+        }
+        Ok((volumes, index.views().ask(|lookup| lookup.events(0))?))
+    };
+    let (volumes, events) = look().map_err(|error| open_error(error, applied.last))?;
+    let agent = events.iter().rev().find_map(|event| match event.body {
+        EventBody::Start { agent, .. } => Some(agent),
+        _ => None,
+    });
+    let stopped = events
+        .last()
+        .is_some_and(|event| event.body == EventBody::Stop && Some(event.seq) == applied.last);
+    Ok(Recovered {
+        last_seq: state.last,
+        volumes,
+        cut: state.cut.clone(),
+        damages: state.damages.clone(),
+        agent,
+        boot_id: applied.clock.map(|(boot_id, _)| boot_id),
+        stopped,
+        index_rebuilt,
+        created,
+    })
 }

@@ -1,10 +1,17 @@
 //! A volume at a [`Seq`], readable at any offset.
 
+mod copy;
+mod plan;
+mod source;
+
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::error::ReadError;
-use crate::types::{Seq, VolumeId};
+use crate::types::{BLOCK_BYTES, Seq, VolumeId};
+
+pub(crate) use source::ViewStore;
 
 /// What a stretch of a view is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,14 +90,24 @@ pub enum CopyError {
 }
 
 /// A volume at a [`Seq`].
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct View {
+    store: Arc<ViewStore>,
     volume: VolumeId,
     seq: Seq,
     bytes: u64,
 }
 
 impl View {
+    pub(crate) fn new(store: Arc<ViewStore>, volume: VolumeId, seq: Seq, bytes: u64) -> Self {
+        Self {
+            store,
+            volume,
+            seq,
+            bytes,
+        }
+    }
+
     /// Which volume.
     pub fn volume(&self) -> VolumeId {
         self.volume
@@ -108,14 +125,56 @@ impl View {
 
     /// Fills `buf` with the bytes at `offset`, all checked against their checksums.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
-        let _ = (offset, buf);
-        unimplemented!()
+        let range = self.checked(offset, buf.len() as u64)?;
+        let mut items = Vec::new();
+        plan::plan(&self.store, self.volume, self.seq, range, |item| items.push(item))?;
+        for item in items {
+            let start = (item.offset - offset) as usize;
+            let target = &mut buf[start..start + item.len as usize];
+            match item.data {
+                None => target.fill(0),
+                Some(data) => {
+                    let group = self.store.group(&data.place)?;
+                    let in_group = data.in_group as usize;
+                    let bytes = group.get(in_group..in_group + target.len());
+                    target.copy_from_slice(bytes.ok_or_else(|| self.store.damage(&data.place))?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn checked(&self, offset: u64, len: u64) -> Result<Range<u64>, ReadError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.bytes => Ok(offset..end),
+            _ => Err(ReadError::OutOfRange {
+                offset,
+                len,
+                bytes: self.bytes,
+            }),
+        }
     }
 
     /// What lies in a range, in order, without holes.
     pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, ReadError> {
-        let _ = range;
-        unimplemented!()
+        let range = self.checked(range.start, range.end.saturating_sub(range.start))?;
+        let mut extents: Vec<Extent> = Vec::new();
+        plan::plan(&self.store, self.volume, self.seq, range, |item| {
+            let kind = if item.data.is_some() {
+                ExtentKind::Data
+            } else {
+                ExtentKind::Zero
+            };
+            match extents.last_mut() {
+                Some(last) if last.kind == kind => last.len += item.len,
+                _ => extents.push(Extent {
+                    offset: item.offset,
+                    len: item.len,
+                    kind,
+                }),
+            }
+        })?;
+        Ok(extents)
     }
 
     /// Copies everything. `progress` is told how many more bytes are done, from several threads.
@@ -125,14 +184,40 @@ impl View {
         options: &CopyOptions,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<CopyReport, CopyError> {
-        let _ = (sink, options, progress);
-        unimplemented!()
+        copy::copy(self, sink, options, progress)
     }
 
-    /// Ranges (of whole sectors, merged, in order) whose stored version at this moment is another than at `older`: all that can
-    /// differ. The bytes may be equal all the same.
+    /// Ranges (of whole blocks, merged, in order) whose stored version at this moment is another than at `older`
+    /// (`None`: before everything): all that can differ. The bytes may be equal all the same.
     pub fn changed_since(&self, older: Option<Seq>, range: Range<u64>) -> Result<Vec<Range<u64>>, ReadError> {
-        let _ = (older, range);
-        unimplemented!()
+        let range = self.checked(range.start, range.end.saturating_sub(range.start))?;
+        let mut changed: Vec<Range<u64>> = Vec::new();
+        let (mut now, mut before) = (Vec::new(), Vec::new());
+        for chunk in plan::chunks(range.clone()) {
+            let blocks = plan::blocks_of(&chunk);
+            self.store.ask(|lookup| {
+                let mut cursor = lookup.cursor();
+                lookup.blocks(&mut cursor, self.volume, blocks.clone(), self.seq.get(), &mut now)?;
+                lookup.blocks(
+                    &mut cursor,
+                    self.volume,
+                    blocks.clone(),
+                    older.map_or(0, Seq::get),
+                    &mut before,
+                )
+            })?;
+            for (block, _) in blocks
+                .zip(now.iter().zip(&before))
+                .filter(|(_, (now, before))| now != before)
+            {
+                let offset = (block * BLOCK_BYTES).max(range.start);
+                let end = ((block + 1) * BLOCK_BYTES).min(range.end);
+                match changed.last_mut() {
+                    Some(last) if last.end == offset => last.end = end,
+                    _ => changed.push(offset..end),
+                }
+            }
+        }
+        Ok(changed)
     }
 }

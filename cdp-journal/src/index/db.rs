@@ -1,0 +1,146 @@
+//! RocksDB, bounded and without a log of its own: the log of the store is the truth.
+
+use std::path::Path;
+use std::time::Duration;
+
+use rocksdb::{BlockBasedOptions, Cache, DB, DBCompressionType, Options, ReadOptions};
+use uuid::Uuid;
+
+use super::key::{META_APPLIED, META_IDENTITY};
+use super::{Applied, IndexError};
+
+/// Changes when keys or values do. Another one is rebuilt from the log, so older ones need not be read.
+const INDEX_FORMAT: u32 = 1;
+const WRITE_BUFFER_BYTES: usize = 32 << 20;
+const BLOCK_CACHE_BYTES: usize = 32 << 20;
+const OPEN_FILES_MAX: i32 = 256;
+/// A writer may remove files while a reader opens them.
+const READER_OPEN_ATTEMPTS: u32 = 50;
+const READER_OPEN_PAUSE: Duration = Duration::from_millis(10);
+
+/// An open database.
+pub(crate) struct Db {
+    pub(crate) db: DB,
+    /// RocksDB wants to write a log of its doings; for a reader that must not be in the store.
+    _log_dir: Option<tempfile::TempDir>,
+}
+
+impl std::fmt::Debug for Db {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Db").field("path", &self.db.path()).finish()
+    }
+}
+
+fn options() -> Options {
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE_BYTES));
+    table.set_cache_index_and_filter_blocks(true);
+    table.set_block_size(16 << 10);
+    table.set_format_version(5);
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&table);
+    options.set_compression_type(DBCompressionType::Lz4);
+    options.set_keep_log_file_num(2);
+    options.set_max_log_file_size(1 << 20);
+    options.set_stats_dump_period_sec(0);
+    options
+}
+
+/// Opens the index in `dir` for writing. `Err` tells why it has to be made anew.
+pub(crate) fn open_writer(dir: &Path, store: Uuid) -> Result<Db, String> {
+    let mut options = options();
+    options.create_if_missing(false);
+    bound_writer(&mut options);
+    let db = DB::open(&options, dir).map_err(|error| error.to_string())?;
+    check_identity(&db, store)?;
+    Ok(Db { db, _log_dir: None })
+}
+
+fn bound_writer(options: &mut Options) {
+    options.set_write_buffer_size(WRITE_BUFFER_BYTES);
+    options.set_max_write_buffer_number(2);
+    options.set_max_background_jobs(2);
+    options.set_max_open_files(OPEN_FILES_MAX);
+}
+
+/// Makes an empty index in `dir`, in place of whatever is there.
+pub(crate) fn create(dir: &Path, store: Uuid) -> Result<Db, IndexError> {
+    if dir.exists() {
+        std::fs::remove_dir_all(dir).map_err(IndexError::Remove)?;
+    }
+    let mut options = options();
+    options.create_if_missing(true);
+    bound_writer(&mut options);
+    let db = DB::open(&options, dir)?;
+    let mut batch = rocksdb::WriteBatch::default();
+    batch.put(META_IDENTITY, identity(store));
+    db.write_without_wal(batch)?;
+    db.flush()?;
+    Ok(Db { db, _log_dir: None })
+}
+
+/// Opens the index in `dir` beside a writer. `Err` tells why it cannot be used.
+pub(crate) fn open_reader(dir: &Path, store: Uuid) -> Result<Db, String> {
+    if !dir.join("CURRENT").exists() {
+        return Err("there is none".to_owned());
+    }
+    let log_dir = tempfile::tempdir().map_err(|error| format!("make a folder for its messages: {error}"))?;
+    let mut options = options();
+    options.set_db_log_dir(log_dir.path());
+    // All files are opened now and stay readable after the writer has removed them.
+    options.set_max_open_files(-1);
+    let mut last_error = String::new();
+    for _ in 0..READER_OPEN_ATTEMPTS {
+        match DB::open_for_read_only(&options, dir, false) {
+            Ok(db) => {
+                check_identity(&db, store)?;
+                return Ok(Db {
+                    db,
+                    _log_dir: Some(log_dir),
+                });
+            }
+            Err(error) => last_error = error.to_string(),
+        }
+        std::thread::sleep(READER_OPEN_PAUSE);
+    }
+    Err(last_error)
+}
+
+fn identity(store: Uuid) -> Vec<u8> {
+    [&INDEX_FORMAT.to_le_bytes()[..], store.as_bytes()].concat()
+}
+
+fn check_identity(db: &DB, store: Uuid) -> Result<(), String> {
+    match db.get(META_IDENTITY) {
+        Ok(Some(found)) if found == identity(store) => Ok(()),
+        Ok(Some(_)) => Err("it is of another store or another format".to_owned()),
+        Ok(None) => Err("it was never finished".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+impl Db {
+    /// What has been applied.
+    pub(crate) fn applied(&self) -> Result<Applied, IndexError> {
+        match self.db.get(META_APPLIED)? {
+            Some(bytes) => Applied::decode(&bytes).ok_or(IndexError::Corrupt("its state makes no sense")),
+            None => Ok(Applied::default()),
+        }
+    }
+
+    /// An iterator over version keys.
+    pub(crate) fn versions(&self) -> rocksdb::DBRawIterator<'_> {
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(vec![b'v' + 1]);
+        self.db.raw_iterator_opt(options)
+    }
+
+    /// Bytes of its files.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.db
+            .property_int_value("rocksdb.total-sst-files-size")
+            .ok()
+            .flatten()
+            .unwrap_or(0)
+    }
+}

@@ -1,0 +1,354 @@
+//! Reading frames out of segments: for recovery, for readers, for verification.
+
+use std::io;
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+use super::FrameLocation;
+use super::disk::{Disk, DiskFile};
+use crate::error::{OpenError, ReadError};
+use crate::format::{
+    ENVELOPE_BYTES, Envelope, FORMAT, Frame, FrameHeader, SEGMENT_HEADER_BYTES, SegmentHeader,
+    SegmentHeaderError,
+};
+use crate::types::{SegmentId, Seq};
+
+/// First read of a frame: usually enough for its header and table.
+const PROBE_BYTES: usize = 4096;
+const RESYNC_CHUNK_BYTES: usize = 1 << 20;
+
+const _: () = assert!(PROBE_BYTES >= ENVELOPE_BYTES + FrameHeader::BYTES);
+
+/// How much of a frame to check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Depth {
+    /// Header and record table.
+    Table,
+    /// Its data as well.
+    Data,
+}
+
+/// What lies at a place in a segment.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// Nothing: the file ends here.
+    End,
+    /// A frame. With [`Depth::Data`], `bad_data` tells what is wrong with its data.
+    Frame(Box<FoundFrame>),
+    /// Something else, or a frame whose header or table is bad.
+    Bad(String),
+}
+
+/// A frame that was read.
+#[derive(Debug)]
+pub(crate) struct FoundFrame {
+    pub(crate) envelope: Envelope,
+    pub(crate) frame: Frame,
+    pub(crate) location: FrameLocation,
+    pub(crate) bad_data: Option<String>,
+    /// Where the next one begins.
+    pub(crate) end: u64,
+}
+
+/// An open segment.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    pub(crate) id: SegmentId,
+    pub(crate) path: PathBuf,
+    pub(crate) file: Box<dyn DiskFile>,
+}
+
+/// What the header of a segment says.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum HeaderState {
+    Good,
+    /// Short, or its checksum fails.
+    Bad,
+    TooNew(u32),
+    /// It belongs to another store, or under another name.
+    Stranger,
+}
+
+impl Segment {
+    pub(crate) fn open(disk: &dyn Disk, id: SegmentId) -> io::Result<Self> {
+        let name = id.file_name();
+        Ok(Self {
+            id,
+            path: disk.path(&name),
+            file: disk.open(&name)?,
+        })
+    }
+
+    pub(crate) fn header(&self, store: Uuid) -> io::Result<HeaderState> {
+        let mut bytes = [0; SEGMENT_HEADER_BYTES];
+        let filled = self.file.read_at(0, &mut bytes)?;
+        Ok(match SegmentHeader::decode(&bytes[..filled]) {
+            Ok(header) if header.store == store && header.first_seq == self.id.0 => HeaderState::Good,
+            Ok(_) => HeaderState::Stranger,
+            Err(SegmentHeaderError::Bad) => HeaderState::Bad,
+            Err(SegmentHeaderError::TooNew(format)) => HeaderState::TooNew(format),
+        })
+    }
+
+    /// Reads the frame whose envelope begins at `at`.
+    pub(crate) fn read(&self, at: u64, depth: Depth) -> io::Result<Found> {
+        let mut bytes = vec![0; PROBE_BYTES];
+        let filled = self.file.read_at(at, &mut bytes)?;
+        bytes.truncate(filled);
+        if bytes.is_empty() {
+            return Ok(Found::End);
+        }
+        let Some(envelope) = Envelope::decode(&bytes) else {
+            return Ok(Found::Bad("no envelope of a frame".to_owned()));
+        };
+        let header = match FrameHeader::decode(&bytes[ENVELOPE_BYTES..]) {
+            Ok(header) => header,
+            Err(error) => return Ok(Found::Bad(error.to_string())),
+        };
+        if header.frame_bytes as u64 != envelope.frame_bytes || header.first_seq != envelope.first_seq {
+            return Ok(Found::Bad("an envelope of another frame".to_owned()));
+        }
+        let needed = ENVELOPE_BYTES
+            + if depth == Depth::Data {
+                header.frame_bytes
+            } else {
+                header.prefix_bytes()
+            };
+        let end = at + ENVELOPE_BYTES as u64 + envelope.frame_bytes;
+        if bytes.len() < needed {
+            let have = bytes.len();
+            bytes.resize(needed, 0);
+            let filled = self.file.read_at(at + have as u64, &mut bytes[have..])?;
+            bytes.truncate(have + filled);
+        }
+        if depth == Depth::Table && self.file.len()? < end {
+            return Ok(Found::Bad("cut short".to_owned()));
+        }
+        let bytes = &bytes[ENVELOPE_BYTES..];
+        let frame = match Frame::parse(bytes) {
+            Ok(frame) => frame,
+            Err(error) => return Ok(Found::Bad(error.to_string())),
+        };
+        let bad_data = match depth {
+            Depth::Table => None,
+            Depth::Data => frame.check_groups(bytes).err().map(|error| error.to_string()),
+        };
+        let location = FrameLocation {
+            segment: self.id,
+            offset: at + ENVELOPE_BYTES as u64,
+        };
+        Ok(Found::Frame(Box::new(FoundFrame {
+            envelope,
+            frame,
+            location,
+            bad_data,
+            end,
+        })))
+    }
+
+    /// The next place after `at` where a frame with a good header and table begins.
+    pub(crate) fn resync(&self, at: u64) -> io::Result<Option<u64>> {
+        let mut chunk = vec![0; RESYNC_CHUNK_BYTES + ENVELOPE_BYTES];
+        let mut chunk_at = at + 8;
+        loop {
+            let filled = self.file.read_at(chunk_at, &mut chunk)?;
+            if filled < ENVELOPE_BYTES {
+                return Ok(None);
+            }
+            let starts = (0..=filled - ENVELOPE_BYTES)
+                .step_by(8)
+                .take_while(|start| *start < RESYNC_CHUNK_BYTES);
+            for start in starts {
+                let is_envelope = Envelope::decode(&chunk[start..]).is_some();
+                if is_envelope && matches!(self.read(chunk_at + start as u64, Depth::Table)?, Found::Frame(_))
+                {
+                    return Ok(Some(chunk_at + start as u64));
+                }
+            }
+            chunk_at += RESYNC_CHUNK_BYTES as u64;
+        }
+    }
+
+    /// Does any good frame after `at` say that `seq` had been durable?
+    pub(crate) fn later_frame_vouches_for(&self, seq: Seq, at: u64) -> io::Result<bool> {
+        let mut at = at;
+        while let Some(found_at) = self.resync(at)? {
+            at = found_at;
+            while let Found::Frame(found) = self.read(at, Depth::Table)? {
+                if found.envelope.durable >= Some(seq) {
+                    return Ok(true);
+                }
+                at = found.end;
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// The segments of a folder, in order.
+pub(crate) fn segments(disk: &dyn Disk) -> io::Result<Vec<SegmentId>> {
+    let mut ids: Vec<_> = disk
+        .list()?
+        .iter()
+        .filter_map(|name| SegmentId::from_file_name(name))
+        .collect();
+    ids.sort_unstable();
+    Ok(ids)
+}
+
+/// Follows a log that may still be written to.
+#[derive(Debug)]
+pub(crate) struct Tail {
+    store: Uuid,
+    /// Where to go on; `None` until the first segment was seen.
+    at: Option<(SegmentId, u64)>,
+    last: Option<Seq>,
+}
+
+impl Tail {
+    /// Goes on after the frame that ends at `end` in `segment` with record `last`.
+    pub(crate) fn after(store: Uuid, segment: SegmentId, end: u64, last: Seq) -> Self {
+        Self {
+            store,
+            at: Some((segment, end)),
+            last: Some(last),
+        }
+    }
+
+    pub(crate) fn from_start(store: Uuid) -> Self {
+        Self {
+            store,
+            at: None,
+            last: None,
+        }
+    }
+
+    /// Visits every whole frame there is. A torn one at the very end is just not there yet.
+    pub(crate) fn follow<E: From<ReadError>>(
+        &mut self,
+        disk: &dyn Disk,
+        mut visit: impl FnMut(&FoundFrame) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let list = || segments(disk).map_err(ReadError::io(disk.path("")));
+        let mut at = match self.at {
+            Some(at) => at,
+            None => match list()?.first() {
+                Some(id) => (*id, 0),
+                None => return Ok(()),
+            },
+        };
+        loop {
+            let io = |source| ReadError::Io {
+                path: disk.path(&at.0.file_name()),
+                source,
+            };
+            let segment = Segment::open(disk, at.0).map_err(io)?;
+            if at.1 == 0 {
+                match segment.header(self.store).map_err(io)? {
+                    HeaderState::Good => at.1 = SEGMENT_HEADER_BYTES as u64,
+                    // The newest segment is being made just now.
+                    HeaderState::Bad if list()?.last() == Some(&at.0) => return Ok(()),
+                    state => return Err(header_damage(&segment, &state).into()),
+                }
+            }
+            self.at = Some(at);
+            self.follow_segment(&segment, &mut visit)?;
+            let Some(next) = list()?.into_iter().find(|id| *id > segment.id) else {
+                return Ok(());
+            };
+            // The segment was finished before the next one was made: what is there now is all there will be.
+            self.follow_segment(&segment, &mut visit)?;
+            let end = self.at.map_or(0, |(_, end)| end);
+            if let Found::Bad(what) = segment.read(end, Depth::Table).map_err(io)? {
+                return Err(damage(&segment, end, what).into());
+            }
+            at = (next, 0);
+        }
+    }
+
+    fn follow_segment<E: From<ReadError>>(
+        &mut self,
+        segment: &Segment,
+        visit: &mut impl FnMut(&FoundFrame) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let io = |source| ReadError::Io {
+            path: segment.path.clone(),
+            source,
+        };
+        loop {
+            let at = self.at.map_or(SEGMENT_HEADER_BYTES as u64, |(_, at)| at);
+            let expected = Seq::after(self.last);
+            match segment.read(at, Depth::Table).map_err(io)? {
+                Found::End => return Ok(()),
+                Found::Frame(found) if found.frame.header.first_seq >= expected => {
+                    visit(&found)?;
+                    self.at = Some((segment.id, found.end));
+                    self.last = Some(found.frame.header.last_seq());
+                }
+                Found::Frame(_) => {
+                    return Err(damage(segment, at, format!("goes back behind seq {expected}")).into());
+                }
+                Found::Bad(_) => {
+                    let vouched = segment.later_frame_vouches_for(expected, at).map_err(io)?;
+                    // Read again: the writer may have finished this frame before it wrote the one that vouches.
+                    let still_bad = match segment.read(at, Depth::Table).map_err(io)? {
+                        Found::Bad(what) => what,
+                        _ => continue,
+                    };
+                    if !vouched {
+                        return Ok(());
+                    }
+                    return Err(damage(segment, at, still_bad).into());
+                }
+            }
+        }
+    }
+}
+
+fn damage(segment: &Segment, offset: u64, what: String) -> ReadError {
+    ReadError::Damaged {
+        path: segment.path.clone(),
+        offset,
+        what,
+        seqs: None,
+    }
+}
+
+fn header_damage(segment: &Segment, state: &HeaderState) -> ReadError {
+    damage(
+        segment,
+        0,
+        match state {
+            HeaderState::TooNew(format) => {
+                format!("segment format {format}, this build reads up to {FORMAT}; upgrade")
+            }
+            HeaderState::Stranger => "a segment of another store or another name".to_owned(),
+            _ => "bad segment header".to_owned(),
+        },
+    )
+}
+
+/// Damage met while opening, as an error of opening.
+pub(crate) fn open_error(error: ReadError, last_good: Option<Seq>) -> OpenError {
+    match error {
+        ReadError::Damaged {
+            path, offset, what, ..
+        } => OpenError::Corrupt {
+            path,
+            offset,
+            what,
+            last_good,
+        },
+        ReadError::Io { path, source } => OpenError::Io {
+            action: "read",
+            path,
+            source,
+        },
+        ReadError::Index(error) => OpenError::Index(error),
+        other => OpenError::BadStoreFile {
+            path: PathBuf::new(),
+            reason: other.to_string(),
+        },
+    }
+}

@@ -1,0 +1,379 @@
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use uuid::Uuid;
+
+use super::fault::{FaultDisk, Random};
+use super::*;
+use crate::error::OpenError;
+use crate::format::{
+    Body, ENVELOPE_BYTES, FrameBuilder, Origin, RecordFlags, SEGMENT_HEADER_BYTES, SealedFrame, SegmentHeader,
+};
+use crate::types::{BootNs, VolumeId};
+
+const STORE: Uuid = Uuid::from_bytes([5; 16]);
+/// Small, so that a short workload rolls several times.
+const SEGMENT_BYTES_MAX: u64 = 20_000;
+
+fn limits() -> LogLimits {
+    LogLimits {
+        segment_bytes_max: SEGMENT_BYTES_MAX,
+        store_bytes_max: None,
+        free_bytes_min: 0,
+        index_bytes: Arc::new(AtomicU64::new(0)),
+    }
+}
+
+fn open(disk: &FaultDisk, indexed: Option<Seq>) -> Result<LogWriter, OpenError> {
+    let state = recover(disk, STORE, indexed)?;
+    Ok(LogWriter::new(Arc::new(disk.clone()), STORE, limits(), state, None).unwrap())
+}
+
+/// A frame of a few records; its bytes follow from its first Seq.
+fn frame(first_seq: Seq) -> SealedFrame {
+    let mut random = Random(first_seq.get());
+    let mut frame = FrameBuilder::new(first_seq);
+    for _ in 0..=random.below(3) {
+        let data: Vec<u8> = (0..512 * (1 + random.below(8)))
+            .map(|_| random.next() as u8)
+            .collect();
+        let body = Body::Write {
+            offset: 512 * random.below(100),
+            len: data.len() as u64,
+        };
+        let volume = VolumeId::new(1);
+        frame
+            .push(
+                BootNs(7),
+                volume,
+                Origin::default(),
+                RecordFlags::default(),
+                body,
+                &[&data],
+            )
+            .unwrap();
+    }
+    frame.seal(Uuid::nil(), 0).unwrap()
+}
+
+/// Checks that the log holds exactly the frames that the workload appends, up to some point; returns it.
+fn read_all(disk: &FaultDisk) -> Option<Seq> {
+    let mut last = None;
+    let mut tail = Tail::from_start(STORE);
+    let visited = tail.follow(disk, |found| -> Result<(), crate::ReadError> {
+        let expected = frame(found.frame.header.first_seq);
+        assert_eq!(
+            found.frame.header.first_seq,
+            Seq::after(last),
+            "frames follow each other"
+        );
+        let mut bytes = vec![0; expected.bytes().len()];
+        let file = disk.open(&found.location.segment.file_name()).unwrap();
+        file.read_at(found.location.offset, &mut bytes).unwrap();
+        assert!(
+            bytes == expected.bytes(),
+            "the frame of seq {} as it was written",
+            expected.first_seq()
+        );
+        last = Some(expected.last_seq());
+        Ok(())
+    });
+    visited.unwrap();
+    last
+}
+
+/// Appends frames and syncs now and then, until the disk stops; returns the last record reported durable.
+fn run(disk: &FaultDisk, frames: usize, random: &mut Random) -> Option<Seq> {
+    let Ok(mut log) = open(disk, None) else {
+        return None;
+    };
+    let mut durable = log.durable();
+    for _ in 0..frames {
+        if log.append(&frame(log.next_seq())).is_err() {
+            break;
+        }
+        durable = log.durable();
+        if random.below(3) == 0 {
+            match log.sync() {
+                Ok(seq) => durable = seq,
+                Err(_) => break,
+            }
+        }
+    }
+    durable
+}
+
+/// Goal: nothing that was reported durable is lost, and the log always opens. Method: stop the disk after each
+/// operation in turn, let it lose, tear and reorder what was not synced, recover, read everything back, go on
+/// writing, and lose power once more.
+#[test]
+fn a_crash_at_any_disk_operation_keeps_what_was_durable() {
+    const FRAMES: usize = 24;
+    for seed in 0..12 {
+        let whole = FaultDisk::default();
+        run(&whole, FRAMES, &mut Random(seed));
+        for stop_after in 0..=whole.operations() {
+            let told = format!("seed {seed}, stopped after operation {stop_after}");
+            let disk = FaultDisk::stopping_after(stop_after);
+            let durable = run(&disk, FRAMES, &mut Random(seed));
+            let mut random = Random(seed ^ (stop_after << 32));
+            let disk = disk.after_power_loss(&mut random);
+            let log = open(&disk, durable).unwrap_or_else(|error| panic!("{told}: {error}"));
+            assert!(
+                log.durable() >= durable,
+                "{told}: {:?} of {durable:?} left",
+                log.durable()
+            );
+            assert_eq!(read_all(&disk), log.durable(), "{told}");
+            drop(log);
+
+            let durable = run(&disk, FRAMES / 2, &mut random);
+            let disk = disk.after_power_loss(&mut random);
+            let log = open(&disk, durable).unwrap_or_else(|error| panic!("{told}, second time: {error}"));
+            assert!(log.durable() >= durable, "{told}, second time");
+            assert_eq!(read_all(&disk), log.durable(), "{told}, second time");
+        }
+    }
+}
+
+/// A disk with `frames` frames, synced after each, and where each begins: segment and offset of its envelope.
+fn written(frames: usize) -> (FaultDisk, Vec<(SegmentId, u64)>) {
+    let disk = FaultDisk::default();
+    let mut log = open(&disk, None).unwrap();
+    let mut starts = Vec::new();
+    for _ in 0..frames {
+        let at = log.append(&frame(log.next_seq())).unwrap();
+        starts.push((at.segment, at.offset - ENVELOPE_BYTES as u64));
+        log.sync().unwrap();
+    }
+    (disk, starts)
+}
+
+/// As many frames as fit the first segment.
+fn one_segment() -> (FaultDisk, Vec<u64>, String) {
+    let (disk, starts) = written(3);
+    assert!(starts.iter().all(|(segment, _)| segment.0 == Seq::FIRST));
+    (
+        disk,
+        starts.into_iter().map(|(_, at)| at).collect(),
+        SegmentId(Seq::FIRST).file_name(),
+    )
+}
+
+#[test]
+fn recovery_1_an_empty_log_starts_at_the_first_seq() {
+    let log = open(&FaultDisk::default(), None).unwrap();
+    assert_eq!((log.next_seq(), log.durable()), (Seq::FIRST, None));
+}
+
+#[test]
+fn recovery_2_a_segment_whose_making_was_interrupted_is_removed() {
+    let (disk, _, _) = one_segment();
+    let last = read_all(&disk);
+    let name = SegmentId(Seq::after(last)).file_name();
+    for bytes in [Vec::new(), vec![0; 10], vec![0; SEGMENT_HEADER_BYTES]] {
+        disk.put(&name, bytes);
+        let state = recover(&disk, STORE, None).unwrap();
+        assert_eq!(state.last, last);
+        assert!(state.cut.is_some());
+        assert!(!disk.list().unwrap().contains(&name));
+    }
+}
+
+#[test]
+fn recovery_3_a_torn_tail_is_cut_to_the_last_good_frame() {
+    let (disk, starts, name) = one_segment();
+    let before_last = frame(Seq::FIRST).last_seq();
+    let before_last = frame(before_last.next()).last_seq();
+    for tear in [1, 10, 40, 200, 600] {
+        let disk = disk.after_power_loss(&mut Random(1));
+        disk.edit(&name, |bytes| bytes.truncate(starts[2] as usize + tear));
+        let state = recover(&disk, STORE, None).unwrap();
+        assert_eq!(state.last, Some(before_last));
+        assert_eq!(state.cut.unwrap().offset, starts[2]);
+        assert_eq!(disk.open(&name).unwrap().len().unwrap(), starts[2]);
+    }
+    // Data that never was durable is a torn tail too.
+    disk.edit(&name, |bytes| *bytes.last_mut().unwrap() ^= 1);
+    disk.edit(&name, |bytes| {
+        let at = bytes.len() - 100;
+        bytes[at] ^= 1;
+    });
+    assert_eq!(recover(&disk, STORE, None).unwrap().last, Some(before_last));
+}
+
+#[test]
+fn recovery_4_damage_to_a_durable_frame_stops_and_cuts_nothing() {
+    let (disk, starts, name) = one_segment();
+    let len = disk.open(&name).unwrap().len().unwrap();
+    // The third frame's envelope vouches for the first two.
+    for at in [
+        starts[0],
+        starts[1] + ENVELOPE_BYTES as u64 + 20,
+        starts[1] + ENVELOPE_BYTES as u64 + 100,
+    ] {
+        let disk = disk.after_power_loss(&mut Random(1));
+        disk.edit(&name, |bytes| bytes[at as usize] ^= 0x10);
+        match recover(&disk, STORE, None) {
+            Err(OpenError::Corrupt { offset, .. }) => {
+                assert!(offset <= at && at < offset + 600, "{offset} {at}")
+            }
+            other => panic!("damage at {at}: {other:?}"),
+        }
+        assert_eq!(disk.open(&name).unwrap().len().unwrap(), len);
+    }
+    // Nobody in the log vouches for the last frame; the index does.
+    disk.edit(&name, |bytes| bytes[starts[2] as usize] ^= 0x10);
+    let last = frame(frame(frame(Seq::FIRST).last_seq().next()).last_seq().next()).last_seq();
+    assert!(matches!(
+        recover(&disk, STORE, Some(last)),
+        Err(OpenError::Corrupt { .. })
+    ));
+    assert!(recover(&disk, STORE, None).is_ok());
+}
+
+#[test]
+fn recovery_5_damaged_data_of_a_durable_frame_is_kept_and_named() {
+    let (disk, starts, name) = one_segment();
+    let last = read_all(&disk);
+    disk.edit(&name, |bytes| bytes[starts[2] as usize - 100] ^= 1);
+    let state = recover(&disk, STORE, None).unwrap();
+    assert_eq!((state.last, state.cut), (last, None));
+    let first = frame(Seq::FIRST).last_seq().next();
+    assert_eq!(state.damages.len(), 1);
+    assert_eq!(state.damages[0].seqs, Some((first, frame(first).last_seq())));
+}
+
+#[test]
+fn recovery_6_and_7_a_hole_is_kept_and_a_step_back_is_not() {
+    let (disk, _, name) = one_segment();
+    let last = read_all(&disk).unwrap();
+    let append = |disk: &FaultDisk, first_seq: Seq| {
+        let frame = frame(first_seq);
+        let envelope = crate::format::Envelope {
+            frame_bytes: frame.bytes().len() as u64,
+            first_seq,
+            durable: None,
+        };
+        disk.edit(&name, |bytes| {
+            bytes.extend_from_slice(&envelope.encode());
+            bytes.extend_from_slice(frame.bytes());
+        });
+        frame.last_seq()
+    };
+    let back = disk.after_power_loss(&mut Random(1));
+    let after = append(&disk, last.plus(10));
+    assert_eq!(recover(&disk, STORE, None).unwrap().last, Some(after));
+    append(&back, last);
+    assert!(matches!(
+        recover(&back, STORE, None),
+        Err(OpenError::Corrupt { .. })
+    ));
+}
+
+#[test]
+fn recovery_8_a_stranger_or_a_newer_format_stops() {
+    let (disk, _, name) = one_segment();
+    assert!(matches!(
+        recover(&disk, Uuid::nil(), None),
+        Err(OpenError::Corrupt { .. })
+    ));
+    let header = SegmentHeader {
+        store: STORE,
+        first_seq: Seq::new(2).unwrap(),
+    }
+    .encode();
+    disk.edit(&name, |bytes| bytes[..header.len()].copy_from_slice(&header));
+    assert!(matches!(
+        recover(&disk, STORE, None),
+        Err(OpenError::Corrupt { .. })
+    ));
+    disk.edit(&name, |bytes| bytes[4] = 9);
+    assert!(matches!(
+        recover(&disk, STORE, None),
+        Err(OpenError::TooNew {
+            found: 9,
+            newest: 1,
+            ..
+        })
+    ));
+}
+
+#[test]
+fn recovery_9_what_the_index_knew_is_not_numbered_again() {
+    let (disk, starts, name) = one_segment();
+    let last = read_all(&disk);
+    disk.edit(&name, |bytes| bytes.truncate(starts[2] as usize));
+    let state = recover(&disk, STORE, last).unwrap();
+    assert_eq!(state.last, last);
+    assert!(state.lost_after.unwrap() < last);
+    disk.forget(&name);
+    assert_eq!(recover(&disk, STORE, last).unwrap().lost_after, Some(None));
+}
+
+#[test]
+fn a_failed_sync_is_final() {
+    let (disk, _, _) = one_segment();
+    let mut log = open(&disk, None).unwrap();
+    let durable = log.durable();
+    log.append(&frame(log.next_seq())).unwrap();
+    disk.fail_next_sync();
+    assert!(matches!(log.sync(), Err(LogError::Io { action: "sync", .. })));
+    assert!(
+        matches!(log.sync(), Err(LogError::Poisoned { .. })),
+        "a retry could lie"
+    );
+    assert!(matches!(
+        log.append(&frame(log.next_seq())),
+        Err(LogError::Poisoned { .. })
+    ));
+    assert_eq!(log.durable(), durable);
+}
+
+#[test]
+fn a_disk_without_room_undoes_the_append_and_goes_on_later() {
+    let (disk, _, name) = one_segment();
+    let mut log = open(&disk, None).unwrap();
+    let len = disk.open(&name).unwrap().len().unwrap();
+    disk.leave_free(100);
+    assert!(log.append(&frame(log.next_seq())).unwrap_err().is_full());
+    assert_eq!(disk.open(&name).unwrap().len().unwrap(), len);
+    disk.leave_free(u64::MAX);
+    log.append(&frame(log.next_seq())).unwrap();
+    log.sync().unwrap();
+    assert_eq!(read_all(&disk), log.durable());
+}
+
+#[test]
+fn a_full_store_refuses_before_its_bound_and_has_room_to_say_so() {
+    let disk = FaultDisk::default();
+    let state = recover(&disk, STORE, None).unwrap();
+    let limits = LogLimits {
+        store_bytes_max: Some(200_000),
+        ..limits()
+    };
+    let mut log = LogWriter::new(Arc::new(disk.clone()), STORE, limits, state, None).unwrap();
+    let error = loop {
+        if let Err(error) = log.append(&frame(log.next_seq())) {
+            break error;
+        }
+    };
+    assert!(error.is_full());
+    assert!(error.to_string().contains("store_bytes_max is 200000"), "{error}");
+    assert!(log.log_bytes() < 150_000);
+    let mut note = FrameBuilder::new(log.next_seq());
+    note.push(
+        BootNs(1),
+        None,
+        Origin::default(),
+        RecordFlags::default(),
+        Body::Stop,
+        &[],
+    )
+    .unwrap();
+    log.append(&note.seal(Uuid::nil(), 0).unwrap()).unwrap();
+    assert!(matches!(
+        log.append(&frame(Seq::FIRST)),
+        Err(LogError::OutOfOrder { .. })
+    ));
+}

@@ -1,0 +1,312 @@
+//! Appending frames and making them durable.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use uuid::Uuid;
+
+use super::disk::Disk;
+use super::recover::LogState;
+use super::scan::{Segment, segments};
+use super::{FrameLocation, LogError};
+use crate::format::{
+    ENVELOPE_BYTES, Envelope, FRAME_BYTES_MAX, SEGMENT_HEADER_BYTES, SealedFrame, SegmentHeader,
+};
+use crate::store::StoreLock;
+use crate::types::{SegmentId, Seq};
+
+/// Room that only frames without data may use, so that a full store can still say that it is full.
+const CONTROL_RESERVE_BYTES: u64 = 1 << 20;
+/// Space asked for ahead of the end of a segment.
+const RESERVE_STEP_BYTES: u64 = 16 << 20;
+/// Bytes after which write-out is started early, so that the sync has less to wait for.
+const WRITE_OUT_STEP_BYTES: u64 = 1 << 20;
+
+const _: () = assert!(RESERVE_STEP_BYTES > (FRAME_BYTES_MAX + ENVELOPE_BYTES) as u64);
+
+/// Bounds of a log.
+#[derive(Debug, Clone)]
+pub(crate) struct LogLimits {
+    pub(crate) segment_bytes_max: u64,
+    pub(crate) store_bytes_max: Option<u64>,
+    pub(crate) free_bytes_min: u64,
+    /// What the index holds beside the log; kept by the index.
+    pub(crate) index_bytes: Arc<AtomicU64>,
+}
+
+/// Appends frames. One per store.
+#[derive(Debug)]
+pub struct LogWriter {
+    disk: Arc<dyn Disk>,
+    store: Uuid,
+    limits: LogLimits,
+    newest: Option<(Segment, u64)>,
+    /// Bytes of the segments before the newest.
+    closed_bytes: u64,
+    /// Space is asked for up to here.
+    reserved_until: u64,
+    /// Write-out was started up to here.
+    written_out_until: u64,
+    appended: Option<Seq>,
+    durable: Option<Seq>,
+    poison: Option<String>,
+    /// Held for as long as the writer lives.
+    _lock: Option<Arc<StoreLock>>,
+}
+
+impl LogWriter {
+    pub(crate) fn new(
+        disk: Arc<dyn Disk>,
+        store: Uuid,
+        limits: LogLimits,
+        state: LogState,
+        lock: Option<Arc<StoreLock>>,
+    ) -> io::Result<Self> {
+        let mut closed_bytes = 0;
+        for id in segments(&*disk)? {
+            if state.newest.as_ref().is_none_or(|(newest, _)| newest.id != id) {
+                closed_bytes += disk.open(&id.file_name())?.len()?;
+            }
+        }
+        let end = state.newest.as_ref().map_or(0, |(_, end)| *end);
+        Ok(Self {
+            disk,
+            store,
+            limits,
+            newest: state.newest,
+            closed_bytes,
+            reserved_until: end,
+            written_out_until: end,
+            appended: state.last,
+            durable: state.last,
+            poison: None,
+            _lock: lock,
+        })
+    }
+
+    /// Appends a frame with a single write. It is durable after the next [`LogWriter::sync`].
+    pub fn append(&mut self, frame: &SealedFrame) -> Result<FrameLocation, LogError> {
+        self.refuse_if_poisoned()?;
+        if frame.first_seq() != self.next_seq() {
+            return Err(LogError::OutOfOrder {
+                expected: self.next_seq(),
+                found: frame.first_seq(),
+            });
+        }
+        let bytes = (ENVELOPE_BYTES + frame.bytes().len()) as u64;
+        self.refuse_if_full(bytes, frame.has_data())?;
+        let fits = self.newest.as_ref().is_some_and(|(_, end)| {
+            end + bytes <= self.limits.segment_bytes_max || *end == SEGMENT_HEADER_BYTES as u64
+        });
+        if !fits {
+            self.roll()?;
+        }
+        let Some((segment, end)) = &mut self.newest else {
+            return Err(poisoned("no segment"));
+        };
+        if *end + bytes > self.reserved_until {
+            let ahead = RESERVE_STEP_BYTES
+                .min(self.limits.segment_bytes_max.saturating_sub(*end))
+                .max(bytes);
+            segment.file.reserve(*end, ahead);
+            self.reserved_until = *end + ahead;
+        }
+        let envelope = Envelope {
+            frame_bytes: frame.bytes().len() as u64,
+            first_seq: frame.first_seq(),
+            durable: self.durable,
+        };
+        if let Err(source) = segment.file.write_at(*end, &envelope.encode(), frame.bytes()) {
+            if let Err(error) = segment.file.set_len(*end) {
+                self.poison = Some(format!("a failed append could not be undone: {error}"));
+            }
+            self.reserved_until = *end;
+            let used_bytes = self.closed_bytes + *end;
+            return Err(if is_no_space(&source) {
+                LogError::StoreFull {
+                    used_bytes,
+                    limit: source.to_string(),
+                }
+            } else {
+                LogError::Io {
+                    action: "append to",
+                    path: segment.path.clone(),
+                    source,
+                }
+            });
+        }
+        let location = FrameLocation {
+            segment: segment.id,
+            offset: *end + ENVELOPE_BYTES as u64,
+        };
+        *end += bytes;
+        if *end - self.written_out_until >= WRITE_OUT_STEP_BYTES {
+            segment
+                .file
+                .start_write_out(self.written_out_until, *end - self.written_out_until);
+            self.written_out_until = *end;
+        }
+        self.appended = Some(frame.last_seq());
+        Ok(location)
+    }
+
+    /// Makes everything appended durable. Returns the last durable record.
+    ///
+    /// A failure is final: the kernel may have dropped the pages, so a later success could lie.
+    pub fn sync(&mut self) -> Result<Option<Seq>, LogError> {
+        self.refuse_if_poisoned()?;
+        if self.durable == self.appended {
+            return Ok(self.durable);
+        }
+        if let Some((segment, end)) = &self.newest {
+            if let Err(source) = segment.file.sync() {
+                self.poison = Some(format!("sync: {source}"));
+                return Err(LogError::Io {
+                    action: "sync",
+                    path: segment.path.clone(),
+                    source,
+                });
+            }
+            self.written_out_until = *end;
+        }
+        self.durable = self.appended;
+        Ok(self.durable)
+    }
+
+    /// Finishes the newest segment and begins the next. On failure the newest stays.
+    fn roll(&mut self) -> Result<(), LogError> {
+        self.sync()?;
+        let id = SegmentId(self.next_seq());
+        let path = self.disk.path(&id.file_name());
+        if let Some((segment, end)) = &self.newest {
+            // Gives back what was asked for ahead; only space is lost where that fails.
+            if let Err(error) = segment.file.set_len(*end) {
+                tracing::debug!(path = %segment.path.display(), %error, "the end of a segment was not trimmed");
+            }
+            self.reserved_until = *end;
+        }
+        let header = SegmentHeader {
+            store: self.store,
+            first_seq: id.0,
+        }
+        .encode();
+        let made = self.disk.create(&id.file_name()).and_then(|file| {
+            file.write_at(0, &header, &[])?;
+            file.sync()?;
+            self.disk.sync_names()?;
+            Ok(file)
+        });
+        let file = match made {
+            Ok(file) => file,
+            Err(source) => {
+                let full = is_no_space(&source);
+                if let Err(error) = self.unmake(id) {
+                    self.poison = Some(format!(
+                        "a segment that could not be made could not be removed: {error}"
+                    ));
+                }
+                return Err(if full {
+                    LogError::StoreFull {
+                        used_bytes: self.log_bytes(),
+                        limit: source.to_string(),
+                    }
+                } else {
+                    LogError::Io {
+                        action: "make",
+                        path,
+                        source,
+                    }
+                });
+            }
+        };
+        self.closed_bytes = self.log_bytes();
+        self.newest = Some((Segment { id, path, file }, SEGMENT_HEADER_BYTES as u64));
+        self.reserved_until = SEGMENT_HEADER_BYTES as u64;
+        self.written_out_until = SEGMENT_HEADER_BYTES as u64;
+        Ok(())
+    }
+
+    /// Removes a segment that was not finished: were it to come back after a crash, it would hide what the
+    /// segment before it goes on to hold.
+    fn unmake(&self, id: SegmentId) -> io::Result<()> {
+        match self.disk.remove(&id.file_name()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        self.disk.sync_names()
+    }
+
+    fn refuse_if_poisoned(&self) -> Result<(), LogError> {
+        match &self.poison {
+            Some(reason) => Err(poisoned(reason)),
+            None => Ok(()),
+        }
+    }
+
+    fn refuse_if_full(&self, bytes: u64, has_data: bool) -> Result<(), LogError> {
+        let used_bytes = self.log_bytes() + self.limits.index_bytes.load(Ordering::Relaxed);
+        if let Some(max) = self.limits.store_bytes_max {
+            let reserve = if has_data {
+                CONTROL_RESERVE_BYTES.min(max / 4)
+            } else {
+                0
+            };
+            if used_bytes + bytes > max - reserve {
+                return Err(LogError::StoreFull {
+                    used_bytes,
+                    limit: format!("store_bytes_max is {max}"),
+                });
+            }
+        }
+        let free_bytes = self.disk.free_bytes().map_err(|source| LogError::Io {
+            action: "ask for free space of",
+            path: self.disk.path(""),
+            source,
+        })?;
+        let min = self.limits.free_bytes_min / if has_data { 1 } else { 2 };
+        if free_bytes < min.saturating_add(bytes) {
+            let limit = format!("the file system has {free_bytes} bytes left, {min} are kept free");
+            return Err(LogError::StoreFull { used_bytes, limit });
+        }
+        Ok(())
+    }
+
+    /// The Seq that the next frame must begin with.
+    pub fn next_seq(&self) -> Seq {
+        Seq::after(self.appended)
+    }
+
+    /// Last record appended.
+    pub fn appended(&self) -> Option<Seq> {
+        self.appended
+    }
+
+    /// Last record known to be durable.
+    pub fn durable(&self) -> Option<Seq> {
+        self.durable
+    }
+
+    /// Bytes of all segments.
+    pub fn log_bytes(&self) -> u64 {
+        self.closed_bytes + self.newest.as_ref().map_or(0, |(_, end)| *end)
+    }
+
+    /// Did a failure stop the log for good?
+    pub fn is_poisoned(&self) -> bool {
+        self.poison.is_some()
+    }
+}
+
+fn poisoned(reason: &str) -> LogError {
+    LogError::Poisoned {
+        reason: reason.to_owned(),
+    }
+}
+
+fn is_no_space(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    )
+}

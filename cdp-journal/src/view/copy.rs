@@ -1,0 +1,245 @@
+//! Copying a whole view, in the order that the log's disk likes.
+//!
+//! The view is planned window by window; a window's pieces are sorted by where they lie in the log, so that
+//! every group is read and unpacked once, in runs of neighbours. Workers read, check, unpack and write; two jobs
+//! for each of them wait at most, so memory is bounded whatever the size of the volume.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use parking_lot::Mutex;
+
+use super::plan::{Item, plan};
+use super::source::GROUP_STORED_BYTES_MAX;
+use super::{CopyError, CopyOptions, CopyReport, Sink, View};
+use crate::format::{GROUP_BYTES_MAX, decode_group};
+
+/// Stored bytes that one job reads at most, its last group aside.
+const JOB_STORED_BYTES: u32 = 1 << 20;
+/// Bytes between two groups that are read along rather than skipped.
+const JOB_HOLE_BYTES: u32 = 128 << 10;
+/// Raw bytes that are gathered before they are written.
+const RAW_BYTES: usize = 2 << 20;
+
+const _: () = assert!(RAW_BYTES >= 2 * GROUP_BYTES_MAX);
+
+/// Work for one thread.
+enum Job {
+    Zero(Vec<Range<u64>>),
+    /// Pieces of one run of neighbouring groups, sorted by place.
+    Data(Vec<Item>),
+}
+
+struct Shared<'a> {
+    view: &'a View,
+    sink: &'a dyn Sink,
+    progress: &'a (dyn Fn(u64) + Sync),
+    stop: AtomicBool,
+    error: Mutex<Option<CopyError>>,
+    data_bytes: AtomicU64,
+    zero_bytes: AtomicU64,
+}
+
+pub(super) fn copy(
+    view: &View,
+    sink: &dyn Sink,
+    options: &CopyOptions,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<CopyReport, CopyError> {
+    let shared = Shared {
+        view,
+        sink,
+        progress,
+        stop: AtomicBool::new(false),
+        error: Mutex::new(None),
+        data_bytes: AtomicU64::new(0),
+        zero_bytes: AtomicU64::new(0),
+    };
+    let threads = options.threads.max(1);
+    std::thread::scope(|scope| {
+        let (sender, receiver) = bounded(2 * threads);
+        for _ in 0..threads {
+            let (shared, receiver) = (&shared, receiver.clone());
+            scope.spawn(move || shared.run(&receiver));
+        }
+        drop(receiver);
+        if let Err(error) = shared.plan_jobs(options.window_bytes.max(1), &sender) {
+            shared.fail(error);
+        }
+    });
+    match shared.error.into_inner() {
+        Some(error) => Err(error),
+        None => Ok(CopyReport {
+            data_bytes: shared.data_bytes.into_inner(),
+            zero_bytes: shared.zero_bytes.into_inner(),
+        }),
+    }
+}
+
+impl Shared<'_> {
+    fn fail(&self, error: CopyError) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.error.lock().get_or_insert(error);
+    }
+
+    fn plan_jobs(&self, window_bytes: u64, jobs: &Sender<Job>) -> Result<(), CopyError> {
+        let mut at = 0;
+        while at < self.view.bytes {
+            let window = at..self.view.bytes.min(at.saturating_add(window_bytes));
+            at = window.end;
+            let (mut zeroes, mut data) = (Vec::new(), Vec::new());
+            plan(
+                &self.view.store,
+                self.view.volume,
+                self.view.seq,
+                window,
+                |item| match item.data {
+                    Some(_) => data.push(item),
+                    None => zeroes.push(item.offset..item.offset + item.len),
+                },
+            )?;
+            data.sort_unstable_by_key(place_of);
+            if !zeroes.is_empty() && jobs.send(Job::Zero(zeroes)).is_err() {
+                return Ok(());
+            }
+            for run in data.chunk_by(run_together(&data)) {
+                // A closed channel means that every worker has stopped, and the reason is known.
+                if self.stop.load(Ordering::Relaxed) || jobs.send(Job::Data(run.to_vec())).is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&self, jobs: &Receiver<Job>) {
+        let mut worker = Worker::default();
+        for job in jobs {
+            // After a failure the jobs that wait are only drained.
+            if self.stop.load(Ordering::Relaxed) {
+                continue;
+            }
+            let done = match job {
+                Job::Zero(ranges) => self.zero(&ranges),
+                Job::Data(items) => worker.copy(self, &items),
+            };
+            if let Err(error) = done {
+                self.fail(error);
+            }
+        }
+    }
+
+    fn zero(&self, ranges: &[Range<u64>]) -> Result<(), CopyError> {
+        for range in ranges {
+            let (offset, len) = (range.start, range.end - range.start);
+            self.sink
+                .zero(offset, len)
+                .map_err(|source| CopyError::Write { offset, len, source })?;
+            self.zero_bytes.fetch_add(len, Ordering::Relaxed);
+            (self.progress)(len);
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), CopyError> {
+        let len = bytes.len() as u64;
+        self.sink
+            .write_at(offset, bytes)
+            .map_err(|source| CopyError::Write { offset, len, source })?;
+        self.data_bytes.fetch_add(len, Ordering::Relaxed);
+        (self.progress)(len);
+        Ok(())
+    }
+}
+
+fn place_of(item: &Item) -> (u64, u32, u32) {
+    item.data.map_or((0, 0, 0), |data| {
+        (data.place.segment, data.place.group_offset, data.in_group)
+    })
+}
+
+/// Do two neighbours belong to one job? Remembers where the current job began.
+fn run_together(items: &[Item]) -> impl FnMut(&Item, &Item) -> bool + use<> {
+    let mut first = items.first().map_or((0, 0, 0), place_of);
+    move |one, next| {
+        let (one, next) = (place_of(one), place_of(next));
+        let together = one.0 == next.0
+            && next.1 - first.1 <= JOB_STORED_BYTES
+            && next.1 - one.1 <= GROUP_STORED_BYTES_MAX as u32 + JOB_HOLE_BYTES;
+        if !together {
+            first = next;
+        }
+        together
+    }
+}
+
+/// Buffers of one thread.
+#[derive(Default)]
+struct Worker {
+    stored: Vec<u8>,
+    raw: Vec<u8>,
+    raw_bytes: usize,
+    /// Where stretches of `raw` go: offset in the view, start in `raw`, bytes.
+    targets: Vec<(u64, usize, usize)>,
+    gathered: Vec<u8>,
+}
+
+impl Worker {
+    fn copy(&mut self, shared: &Shared<'_>, items: &[Item]) -> Result<(), CopyError> {
+        let (Some(first), Some(last)) = (items.first(), items.last()) else {
+            return Ok(());
+        };
+        let ((segment, start, _), (_, last_start, _)) = (place_of(first), place_of(last));
+        let store = &shared.view.store;
+        let wanted = (last_start - start) as usize + GROUP_STORED_BYTES_MAX;
+        if self.stored.len() < wanted {
+            self.stored.resize(wanted, 0);
+        }
+        self.raw.resize(RAW_BYTES, 0);
+        let filled = store.read(segment, u64::from(start), &mut self.stored[..wanted])?;
+        for group in items.chunk_by(|one, next| place_of(one).1 == place_of(next).1) {
+            let Some(data) = group[0].data else { continue };
+            if self.raw_bytes + GROUP_BYTES_MAX > self.raw.len() {
+                self.write_out(shared)?;
+            }
+            let at = (data.place.group_offset - start) as usize;
+            let stored = self.stored.get(at..filled).unwrap_or(&[]);
+            let raw = &mut self.raw[self.raw_bytes..];
+            let header =
+                decode_group(stored, data.place.group_crc, raw).ok_or_else(|| store.damage(&data.place))?;
+            for item in group {
+                let in_group = item.data.map_or(0, |data| data.in_group as usize);
+                if in_group + item.len as usize > header.raw_bytes {
+                    return Err(store.damage(&data.place).into());
+                }
+                self.targets
+                    .push((item.offset, self.raw_bytes + in_group, item.len as usize));
+            }
+            self.raw_bytes += header.raw_bytes;
+        }
+        self.write_out(shared)
+    }
+
+    /// Writes what was unpacked, neighbours in one go.
+    fn write_out(&mut self, shared: &Shared<'_>) -> Result<(), CopyError> {
+        self.targets.sort_unstable();
+        for run in self.targets.chunk_by(|one, next| one.0 + one.2 as u64 == next.0) {
+            let (offset, first_start, _) = run[0];
+            let bytes: usize = run.iter().map(|(_, _, bytes)| bytes).sum();
+            let in_order = run.windows(2).all(|pair| pair[0].1 + pair[0].2 == pair[1].1);
+            if in_order {
+                shared.write(offset, &self.raw[first_start..first_start + bytes])?;
+            } else {
+                self.gathered.clear();
+                for (_, start, bytes) in run {
+                    self.gathered.extend_from_slice(&self.raw[*start..start + bytes]);
+                }
+                shared.write(offset, &self.gathered)?;
+            }
+        }
+        self.targets.clear();
+        self.raw_bytes = 0;
+        Ok(())
+    }
+}
