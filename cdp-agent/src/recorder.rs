@@ -356,7 +356,7 @@ impl Recorder {
             let Some(bytes) = volume.clip(range) else { continue };
             volume.mark(bytes);
             volume.unknown_since = volume.unknown_since.max(at);
-            if let State::Exact { seq, .. } = volume.state {
+            if let (State::Exact { seq, .. }, None) = (volume.state, volume.pending) {
                 // It had been on its way while we called the volume exact: that was never true.
                 let cause = volume.last_cause;
                 self.open_gap(i, cause, seq.prev(), at);

@@ -10,10 +10,16 @@
 //! it skips for that in `recursion_misses`), so a scratch area for each CPU and program is safe.
 #![no_std]
 #![no_main]
-#![allow(internal_features, reason = "core offers no read-modify-write atomics on the BPF target")]
+#![allow(
+    internal_features,
+    reason = "core offers no read-modify-write atomics on the BPF target"
+)]
 #![allow(missing_docs, reason = "the program macros make undocumented functions")]
 #![feature(core_intrinsics)]
-#![allow(unsafe_code, reason = "reads kernel memory and map values through raw pointers")]
+#![allow(
+    unsafe_code,
+    reason = "reads kernel memory and map values through raw pointers"
+)]
 
 use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or, atomic_xadd};
@@ -21,15 +27,15 @@ use core::mem::size_of;
 use core::ptr::{addr_of, addr_of_mut, read_volatile};
 
 use aya_ebpf::helpers::{
-    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_smp_processor_id, bpf_ktime_get_boot_ns, bpf_loop,
-    bpf_probe_read_kernel, generated,
+    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_smp_processor_id, bpf_ktime_get_boot_ns,
+    bpf_loop, bpf_probe_read_kernel, generated,
 };
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap, RingBuf};
 use aya_ebpf::programs::BtfTracePointContext;
 use cdp_ebpf::event::{
-    CHUNK_ALIGN_BYTES, CHUNK_BYTES, CompleteEvent, EventKind, FLAG_FUA, FLAG_META, FLAG_PREFLUSH, FLAG_SYNC, Op,
-    SECTOR_BYTES, WriteEvent,
+    CHUNK_ALIGN_BYTES, CHUNK_BYTES, CompleteEvent, EventKind, FLAG_FUA, FLAG_META, FLAG_PREFLUSH, FLAG_SYNC,
+    Op, SECTOR_BYTES, WriteEvent,
 };
 use cdp_ebpf::kernel::Kernel;
 use cdp_ebpf::map::{
@@ -206,7 +212,10 @@ fn counter_index(slot: u32, counter: u32) -> u32 {
 #[inline(always)]
 fn page_bytes(page: u64) -> u64 {
     let (known, bytes) = (kernel!(page_address), kernel!(page_bytes_address));
-    let (size, shift) = (u64::from(kernel!(page_struct_bytes)), u64::from(kernel!(page_shift)));
+    let (size, shift) = (
+        u64::from(kernel!(page_struct_bytes)),
+        u64::from(kernel!(page_shift)),
+    );
     if page >= known {
         bytes.wrapping_add((page - known).checked_div(size).unwrap_or(0) << shift)
     } else {
@@ -237,7 +246,11 @@ fn watched(disk: u32, sector: u64, bytes: u32) -> Option<(u32, u32)> {
         // An empty flush lies nowhere: it concerns every volume of the disk.
         hit |= bytes == 0 && range.end > range.start;
     }
-    if hit { Some((filter.slot, filter.region_shift)) } else { None }
+    if hit {
+        Some((filter.slot, filter.region_shift))
+    } else {
+        None
+    }
 }
 
 #[inline(always)]
@@ -260,7 +273,11 @@ fn op_of(opf: u32, bytes: u32) -> Option<Op> {
 /// a wake-up for each write would cost production more than the capture.
 #[inline(always)]
 fn ring_flags() -> u64 {
-    if EVENTS.query(BPF_RB_AVAIL_DATA) > kernel!(ring_bytes) / 4 { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP }
+    if EVENTS.query(BPF_RB_AVAIL_DATA) > kernel!(ring_bytes) / 4 {
+        BPF_RB_FORCE_WAKEUP
+    } else {
+        BPF_RB_NO_WAKEUP
+    }
 }
 
 /// Counts a drop and marks its whole range.
@@ -291,7 +308,12 @@ fn mark(slot: u32, region_shift: u32, sector: u64, bytes: u32) {
     };
     // SAFETY: `mark_word` has the signature that bpf_loop asks for; `marking` outlives the call.
     unsafe {
-        bpf_loop(MARK_WORDS_MAX, mark_word as *mut c_void, addr_of_mut!(marking).cast(), 0);
+        bpf_loop(
+            MARK_WORDS_MAX,
+            mark_word as *mut c_void,
+            addr_of_mut!(marking).cast(),
+            0,
+        );
     }
 }
 
@@ -321,20 +343,29 @@ extern "C" fn mark_word(_step: u64, context: *mut c_void) -> i64 {
 fn write_queued(ctx: BtfTracePointContext) -> i32 {
     let bio: *const u8 = ctx.arg(0);
     // SAFETY: the tracepoint's argument, a `struct bio`.
-    let (opf, bdev): (u32, *const u8) = unsafe { (field(bio, kernel!(bio_opf)), field(bio, kernel!(bio_bdev))) };
+    let (opf, bdev): (u32, *const u8) =
+        unsafe { (field(bio, kernel!(bio_opf)), field(bio, kernel!(bio_bdev))) };
     // The kernel gives all operations that change a disk odd numbers, flush apart.
     if opf & 1 == 0 && opf & OP_MASK != kernel!(op_flush) {
         return 0;
     }
     let disk = disk_of(bdev);
     // SAFETY: as above.
-    let (sector, bytes): (u64, u32) = unsafe { (field(bio, kernel!(bio_sector)), field(bio, kernel!(bio_size))) };
+    let (sector, bytes): (u64, u32) =
+        unsafe { (field(bio, kernel!(bio_sector)), field(bio, kernel!(bio_size))) };
     let Some((slot, region_shift)) = watched(disk, sector, bytes) else {
         return 0;
     };
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
     let Some(op) = op_of(opf, bytes) else {
-        drop_write(slot, region_shift, sector, bytes, Cause::Unsupported as u32, now_ns);
+        drop_write(
+            slot,
+            region_shift,
+            sector,
+            bytes,
+            Cause::Unsupported as u32,
+            now_ns,
+        );
         return 0;
     };
     let cpu = unsafe { bpf_get_smp_processor_id() };
@@ -342,9 +373,8 @@ fn write_queued(ctx: BtfTracePointContext) -> i32 {
         drop_write(slot, region_shift, sector, bytes, Cause::Bound as u32, now_ns);
         return 0;
     };
-    // SAFETY: this CPU's own area, see the module's head.
-    let scratch = unsafe { &mut *scratch };
-    let event = &mut scratch.event;
+    // SAFETY: this CPU's own area, see the module's head; the reference ends before bpf_loop runs.
+    let event = unsafe { &mut (*scratch).event };
     event.kind = EventKind::Write as u8;
     event.op = op as u8;
     event.flags = flags_of(opf);
@@ -365,7 +395,10 @@ fn write_queued(ctx: BtfTracePointContext) -> i32 {
         drop_write(slot, region_shift, sector, bytes, cause, now_ns);
     } else if bytes != 0 {
         add(counter_index(slot, Counter::CapturedBios as u32), 1);
-        add(counter_index(slot, Counter::CapturedBytes as u32), u64::from(bytes));
+        add(
+            counter_index(slot, Counter::CapturedBytes as u32),
+            u64::from(bytes),
+        );
     }
     0
 }
@@ -390,7 +423,7 @@ fn flags_of(opf: u32) -> u8 {
 
 /// Puts the event and the `data_bytes` behind it in the ring.
 #[inline(always)]
-fn put(scratch: &mut Scratch, data_bytes: u32) -> u32 {
+fn put(scratch: *mut Scratch, data_bytes: u32) -> u32 {
     if data_bytes > CHUNK_BYTES {
         return Cause::Bound as u32;
     }
@@ -399,36 +432,52 @@ fn put(scratch: &mut Scratch, data_bytes: u32) -> u32 {
     let failed = unsafe {
         generated::bpf_ringbuf_output(
             addr_of!(EVENTS).cast_mut().cast(),
-            addr_of_mut!(scratch.event).cast(),
+            addr_of_mut!((*scratch).event).cast(),
             size,
             ring_flags(),
         )
     };
-    if failed == 0 { CAUSE_NONE } else { Cause::RingFull as u32 }
+    if failed == 0 {
+        CAUSE_NONE
+    } else {
+        Cause::RingFull as u32
+    }
 }
 
 #[inline(always)]
-fn copy_bio(bio: *const u8, scratch: &mut Scratch, sector: u64, bytes: u32) -> u32 {
-    // SAFETY: the tracepoint's argument.
+fn copy_bio(bio: *const u8, scratch: *mut Scratch, sector: u64, bytes: u32) -> u32 {
+    // SAFETY: the tracepoint's argument; this CPU's own area, written before bpf_loop runs.
     unsafe {
+        let scratch = &mut *scratch;
         let index: u32 = field(bio, kernel!(bio_idx));
         let vectors: u64 = field(bio, kernel!(bio_io_vec));
         scratch.bvec_address = vectors + u64::from(index) * u64::from(kernel!(bvec_bytes));
         scratch.bvec_done = field(bio, kernel!(bio_bvec_done));
+        scratch.remaining = bytes;
+        scratch.fill = 0;
+        // The first chunk ends where the later ones begin: at a multiple of the alignment on the disk.
+        scratch.limit = CHUNK_BYTES - ((sector * SECTOR_BYTES) as u32 & (CHUNK_ALIGN_BYTES - 1));
+        scratch.cause = CAUSE_NONE;
     }
-    scratch.remaining = bytes;
-    scratch.fill = 0;
-    // The first chunk ends where the later ones begin: at a multiple of the alignment on the disk.
-    scratch.limit = CHUNK_BYTES - ((sector * SECTOR_BYTES) as u32 & (CHUNK_ALIGN_BYTES - 1));
-    scratch.cause = CAUSE_NONE;
     // SAFETY: `copy_step` has the signature that bpf_loop asks for and takes no context.
     unsafe {
         bpf_loop(STEPS_MAX, copy_step as *mut c_void, core::ptr::null_mut(), 0);
     }
-    if scratch.cause != CAUSE_NONE {
-        return scratch.cause;
+    // SAFETY: as above. Through the raw pointer, because `copy_step` has changed what it points at.
+    let (cause, remaining) = unsafe {
+        (
+            read_volatile(&raw const (*scratch).cause),
+            read_volatile(&raw const (*scratch).remaining),
+        )
+    };
+    if cause != CAUSE_NONE {
+        return cause;
     }
-    if scratch.remaining != 0 { Cause::Bound as u32 } else { CAUSE_NONE }
+    if remaining != 0 {
+        Cause::Bound as u32
+    } else {
+        CAUSE_NONE
+    }
 }
 
 /// Copies one physically contiguous piece of the bio; puts the chunk in the ring when it is full.
@@ -523,8 +572,12 @@ fn request_completed(ctx: BtfTracePointContext) -> i32 {
     let error: u32 = ctx.arg(1);
     let bytes: u32 = ctx.arg(2);
     // SAFETY: the tracepoint's argument, a `struct request`.
-    let (opf, bio): (u32, *const u8) =
-        unsafe { (field(request, kernel!(rq_cmd_flags)), field(request, kernel!(rq_bio))) };
+    let (opf, bio): (u32, *const u8) = unsafe {
+        (
+            field(request, kernel!(rq_cmd_flags)),
+            field(request, kernel!(rq_bio)),
+        )
+    };
     if opf & 1 == 0 || bio.is_null() || bytes == 0 {
         return 0;
     }
@@ -561,22 +614,31 @@ fn request_completed(ctx: BtfTracePointContext) -> i32 {
         };
         // SAFETY: `walk_step` has the signature that bpf_loop asks for and takes no context.
         unsafe {
-            bpf_loop(REQUEST_BIOS_MAX, walk_step as *mut c_void, core::ptr::null_mut(), 0);
+            bpf_loop(
+                REQUEST_BIOS_MAX,
+                walk_step as *mut c_void,
+                core::ptr::null_mut(),
+                0,
+            );
         }
         return 0;
     }
-    complete(slot, region_shift, CompleteEvent {
-        kind: EventKind::Complete as u8,
-        op: op as u8,
-        failed,
-        whole_bio: 0,
-        disk,
-        bio: 0,
-        boot_ns: unsafe { bpf_ktime_get_boot_ns() },
-        sector,
-        bytes,
-        reserved: 0,
-    });
+    complete(
+        slot,
+        region_shift,
+        CompleteEvent {
+            kind: EventKind::Complete as u8,
+            op: op as u8,
+            failed,
+            whole_bio: 0,
+            disk,
+            bio: 0,
+            boot_ns: unsafe { bpf_ktime_get_boot_ns() },
+            sector,
+            bytes,
+            reserved: 0,
+        },
+    );
     0
 }
 
@@ -606,18 +668,22 @@ extern "C" fn walk_step(_step: u64, _context: *mut c_void) -> i64 {
     }
     walk.remaining -= bytes;
     walk.bio = next;
-    complete(walk.slot, walk.region_shift, CompleteEvent {
-        kind: EventKind::Complete as u8,
-        op: walk.op,
-        failed: walk.failed,
-        whole_bio: 0,
-        disk: walk.disk,
-        bio: 0,
-        boot_ns: unsafe { bpf_ktime_get_boot_ns() },
-        sector,
-        bytes,
-        reserved: 0,
-    });
+    complete(
+        walk.slot,
+        walk.region_shift,
+        CompleteEvent {
+            kind: EventKind::Complete as u8,
+            op: walk.op,
+            failed: walk.failed,
+            whole_bio: 0,
+            disk: walk.disk,
+            bio: 0,
+            boot_ns: unsafe { bpf_ktime_get_boot_ns() },
+            sector,
+            bytes,
+            reserved: 0,
+        },
+    );
     0
 }
 
@@ -626,7 +692,8 @@ extern "C" fn walk_step(_step: u64, _context: *mut c_void) -> i64 {
 fn bio_completed(ctx: BtfTracePointContext) -> i32 {
     let bio: *const u8 = ctx.arg(1);
     // SAFETY: the tracepoint's argument, a `struct bio`.
-    let (opf, bdev): (u32, *const u8) = unsafe { (field(bio, kernel!(bio_opf)), field(bio, kernel!(bio_bdev))) };
+    let (opf, bdev): (u32, *const u8) =
+        unsafe { (field(bio, kernel!(bio_opf)), field(bio, kernel!(bio_bdev))) };
     if opf & 1 == 0 || bdev.is_null() {
         return 0;
     }
@@ -637,25 +704,33 @@ fn bio_completed(ctx: BtfTracePointContext) -> i32 {
     };
     // SAFETY: as above.
     let (sector, bytes, status): (u64, u32, u8) = unsafe {
-        (field(bio, kernel!(bio_sector)), field(bio, kernel!(bio_size)), field(bio, kernel!(bio_status)))
+        (
+            field(bio, kernel!(bio_sector)),
+            field(bio, kernel!(bio_size)),
+            field(bio, kernel!(bio_status)),
+        )
     };
     // The driver may have moved the bio's iterator to its end: the length is what is left of it.
     let op = match op_of(opf, 1) {
         Some(op) => op as u8,
         None => return 0,
     };
-    complete(filter.slot, filter.region_shift, CompleteEvent {
-        kind: EventKind::Complete as u8,
-        op,
-        failed: u8::from(status != 0),
-        whole_bio: 1,
-        disk,
-        bio: bio as u64,
-        boot_ns: unsafe { bpf_ktime_get_boot_ns() },
-        sector,
-        bytes,
-        reserved: 0,
-    });
+    complete(
+        filter.slot,
+        filter.region_shift,
+        CompleteEvent {
+            kind: EventKind::Complete as u8,
+            op,
+            failed: u8::from(status != 0),
+            whole_bio: 1,
+            disk,
+            bio: bio as u64,
+            boot_ns: unsafe { bpf_ktime_get_boot_ns() },
+            sector,
+            bytes,
+            reserved: 0,
+        },
+    );
     0
 }
 
@@ -680,8 +755,13 @@ fn complete(slot: u32, region_shift: u32, event: CompleteEvent) {
 fn buffer_touched(ctx: BtfTracePointContext) -> i32 {
     let buffer: *const u8 = ctx.arg(0);
     // SAFETY: the tracepoint's argument, a `struct buffer_head`.
-    let (page, data, bdev): (u64, u64, *const u8) =
-        unsafe { (field(buffer, kernel!(bh_page)), field(buffer, kernel!(bh_data)), field(buffer, kernel!(bh_bdev))) };
+    let (page, data, bdev): (u64, u64, *const u8) = unsafe {
+        (
+            field(buffer, kernel!(bh_page)),
+            field(buffer, kernel!(bh_data)),
+            field(buffer, kernel!(bh_bdev)),
+        )
+    };
     if disk_of(bdev) != kernel!(calibrate_disk) {
         return 0;
     }
