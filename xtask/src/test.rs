@@ -31,9 +31,17 @@ pub(crate) struct TestArgs {
 /// Builds the binaries and runs the tests; fails if one fails, or if none has the wanted name.
 pub(crate) fn run(workspace: &Workspace, args: &TestArgs) -> Result<()> {
     let start = Instant::now();
-    sh::step("build cdp-agent and cdp-restore", || {
+    sh::step("build the binaries", || {
         let mut build = workspace.cargo("build");
-        sh::run(build.args(["--release", "--package", "cdp-agent", "--package", "cdp-restore"]))
+        build.arg("--release");
+        if args.root {
+            build.args(["--package", "cdp-agent", "--package", "cdp-restore"]);
+        } else {
+            // Together with the tests: built apart, they differ in the features of what they depend on,
+            // and much would be compiled twice.
+            build.args(["--workspace", "--exclude", SYSTEM_TESTS, "--all-targets"]);
+        }
+        sh::run(&mut build)
     })?;
     let mut parts = Vec::new();
     if !args.root {
