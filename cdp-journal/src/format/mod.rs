@@ -180,3 +180,6 @@ pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
 pub(crate) fn i64_at(bytes: &[u8], at: usize) -> i64 {
     i64::from_le_bytes(bytes_at(bytes, at))
 }
+
+#[cfg(test)]
+mod tests;

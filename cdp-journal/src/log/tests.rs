@@ -13,7 +13,7 @@ use crate::types::{BootNs, VolumeId};
 
 const STORE: Uuid = Uuid::from_bytes([5; 16]);
 /// Small, so that a short workload rolls several times.
-const SEGMENT_BYTES_MAX: u64 = 20_000;
+const SEGMENT_BYTES_MAX: u64 = 40_000;
 
 fn limits() -> LogLimits {
     LogLimits {

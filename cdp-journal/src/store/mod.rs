@@ -16,9 +16,6 @@ mod reader;
 mod timeline;
 mod writer;
 
-#[cfg(test)]
-mod tests;
-
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;

@@ -121,6 +121,8 @@ impl StoreWriter {
         let parts = match &state.lost_after {
             Some(last) => {
                 let last = last.map_or(0, Seq::get);
+                // It cannot be made anew while it is open.
+                drop(parts);
                 rebuild_index(
                     &index_dir,
                     store.uuid,

@@ -50,12 +50,15 @@ impl Item {
     fn clipped(self, range: &Range<u64>) -> Option<Item> {
         let start = self.offset.max(range.start);
         let end = (self.offset + self.len).min(range.end);
+        if start >= end {
+            return None;
+        }
         let skipped = (start - self.offset) as u32;
         let data = self.data.map(|data| GroupRange {
             in_group: data.in_group + skipped,
             ..data
         });
-        (start < end).then_some(Item {
+        Some(Item {
             offset: start,
             len: end - start,
             data,

@@ -1,0 +1,325 @@
+//! Goal: the view at every Seq equals a naive replay. Method: random operations go through a store in a temporary
+//! folder, some applied to RocksDB and flushed, some only in the log, with reopenings in between; then every
+//! moment is read in several ways and compared. proptest prints the failing case and keeps its seed.
+
+use cdp_journal::Seq;
+use cdp_journal::format::Body;
+use cdp_journal::store::StoreReader;
+use cdp_journal::view::{CopyOptions, ExtentKind};
+use proptest::prelude::*;
+
+use crate::kit::{MemorySink, Writer, bytes_of, volume};
+
+const SECTOR: u64 = 512;
+/// 20 units and a few sectors: the last block is not a whole one.
+const VOLUME_SECTORS: u64 = 20 * 128 + 3;
+const VOLUME_SECTORS_MAX: u64 = 24 * 128;
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write {
+        at: u64,
+        sectors: u64,
+    },
+    Zero {
+        at: u64,
+        sectors: u64,
+        discard: bool,
+    },
+    ReadBack {
+        at: u64,
+        sectors: u64,
+        zero: bool,
+        age: u64,
+    },
+    Resize {
+        sectors: u64,
+    },
+    EndFrame,
+    Apply,
+    Flush,
+    Reopen,
+    Refresh,
+}
+
+/// Small ranges often meet; long ones span several units.
+fn range() -> impl Strategy<Value = (u64, u64)> {
+    let aligned = |step: u64, most: u64| {
+        (0..VOLUME_SECTORS_MAX / step, 1..=most).prop_map(move |(at, count)| (at * step, count * step))
+    };
+    prop_oneof![
+        4 => (0..64u64, 1..12u64),
+        2 => (0..VOLUME_SECTORS_MAX, 1..300u64),
+        2 => aligned(8, 40),
+        2 => aligned(128, 6),
+    ]
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        8 => range().prop_map(|(at, sectors)| Op::Write { at, sectors }),
+        2 => (range(), any::<bool>()).prop_map(|((at, sectors), discard)| Op::Zero { at, sectors, discard }),
+        4 => (range(), any::<bool>(), 0..8u64)
+            .prop_map(|((at, sectors), zero, age)| Op::ReadBack { at, sectors, zero, age }),
+        1 => (1..VOLUME_SECTORS_MAX).prop_map(|sectors| Op::Resize { sectors }),
+        3 => Just(Op::EndFrame),
+        2 => Just(Op::Apply),
+        1 => Just(Op::Flush),
+        1 => Just(Op::Reopen),
+        1 => Just(Op::Refresh),
+    ]
+}
+
+/// What was done, in the order in which it counts.
+#[derive(Clone)]
+struct Change {
+    /// A record counts at its Seq, a read-back just after the one it is valid as of.
+    effective: (u64, u64),
+    at: usize,
+    bytes: Vec<u8>,
+}
+
+#[derive(Default)]
+struct Naive {
+    changes: Vec<Change>,
+    /// Seq and size from there on.
+    sizes: Vec<(u64, u64)>,
+}
+
+impl Naive {
+    fn size_at(&self, seq: u64) -> u64 {
+        self.sizes.iter().rfind(|(from, _)| *from <= seq).unwrap().1
+    }
+
+    fn image(&self, seq: u64) -> Vec<u8> {
+        let mut changes: Vec<_> = self
+            .changes
+            .iter()
+            .filter(|change| change.effective.0 <= seq)
+            .collect();
+        changes.sort_by_key(|change| change.effective);
+        let mut image = vec![0; (VOLUME_SECTORS_MAX * SECTOR) as usize];
+        for change in changes {
+            image[change.at..change.at + change.bytes.len()].copy_from_slice(&change.bytes);
+        }
+        image.truncate(self.size_at(seq) as usize);
+        image
+    }
+}
+
+fn clip(at: u64, sectors: u64, size: u64) -> Option<(u64, u64)> {
+    let end = (at + sectors).min(size / SECTOR);
+    (at < end).then(|| (at * SECTOR, (end - at) * SECTOR))
+}
+
+fn run(ops: &[Op]) -> Result<(), TestCaseError> {
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = Writer::open(dir.path());
+    let first = writer.declare(VOLUME_SECTORS * SECTOR).get();
+    writer.sync();
+    let early_reader = StoreReader::open(dir.path()).unwrap();
+    let mut naive = Naive::default();
+    let mut size = VOLUME_SECTORS * SECTOR;
+    naive.sizes.push((0, size));
+    let mut last = first;
+    for (number, op) in ops.iter().enumerate() {
+        let number = number as u64 + 1;
+        match *op {
+            Op::Write { at, sectors } => {
+                let Some((at, len)) = clip(at, sectors, size) else {
+                    continue;
+                };
+                let bytes = bytes_of(number, len as usize);
+                last = writer.write(at, &bytes).get();
+                naive.changes.push(Change {
+                    effective: (last, 0),
+                    at: at as usize,
+                    bytes,
+                });
+            }
+            Op::Zero { at, sectors, discard } => {
+                let Some((offset, len)) = clip(at, sectors, size) else {
+                    continue;
+                };
+                let body = if discard {
+                    Body::Discard { offset, len }
+                } else {
+                    Body::Zero { offset, len }
+                };
+                last = writer.push(body, &[]).get();
+                let bytes = vec![0; len as usize];
+                naive.changes.push(Change {
+                    effective: (last, 0),
+                    at: offset as usize,
+                    bytes,
+                });
+            }
+            Op::ReadBack {
+                at,
+                sectors,
+                zero,
+                age,
+            } => {
+                // Only what was inside the volume all the while can be read back.
+                let as_of = last.saturating_sub(age);
+                let as_of = if age == 7 { 0 } else { as_of };
+                let smallest = naive
+                    .sizes
+                    .iter()
+                    .filter(|(from, _)| *from >= as_of)
+                    .map(|(_, size)| *size);
+                let smallest = smallest.chain([naive.size_at(as_of), size]).min().unwrap();
+                let Some((offset, len)) = clip(at, sectors, smallest) else {
+                    continue;
+                };
+                let bytes = if zero {
+                    vec![0; len as usize]
+                } else {
+                    bytes_of(number, len as usize)
+                };
+                let seq = Seq::new(as_of);
+                last = if zero {
+                    writer
+                        .push(
+                            Body::ReadBackZero {
+                                offset,
+                                len,
+                                as_of: seq,
+                            },
+                            &[],
+                        )
+                        .get()
+                } else {
+                    writer
+                        .push(
+                            Body::ReadBack {
+                                offset,
+                                len,
+                                as_of: seq,
+                            },
+                            &bytes,
+                        )
+                        .get()
+                };
+                naive.changes.push(Change {
+                    effective: (as_of, last),
+                    at: offset as usize,
+                    bytes,
+                });
+            }
+            Op::Resize { sectors } => {
+                let bytes = sectors * SECTOR;
+                last = writer.push(Body::Resize { bytes }, &[]).get();
+                if bytes < size {
+                    let gone = vec![0; (size - bytes) as usize];
+                    naive.changes.push(Change {
+                        effective: (last, 0),
+                        at: bytes as usize,
+                        bytes: gone,
+                    });
+                }
+                size = bytes;
+                naive.sizes.push((last, size));
+            }
+            Op::EndFrame => writer.append(),
+            Op::Apply => writer.apply(),
+            Op::Flush => writer.flush(),
+            Op::Refresh => early_reader.refresh().unwrap(),
+            Op::Reopen => {
+                writer.sync();
+                let boot_ns = writer.boot_ns;
+                drop(writer);
+                writer = Writer::open(dir.path());
+                writer.boot_ns = boot_ns;
+                prop_assert!(writer.recovered.cut.is_none() && writer.recovered.index_rebuilt.is_none());
+            }
+        }
+    }
+    writer.sync();
+    early_reader.refresh().unwrap();
+    let fresh_reader = StoreReader::open(dir.path()).unwrap();
+    for reader in [&early_reader, &fresh_reader] {
+        check(reader, &naive, first, last)?;
+    }
+    writer.apply();
+    let head = writer.index.head_view(volume()).unwrap();
+    let mut bytes = vec![0; head.bytes() as usize];
+    head.read_at(0, &mut bytes).unwrap();
+    prop_assert!(bytes == naive.image(last), "the writer's own view");
+    Ok(())
+}
+
+fn check(reader: &StoreReader, naive: &Naive, first: u64, last: u64) -> Result<(), TestCaseError> {
+    prop_assert_eq!(reader.head().unwrap().seq.get(), last);
+    let mut before: Option<Vec<u8>> = None;
+    for seq in first..=last {
+        let expected = naive.image(seq);
+        let view = reader.view(volume(), Seq::new(seq).unwrap()).unwrap();
+        prop_assert_eq!(view.bytes(), expected.len() as u64);
+        let mut found = vec![0xee; expected.len()];
+        view.read_at(0, &mut found).unwrap();
+        if let Some(at) = (0..found.len()).find(|at| found[*at] != expected[*at]) {
+            return Err(TestCaseError::fail(format!(
+                "seq {seq} differs at byte {at} (sector {})",
+                at / 512
+            )));
+        }
+        // An odd range, by itself.
+        let (start, end) = (expected.len() / 3, expected.len() - expected.len() / 5);
+        let mut part = vec![0xee; end - start];
+        view.read_at(start as u64, &mut part).unwrap();
+        prop_assert!(
+            part == expected[start..end],
+            "seq {}, bytes {}..{}",
+            seq,
+            start,
+            end
+        );
+        for extent in view.extents(0..view.bytes()).unwrap() {
+            let range = extent.offset as usize..(extent.offset + extent.len) as usize;
+            prop_assert!(extent.kind == ExtentKind::Data || expected[range].iter().all(|byte| *byte == 0));
+        }
+        if let Some(before) = before.filter(|before| before.len() == expected.len()) {
+            let changed = view.changed_since(Seq::new(seq - 1), 0..view.bytes()).unwrap();
+            for at in (0..expected.len()).filter(|at| before[*at] != expected[*at]) {
+                prop_assert!(
+                    changed.iter().any(|range| range.contains(&(at as u64))),
+                    "seq {}, byte {}",
+                    seq,
+                    at
+                );
+            }
+        }
+        before = Some(expected);
+    }
+    let view = reader.view(volume(), Seq::new(last).unwrap()).unwrap();
+    for window_bytes in [1 << 16, 1 << 30] {
+        let sink = MemorySink::default();
+        let report = view
+            .copy_to(
+                &sink,
+                &CopyOptions {
+                    threads: 2,
+                    window_bytes,
+                },
+                &|_| (),
+            )
+            .unwrap();
+        prop_assert_eq!(report.data_bytes + report.zero_bytes, view.bytes());
+        prop_assert!(
+            sink.0.into_inner() == naive.image(last),
+            "a copy with windows of {} bytes",
+            window_bytes
+        );
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_view_at_every_seq_equals_a_naive_replay(ops in prop::collection::vec(op(), 1..40)) {
+        run(&ops)?;
+    }
+}
