@@ -18,6 +18,7 @@ use crate::units::{Bytes, ExactBytes};
 
 mod device;
 mod file;
+mod flush;
 
 pub(crate) use device::{DeviceInProgress, DeviceNumber, DeviceTarget};
 pub(crate) use file::{FileInProgress, FileTarget};

@@ -83,8 +83,10 @@ fn resolve(store: &StoreReader, volume: &VolumeInfo, when: &When) -> anyhow::Res
     let moment = match store.resolve(volume.id, when) {
         Ok(moment) => moment,
         Err(WhenError::NotExact(inner)) => {
+            let (volume, when) = (volume.name.clone(), when.clone());
             return Err(NotExactHere {
-                volume: volume.name.clone(),
+                volume,
+                when,
                 inner: *inner,
             }
             .into());
@@ -104,6 +106,7 @@ fn resolve(store: &StoreReader, volume: &VolumeInfo, when: &When) -> anyhow::Res
 #[derive(Debug)]
 pub(crate) struct NotExactHere {
     volume: String,
+    when: When,
     inner: NotExact,
 }
 
@@ -118,10 +121,14 @@ impl fmt::Display for NotExactHere {
             before,
             after,
         } = &self.inner;
-        write!(f, "{} cannot be restored exactly at ", self.volume)?;
-        match moment.seq {
-            Some(seq) if !moment.by_time => write!(f, "seq:{seq}")?,
-            _ => write!(f, "{}", Time(moment.wall))?,
+        let found = match moment.seq {
+            Some(seq) if !moment.by_time => format!("seq:{seq}"),
+            _ => Time(moment.wall).to_string(),
+        };
+        write!(f, "{} cannot be restored exactly at {found}", self.volume)?;
+        // A relative time or a label says more to who typed it than what it was found to be.
+        if matches!(self.when, When::Latest | When::Ago(_) | When::Bookmark(_)) {
+            write!(f, " ({})", self.when)?;
         }
         match cause {
             NotExactCause::Gap(GapCause::Seeding) => write!(f, ": {}", explain(GapCause::Seeding))?,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{OFlags, major, minor};
 use rustix::io::Errno;
 
+use super::flush::Flushed;
 use super::{TargetError, zero_device_range};
 
 /// A block device that may be written over.
@@ -101,6 +102,7 @@ impl DeviceTarget {
     /// Opens the device for writing; it stays ours alone until it is dropped.
     pub(crate) fn open(self) -> Result<DeviceInProgress, TargetError> {
         let device = open_exclusively(&self.path, OpenOptions::new().write(true))?;
+        let device = Flushed::new(device).map_err(TargetError::io("write", &self.path))?;
         Ok(DeviceInProgress {
             path: self.path,
             device,
@@ -112,25 +114,27 @@ impl DeviceTarget {
 #[derive(Debug)]
 pub(crate) struct DeviceInProgress {
     path: PathBuf,
-    device: File,
+    device: Flushed,
 }
 
 impl DeviceInProgress {
     /// Writes `data` at `offset`, zeroes and all: what lies there now is a stranger's.
     pub(crate) fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.device.write_all_at(data, offset)
+        self.device.file().write_all_at(data, offset)?;
+        self.device.wrote(data.len() as u64)
     }
 
     /// Makes a range read as zero.
     pub(crate) fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        zero_device_range(&self.device, offset, len)
+        zero_device_range(self.device.file(), offset, len)
     }
 
     /// Waits until everything is on the device.
     pub(crate) fn finish(self) -> Result<(), TargetError> {
         self.device
-            .sync_all()
-            .map_err(TargetError::io("flush", &self.path))
+            .finish()
+            .map_err(TargetError::io("flush", &self.path))?;
+        Ok(())
     }
 }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, OFlags};
 use rustix::io::Errno;
 
+use super::flush::Flushed;
 use super::{TargetError, nonzero_runs};
 
 /// A new image is readable by its owner only: what lies on a device is for root's eyes.
@@ -83,21 +84,22 @@ impl FileTarget {
     /// Makes the file, `bytes` long and zero, without a name where the file system can do that.
     pub(crate) fn create(self, bytes: u64) -> Result<FileInProgress, TargetError> {
         let (file, temporary) = self.open()?;
-        let made = FileInProgress {
+        let guard = TemporaryName(temporary);
+        let prepare = || -> io::Result<Flushed> {
+            if let Some((mode, user, group)) = self.replaces {
+                // Only root may give files away; others keep what they can.
+                let _ = std::os::unix::fs::fchown(&file, Some(user), Some(group));
+                file.set_permissions(fs::Permissions::from_mode(mode))?;
+            }
+            file.set_len(bytes)?;
+            Flushed::new(file)
+        };
+        let file = prepare().map_err(TargetError::io("prepare", &self.shown))?;
+        Ok(FileInProgress {
             target: self,
             file,
-            temporary,
-        };
-        let prepare = || -> io::Result<()> {
-            if let Some((mode, user, group)) = made.target.replaces {
-                // Only root may give files away; others keep what they can.
-                let _ = std::os::unix::fs::fchown(&made.file, Some(user), Some(group));
-                made.file.set_permissions(fs::Permissions::from_mode(mode))?;
-            }
-            made.file.set_len(bytes)
-        };
-        prepare().map_err(TargetError::io("prepare", &made.target.shown))?;
-        Ok(made)
+            temporary: guard,
+        })
     }
 
     fn open(&self) -> Result<(File, Option<PathBuf>), TargetError> {
@@ -132,50 +134,61 @@ impl FileTarget {
     }
 }
 
+/// The name of a file that is not complete, if it has one; the file goes with it.
+#[derive(Debug)]
+struct TemporaryName(Option<PathBuf>);
+
+impl Drop for TemporaryName {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
 /// A file that is being written; gone when dropped before [`FileInProgress::finish`].
 #[derive(Debug)]
 pub(crate) struct FileInProgress {
     target: FileTarget,
-    file: File,
-    /// Its name while it is not complete, if it has one.
-    temporary: Option<PathBuf>,
+    file: Flushed,
+    temporary: TemporaryName,
 }
 
 impl FileInProgress {
     /// Writes `data` at `offset`, leaving holes where it is zero.
     pub(crate) fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        nonzero_runs(data).try_for_each(|(start, run)| self.file.write_all_at(run, offset + start as u64))
+        for (start, run) in nonzero_runs(data) {
+            self.file.file().write_all_at(run, offset + start as u64)?;
+            self.file.wrote(run.len() as u64)?;
+        }
+        Ok(())
     }
 
     /// Puts the file on disk, then under its name.
-    pub(crate) fn finish(mut self) -> Result<(), TargetError> {
-        let shown = self.target.shown.clone();
-        self.file.sync_all().map_err(TargetError::io("flush", &shown))?;
-        let temporary = match &self.temporary {
+    pub(crate) fn finish(self) -> Result<(), TargetError> {
+        let FileInProgress {
+            target,
+            file,
+            mut temporary,
+        } = self;
+        let file = file.finish().map_err(TargetError::io("flush", &target.shown))?;
+        let path = match &temporary.0 {
             Some(path) => path.clone(),
             None => {
-                let path = self.target.temporary_path();
-                let unnamed = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                let path = target.temporary_path();
+                let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
                 rustix::fs::linkat(CWD, unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW)
                     .map_err(|errno| TargetError::io("name", &path)(errno.into()))?;
-                self.temporary = Some(path.clone());
+                temporary.0 = Some(path.clone());
                 path
             }
         };
-        let name = self.target.folder.join(&self.target.name);
-        fs::rename(&temporary, &name).map_err(TargetError::io("name", &name))?;
-        self.temporary = None;
-        File::open(&self.target.folder)
+        let name = target.folder.join(&target.name);
+        fs::rename(&path, &name).map_err(TargetError::io("name", &name))?;
+        temporary.0 = None;
+        File::open(&target.folder)
             .and_then(|folder| folder.sync_all())
-            .map_err(TargetError::io("flush the folder of", &shown))
-    }
-}
-
-impl Drop for FileInProgress {
-    fn drop(&mut self) {
-        if let Some(path) = &self.temporary {
-            let _ = fs::remove_file(path);
-        }
+            .map_err(TargetError::io("flush the folder of", &target.shown))
     }
 }
 
@@ -225,11 +238,11 @@ mod tests {
         let path = folder.path().join("disk.img");
         let target = FileTarget::new_file(&path).unwrap();
         let temporary = target.temporary_path();
-        let file = File::create_new(&temporary).unwrap();
+        let file = Flushed::new(File::create_new(&temporary).unwrap()).unwrap();
         drop(FileInProgress {
             target,
             file,
-            temporary: Some(temporary),
+            temporary: TemporaryName(Some(temporary)),
         });
         assert_eq!(names_in(folder.path()), Vec::<OsString>::new());
     }
