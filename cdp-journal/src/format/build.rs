@@ -140,6 +140,9 @@ impl FrameBuilder {
         for (_, part_bytes) in parts(body.data_offset(), expected) {
             self.placement.place(part_bytes);
         }
+        if self.data.capacity() == 0 && expected > 0 {
+            self.data.reserve(FRAME_DATA_BYTES_MAX); // or it would be copied each time it grows
+        }
         for slice in data {
             self.data.extend_from_slice(slice);
         }

@@ -163,33 +163,33 @@ impl fmt::Display for GapCause {
 /// What a record says. Offsets and lengths are in bytes and multiples of [`SECTOR_BYTES`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// [1] Bytes were written.
+    /// 1: Bytes were written.
     Write {
         /// First byte.
         offset: u64,
         /// Bytes.
         len: u64,
     },
-    /// [2] A range was set to zeroes.
+    /// 2: A range was set to zeroes.
     Zero {
         /// First byte.
         offset: u64,
         /// Bytes.
         len: u64,
     },
-    /// [3] A range was discarded; it reads as zeroes.
+    /// 3: A range was discarded; it reads as zeroes.
     Discard {
         /// First byte.
         offset: u64,
         /// Bytes.
         len: u64,
     },
-    /// [4] The volume has a new size. What lies beyond a smaller one is gone.
+    /// 4: The volume has a new size. What lies beyond a smaller one is gone.
     Resize {
         /// The new size.
         bytes: u64,
     },
-    /// [5] Bytes read from the device, valid after every record up to `as_of` and before the ones after.
+    /// 5: Bytes read from the device, valid after every record up to `as_of` and before the ones after.
     ReadBack {
         /// First byte.
         offset: u64,
@@ -198,7 +198,7 @@ pub enum Body {
         /// `None`: before everything.
         as_of: Option<Seq>,
     },
-    /// [6] The same for a range that read as zeroes.
+    /// 6: The same for a range that read as zeroes.
     ReadBackZero {
         /// First byte.
         offset: u64,
@@ -207,7 +207,7 @@ pub enum Body {
         /// `None`: before everything.
         as_of: Option<Seq>,
     },
-    /// [7] Declares a volume, or tells what has changed about it.
+    /// 7: Declares a volume, or tells what has changed about it.
     Volume {
         /// Block device or directory.
         kind: VolumeKind,
@@ -218,32 +218,32 @@ pub enum Body {
         /// Where it was found.
         path: String,
     },
-    /// [8] History stops being exact.
+    /// 8: History stops being exact.
     GapOpen {
         /// Why.
         cause: GapCause,
         /// Last record for which it still is.
         last_exact: Option<Seq>,
     },
-    /// [9] History is exact from this record on.
+    /// 9: History is exact from this record on.
     GapClose,
-    /// [10] A name for this moment.
+    /// 10: A name for this moment.
     Bookmark {
         /// The name.
         label: String,
     },
-    /// [11] The agent started.
+    /// 11: The agent started.
     Start {
         /// Which agent.
         agent: Uuid,
         /// Which boot of the host.
         boot_id: Uuid,
     },
-    /// [12] The agent stopped as asked.
+    /// 12: The agent stopped as asked.
     Stop,
-    /// [13] Nothing happened until here.
+    /// 13: Nothing happened until here.
     Tick,
-    /// [14] A flush without data.
+    /// 14: A flush without data.
     Barrier,
 }
 

@@ -4,7 +4,7 @@
 //! always the exact state after some frame; the rest is replayed from the log. It is never repaired: an index
 //! that is damaged, of another format or ahead of the log is made anew.
 //!
-//! The same code ([`apply`]) serves the writer, whose [`overlay`] empties into RocksDB frame by frame, and a
+//! The same code serves the writer, whose overlay empties into RocksDB frame by frame, and a
 //! reader, who keeps the log's tail in the overlay.
 
 mod apply;

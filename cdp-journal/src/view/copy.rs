@@ -14,6 +14,7 @@ use super::plan::{Item, plan};
 use super::source::GROUP_STORED_BYTES_MAX;
 use super::{CopyError, CopyOptions, CopyReport, Sink, View};
 use crate::format::{GROUP_BYTES_MAX, decode_group};
+use crate::types::BLOCK_BYTES;
 
 /// Stored bytes that one job reads at most, its last group aside.
 const JOB_STORED_BYTES: u32 = 1 << 20;
@@ -183,6 +184,29 @@ struct Worker {
     /// Where stretches of `raw` go: offset in the view, start in `raw`, bytes.
     targets: Vec<(u64, usize, usize)>,
     gathered: Vec<u8>,
+    /// Blocks that were written with zeroes: a sparse target need not hold them.
+    zeroes: Vec<Range<u64>>,
+}
+
+/// Cuts bytes into runs of blocks that are all zero and runs that are not.
+fn split_zeroes(bytes: &[u8], mut visit: impl FnMut(Range<usize>, bool)) {
+    let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
+    let mut run: Option<(Range<usize>, bool)> = None;
+    for (index, block) in bytes.chunks(BLOCK_BYTES as usize).enumerate() {
+        let start = index * BLOCK_BYTES as usize;
+        let (range, zero) = (start..start + block.len(), is_zero(block));
+        match &mut run {
+            Some((run, run_zero)) if *run_zero == zero => run.end = range.end,
+            run => {
+                if let Some((range, zero)) = run.replace((range, zero)) {
+                    visit(range, zero);
+                }
+            }
+        }
+    }
+    if let Some((range, zero)) = run {
+        visit(range, zero);
+    }
 }
 
 impl Worker {
@@ -213,8 +237,17 @@ impl Worker {
                 if in_group + item.len as usize > header.raw_bytes {
                     return Err(store.damage(&data.place).into());
                 }
-                self.targets
-                    .push((item.offset, self.raw_bytes + in_group, item.len as usize));
+                let raw_bytes = self.raw_bytes;
+                let bytes = &self.raw[raw_bytes + in_group..raw_bytes + in_group + item.len as usize];
+                split_zeroes(bytes, |range, is_zero| {
+                    let (offset, len) = (item.offset + range.start as u64, range.len());
+                    if is_zero {
+                        self.zeroes.push(offset..offset + len as u64);
+                    } else {
+                        self.targets
+                            .push((offset, raw_bytes + in_group + range.start, len));
+                    }
+                });
             }
             self.raw_bytes += header.raw_bytes;
         }
@@ -240,6 +273,6 @@ impl Worker {
         }
         self.targets.clear();
         self.raw_bytes = 0;
-        Ok(())
+        shared.zero(&std::mem::take(&mut self.zeroes))
     }
 }

@@ -20,6 +20,7 @@ enum Op {
     Write {
         at: u64,
         sectors: u64,
+        blank: bool,
     },
     Zero {
         at: u64,
@@ -57,7 +58,7 @@ fn range() -> impl Strategy<Value = (u64, u64)> {
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        8 => range().prop_map(|(at, sectors)| Op::Write { at, sectors }),
+        8 => (range(), 0..8u8).prop_map(|((at, sectors), n)| Op::Write { at, sectors, blank: n == 0 }),
         2 => (range(), any::<bool>()).prop_map(|((at, sectors), discard)| Op::Zero { at, sectors, discard }),
         4 => (range(), any::<bool>(), 0..8u64)
             .prop_map(|((at, sectors), zero, age)| Op::ReadBack { at, sectors, zero, age }),
@@ -125,11 +126,15 @@ fn run(ops: &[Op]) -> Result<(), TestCaseError> {
     for (number, op) in ops.iter().enumerate() {
         let number = number as u64 + 1;
         match *op {
-            Op::Write { at, sectors } => {
+            Op::Write { at, sectors, blank } => {
                 let Some((at, len)) = clip(at, sectors, size) else {
                     continue;
                 };
-                let bytes = bytes_of(number, len as usize);
+                let bytes = if blank {
+                    vec![0; len as usize]
+                } else {
+                    bytes_of(number, len as usize)
+                };
                 last = writer.write(at, &bytes).get();
                 naive.changes.push(Change {
                     effective: (last, 0),
