@@ -23,8 +23,8 @@ mod flush;
 pub(crate) use device::{DeviceInProgress, DeviceNumber, DeviceTarget};
 pub(crate) use file::{FileInProgress, FileTarget};
 
-/// Zeroes are looked for in blocks of this size: no file system keeps holes any finer.
-const HOLE_BYTES: usize = 4096;
+/// What is written where zeroes must be; for anything this short, asking the device to zero costs more.
+static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 
 /// Why a target cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -121,42 +121,24 @@ impl Target {
     }
 }
 
-/// What is not zero in `data`, as (offset in `data`, bytes), in whole blocks of [`HOLE_BYTES`].
-fn nonzero_runs(data: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        let skipped = data[at..].chunks(HOLE_BYTES).take_while(|block| is_zero(block));
-        at += skipped.map(<[u8]>::len).sum::<usize>();
-        let run = data[at..].chunks(HOLE_BYTES).take_while(|block| !is_zero(block));
-        let len: usize = run.map(<[u8]>::len).sum();
-        let start = at;
-        at += len;
-        (len > 0).then(|| (start, &data[start..at]))
-    })
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    let (chunks, rest) = bytes.as_chunks::<64>();
-    chunks.iter().all(|chunk| chunk == &[0; 64]) && rest.iter().all(|byte| *byte == 0)
-}
-
-/// Makes a range of a device read as zero: by unmapping it where the device promises zeroes after that,
-/// else by its own zeroing, else by writing them.
+/// Makes a range of a device read as zero: a long one by unmapping it where the device promises zeroes after
+/// that, else by its own zeroing; a short one, or where it offers neither, by writing zeroes.
 fn zero_device_range(device: &File, offset: u64, len: u64) -> io::Result<()> {
-    for mode in [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE] {
-        match rustix::fs::fallocate(device, mode | FallocateFlags::KEEP_SIZE, offset, len) {
-            Ok(()) => return Ok(()),
-            // Not offered, or the range is not made of the device's own blocks.
-            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV) => {}
-            Err(errno) => return Err(errno.into()),
+    if len > ZEROES.len() as u64 {
+        for mode in [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE] {
+            match rustix::fs::fallocate(device, mode | FallocateFlags::KEEP_SIZE, offset, len) {
+                Ok(()) => return Ok(()),
+                // Not offered, or the range is not made of the device's own blocks.
+                Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV) => {}
+                Err(errno) => return Err(errno.into()),
+            }
         }
     }
-    let zeroes = vec![0; 1 << 20];
     let mut at = offset;
     while at < offset + len {
-        let piece = zeroes.len().min((offset + len - at) as usize);
-        device.write_all_at(&zeroes[..piece], at)?;
-        at += piece as u64;
+        let piece = (offset + len - at).min(ZEROES.len() as u64);
+        device.write_all_at(&ZEROES[..piece as usize], at)?;
+        at += piece;
     }
     Ok(())
 }
@@ -166,17 +148,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_hold_every_byte_that_is_not_zero_and_no_zero_block() {
-        let mut data = vec![0; 5 * HOLE_BYTES + 512];
-        data[HOLE_BYTES] = 1;
-        data[3 * HOLE_BYTES - 1] = 2;
-        data[5 * HOLE_BYTES + 511] = 3;
-        let runs: Vec<_> = nonzero_runs(&data)
-            .map(|(start, run)| (start, run.len()))
-            .collect();
-        assert_eq!(runs, [(HOLE_BYTES, 2 * HOLE_BYTES), (5 * HOLE_BYTES, 512)]);
-        assert_eq!(nonzero_runs(&[0; 3 * HOLE_BYTES]).count(), 0);
-        assert_eq!(nonzero_runs(&[]).count(), 0);
+    fn a_zeroed_range_is_zero_and_its_neighbours_stay() {
+        for (offset, len) in [(512, 512), (4096, 4096), (512, 1 << 20), (8192, (1 << 20) + 512)] {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&vec![0xee; 2 << 20], 0).unwrap();
+            zero_device_range(&file, offset, len).unwrap();
+            let mut content = vec![0; 2 << 20];
+            file.read_exact_at(&mut content, 0).unwrap();
+            let (before, rest) = content.split_at(offset as usize);
+            let (zeroed, after) = rest.split_at(len as usize);
+            assert!(zeroed.iter().all(|byte| *byte == 0), "{len} bytes at {offset}");
+            assert!(
+                before.iter().chain(after).all(|byte| *byte == 0xee),
+                "{len} bytes at {offset}"
+            );
+        }
     }
 
     #[test]

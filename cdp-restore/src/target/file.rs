@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, OFlags};
 use rustix::io::Errno;
 
+use super::TargetError;
 use super::flush::Flushed;
-use super::{TargetError, nonzero_runs};
 
 /// A new image is readable by its owner only: what lies on a device is for root's eyes.
 const MODE: u32 = 0o600;
@@ -155,13 +155,10 @@ pub(crate) struct FileInProgress {
 }
 
 impl FileInProgress {
-    /// Writes `data` at `offset`, leaving holes where it is zero.
+    /// Writes `data` at `offset`. What is never written is a hole.
     pub(crate) fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        for (start, run) in nonzero_runs(data) {
-            self.file.file().write_all_at(run, offset + start as u64)?;
-            self.file.wrote(run.len() as u64)?;
-        }
-        Ok(())
+        self.file.file().write_all_at(data, offset)?;
+        self.file.wrote(data.len() as u64)
     }
 
     /// Puts the file on disk, then under its name.
