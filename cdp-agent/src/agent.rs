@@ -60,8 +60,10 @@ impl Agent {
             refuse_store_on(&config.store, volume, device)?;
         }
         crate::capture::btf::Btf::of_running_kernel()?;
-        let options =
-            WriterOptions { store_bytes_max: config.store_bytes_max, ..WriterOptions::default() };
+        let options = WriterOptions {
+            store_bytes_max: config.store_bytes_max,
+            ..WriterOptions::default()
+        };
         let (store, recovered) = StoreWriter::open(&config.store, &options)?;
         if let Some(cut) = &recovered.cut {
             tracing::warn!(segment = %cut.path.display(), offset = cut.offset, bytes = cut.bytes,
@@ -78,7 +80,14 @@ impl Agent {
         let agent_id = recovered.agent.unwrap_or_else(Uuid::new_v4);
         let rebooted = recovered.boot_id.is_some_and(|then| then != boot_id);
         let mut recorder = Recorder::new(recovered.last_seq, clock::wall_offset_ns());
-        recorder.note(clock::boot_ns(), None, Body::Start { agent: agent_id, boot_id });
+        recorder.note(
+            clock::boot_ns(),
+            None,
+            Body::Start {
+                agent: agent_id,
+                boot_id,
+            },
+        );
         let shared = Arc::new(Shared::new(recorder, probe.positions(), config.commit_interval));
         let (log, index) = store.split();
         let pipeline = Pipeline::start(&shared, probe, boot_id, log, index)?;
@@ -97,7 +106,13 @@ impl Agent {
                 }
             })
             .context("start the read-back thread")?;
-        let next_volume = recovered.volumes.iter().map(|volume| volume.info.id.get()).max().unwrap_or(0) + 1;
+        let next_volume = recovered
+            .volumes
+            .iter()
+            .map(|volume| volume.info.id.get())
+            .max()
+            .unwrap_or(0)
+            + 1;
         let mut agent = Self {
             shared,
             agent_id,
@@ -106,7 +121,11 @@ impl Agent {
             readback,
             devices: devices_shared,
             known: recovered.volumes,
-            interrupted: if rebooted { GapCause::Reboot } else { GapCause::AgentDown },
+            interrupted: if rebooted {
+                GapCause::Reboot
+            } else {
+                GapCause::AgentDown
+            },
             slots: HashMap::new(),
             next_volume,
             config: config.clone(),
@@ -126,7 +145,9 @@ impl Agent {
             Some(&slot) => slot,
             None => {
                 // The last slot is the self-test's.
-                let free = (0..DISKS_MAX - 1).map(Slot).find(|slot| !self.slots.values().any(|used| used == slot));
+                let free = (0..DISKS_MAX - 1)
+                    .map(Slot)
+                    .find(|slot| !self.slots.values().any(|used| used == slot));
                 free.with_context(|| format!("{} disks at most can be protected at once", DISKS_MAX - 1))?
             }
         };
@@ -151,7 +172,14 @@ impl Agent {
                 cause = Some(self.interrupted);
                 if state.inexact.is_none() {
                     let last_exact = state.last_exact;
-                    recorder.note(now, Some(id), Body::GapOpen { cause: self.interrupted, last_exact });
+                    recorder.note(
+                        now,
+                        Some(id),
+                        Body::GapOpen {
+                            cause: self.interrupted,
+                            last_exact,
+                        },
+                    );
                     self.known[i].gaps += 1;
                 }
                 if self.known[i].info.bytes != device.bytes {
@@ -187,16 +215,27 @@ impl Agent {
 
     /// Tells the probe what is protected of a disk.
     fn watch(&mut self, disk: DiskNumber) -> anyhow::Result<()> {
-        let Some(&slot) = self.slots.get(&disk) else { return Ok(()) };
-        let mut filter = DiskFilter { slot: slot.0, ..DiskFilter::default() };
+        let Some(&slot) = self.slots.get(&disk) else {
+            return Ok(());
+        };
+        let mut filter = DiskFilter {
+            slot: slot.0,
+            ..DiskFilter::default()
+        };
         let mut count = 0;
         let mut end_bytes = 0;
         {
             let recorder = self.shared.recorder.lock();
             for volume in recorder.volumes().iter().filter(|volume| volume.disk == disk) {
-                ensure!(count < RANGES_MAX, "{RANGES_MAX} volumes at most can be protected on one disk");
+                ensure!(
+                    count < RANGES_MAX,
+                    "{RANGES_MAX} volumes at most can be protected on one disk"
+                );
                 let end = volume.start_sector + volume.bytes / SECTOR_BYTES;
-                filter.ranges[count] = SectorRange { start: volume.start_sector, end };
+                filter.ranges[count] = SectorRange {
+                    start: volume.start_sector,
+                    end,
+                };
                 end_bytes = end_bytes.max(end * SECTOR_BYTES);
                 count += 1;
             }
@@ -210,22 +249,44 @@ impl Agent {
         }
         let (reply, answer) = crossbeam_channel::bounded(1);
         self.send(Request::Watch(disk, filter, reply))?;
-        answer.recv_timeout(REQUEST_TIMEOUT).context("the capture thread does not answer")?
+        answer
+            .recv_timeout(REQUEST_TIMEOUT)
+            .context("the capture thread does not answer")?
     }
 
     fn send(&self, request: Request) -> anyhow::Result<()> {
-        self.pipeline.requests.send_timeout(request, REQUEST_TIMEOUT).ok().context("the capture thread does not answer")
+        self.pipeline
+            .requests
+            .send_timeout(request, REQUEST_TIMEOUT)
+            .ok()
+            .context("the capture thread does not answer")
     }
 
     /// Takes over what a changed configuration says: volumes come and go, the commit interval changes.
     pub(crate) fn reload(&mut self, config: Config) -> anyhow::Result<()> {
-        ensure!(config.store == self.config.store, "the store cannot change while the agent runs");
-        ensure!(config.ring_bytes == self.config.ring_bytes, "ring_bytes cannot change while the agent runs");
-        let new: Vec<_> = config.volumes.iter().filter(|volume| !self.config.volumes.contains(volume)).collect();
-        let gone: Vec<_> = self.config.volumes.iter().filter(|volume| !config.volumes.contains(volume)).collect();
+        ensure!(
+            config.store == self.config.store,
+            "the store cannot change while the agent runs"
+        );
+        ensure!(
+            config.ring_bytes == self.config.ring_bytes,
+            "ring_bytes cannot change while the agent runs"
+        );
+        let new: Vec<_> = config
+            .volumes
+            .iter()
+            .filter(|volume| !self.config.volumes.contains(volume))
+            .collect();
+        let gone: Vec<_> = self
+            .config
+            .volumes
+            .iter()
+            .filter(|volume| !config.volumes.contains(volume))
+            .collect();
         let mut found = Vec::new();
         for volume in &new {
-            let device = BlockDevice::find(&volume.path).with_context(|| format!("volume {}", volume.name))?;
+            let device =
+                BlockDevice::find(&volume.path).with_context(|| format!("volume {}", volume.name))?;
             refuse_store_on(&config.store, volume, &device)?;
             found.push(device);
         }
@@ -236,17 +297,22 @@ impl Agent {
         for (volume, device) in new.into_iter().zip(found) {
             self.protect(volume, device)?;
         }
-        self.shared
-            .commit_interval_ms
-            .store(config.commit_interval.as_millis() as u64, std::sync::atomic::Ordering::Relaxed);
+        self.shared.commit_interval_ms.store(
+            config.commit_interval.as_millis() as u64,
+            std::sync::atomic::Ordering::Relaxed,
+        );
         self.config = config;
         Ok(())
     }
 
     fn unprotect(&mut self, name: &str) -> anyhow::Result<()> {
+        let now = clock::boot_ns();
+        let _ = self.shared.drained();
         let (volume, disk) = {
             let mut recorder = self.shared.recorder.lock();
-            let Some(volume) = recorder.volumes().iter().find(|volume| volume.name == name) else { return Ok(()) };
+            let Some(volume) = recorder.volumes().iter().find(|volume| volume.name == name) else {
+                return Ok(());
+            };
             let (id, disk) = (volume.id, volume.disk);
             let state = VolumeState {
                 info: cdp_journal::history::VolumeInfo {
@@ -262,11 +328,14 @@ impl Agent {
                 gaps: volume.gaps + 1,
             };
             if matches!(volume.state, State::Exact { .. }) {
-                let last_exact = recorder.last_seq();
+                let last_exact = Some(recorder.note(now, None, Body::Tick));
                 recorder.note(
-                    clock::boot_ns(),
+                    now,
                     Some(id),
-                    Body::GapOpen { cause: GapCause::AgentDown, last_exact },
+                    Body::GapOpen {
+                        cause: GapCause::AgentDown,
+                        last_exact,
+                    },
                 );
             }
             recorder.remove_volume(id);
@@ -282,8 +351,12 @@ impl Agent {
 
     /// Looks whether volumes have changed their size or gone away.
     pub(crate) fn check_devices(&mut self) {
-        let devices: Vec<(VolumeId, BlockDevice)> =
-            self.devices.lock().iter().map(|(&id, device)| (id, device.clone())).collect();
+        let devices: Vec<(VolumeId, BlockDevice)> = self
+            .devices
+            .lock()
+            .iter()
+            .map(|(&id, device)| (id, device.clone()))
+            .collect();
         for (id, mut device) in devices {
             if !device.is_present() {
                 continue;
@@ -377,7 +450,11 @@ fn refuse_store_on(store: &Path, volume: &VolumeConfig, device: &BlockDevice) ->
         .ancestors()
         .find(|folder| folder.exists())
         .map_or_else(|| PathBuf::from("."), Path::to_path_buf);
-    let existing = if existing.as_os_str().is_empty() { PathBuf::from(".") } else { existing };
+    let existing = if existing.as_os_str().is_empty() {
+        PathBuf::from(".")
+    } else {
+        existing
+    };
     if device::lies_on(&existing, device)? {
         bail!(
             "the store {} lies on volume {} ({}): journaling a write would cause the next one; put the store on \

@@ -146,8 +146,13 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         "h" => 3_600_000,
         _ => return Err(format!("{text}: a number and ms, s, m or h, such as 60s")),
     };
-    let number: u64 = number.parse().map_err(|_| format!("{text}: a number and ms, s, m or h, such as 60s"))?;
-    number.checked_mul(factor_ms).map(Duration::from_millis).ok_or_else(|| format!("{text} is too long"))
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("{text}: a number and ms, s, m or h, such as 60s"))?;
+    number
+        .checked_mul(factor_ms)
+        .map(Duration::from_millis)
+        .ok_or_else(|| format!("{text} is too long"))
 }
 
 /// `67108864`, `64MiB`, `1GiB`.
@@ -162,8 +167,12 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         "TiB" | "T" => 40,
         _ => return Err(format!("{text}: a number of bytes, or with KiB, MiB, GiB")),
     };
-    let number: u64 = number.parse().map_err(|_| format!("{text}: a number of bytes, or with KiB, MiB, GiB"))?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is too large"))
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("{text}: a number of bytes, or with KiB, MiB, GiB"))?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| format!("{text} is too large"))
 }
 
 #[cfg(test)]

@@ -21,7 +21,10 @@ pub(crate) fn wall_offset_ns() -> i64 {
         let after = ns(ClockId::Boottime);
         (after - before, wall - (before + (after - before) / 2))
     };
-    (0..3).map(|_| sample()).min_by_key(|(width, _)| *width).map_or(0, |(_, offset)| offset)
+    (0..3)
+        .map(|_| sample())
+        .min_by_key(|(width, _)| *width)
+        .map_or(0, |(_, offset)| offset)
 }
 
 /// Identity of this boot of the host.
@@ -29,5 +32,7 @@ pub(crate) fn boot_id() -> anyhow::Result<uuid::Uuid> {
     use anyhow::Context as _;
     let path = "/proc/sys/kernel/random/boot_id";
     let text = std::fs::read_to_string(path).with_context(|| format!("read {path}"))?;
-    text.trim().parse().with_context(|| format!("{path} holds no uuid"))
+    text.trim()
+        .parse()
+        .with_context(|| format!("{path} holds no uuid"))
 }

@@ -7,10 +7,16 @@ use anyhow::{Context as _, bail, ensure};
 
 use crate::cli::RunArgs;
 
-const KEYS: [&str; 6] =
-    ["store", "volume", "ring_bytes", "dirty_region_bytes", "commit_interval_ms", "store_bytes_max"];
+const KEYS: [&str; 6] = [
+    "store",
+    "volume",
+    "ring_bytes",
+    "dirty_region_bytes",
+    "commit_interval_ms",
+    "store_bytes_max",
+];
 const RING_BYTES_DEFAULT: u64 = 64 << 20;
-const RING_BYTES_MIN: u64 = 256 << 10;
+const RING_BYTES_MIN: u64 = 1 << 20;
 const RING_BYTES_MAX: u64 = 1 << 30;
 const REGION_BYTES_DEFAULT: u64 = 64 << 10;
 const REGION_BYTES_MIN: u64 = 4 << 10;
@@ -20,7 +26,7 @@ const COMMIT_INTERVAL_MS_MAX: u64 = 10_000;
 const NAME_BYTES_MAX: usize = 64;
 
 // A chunk of a bio has to fit in the smallest ring.
-const _: () = assert!(RING_BYTES_MIN > cdp_ebpf::event::CHUNK_BYTES as u64 / 2);
+const _: () = assert!(RING_BYTES_MIN > cdp_ebpf::event::CHUNK_BYTES as u64 * 2);
 
 /// A volume to protect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,15 +53,24 @@ impl Config {
             Some(path) => read_file(path)?,
             None => RunArgs::default(),
         };
-        let store = flags.store.clone().or(file.store).context(
-            "no store: give --store DIR, or `store = \"DIR\"` in the file of --config",
-        )?;
-        let volumes = if flags.volume.is_empty() { file.volume } else { flags.volume.clone() };
+        let store = flags
+            .store
+            .clone()
+            .or(file.store)
+            .context("no store: give --store DIR, or `store = \"DIR\"` in the file of --config")?;
+        let volumes = if flags.volume.is_empty() {
+            file.volume
+        } else {
+            flags.volume.clone()
+        };
         ensure!(
             !volumes.is_empty(),
             "no volume: give --volume NAME=PATH, or `volume = [\"NAME=PATH\"]` in the file of --config"
         );
-        let volumes = volumes.iter().map(|text| parse_volume(text)).collect::<anyhow::Result<Vec<_>>>()?;
+        let volumes = volumes
+            .iter()
+            .map(|text| parse_volume(text))
+            .collect::<anyhow::Result<Vec<_>>>()?;
         for (i, volume) in volumes.iter().enumerate() {
             ensure!(
                 volumes[..i].iter().all(|other| other.name != volume.name),
@@ -64,12 +79,21 @@ impl Config {
             );
         }
         let ring_bytes = flags.ring_bytes.or(file.ring_bytes).unwrap_or(RING_BYTES_DEFAULT);
-        let region_bytes =
-            flags.dirty_region_bytes.or(file.dirty_region_bytes).unwrap_or(REGION_BYTES_DEFAULT);
-        let commit_ms =
-            flags.commit_interval_ms.or(file.commit_interval_ms).unwrap_or(COMMIT_INTERVAL_MS_DEFAULT);
+        let region_bytes = flags
+            .dirty_region_bytes
+            .or(file.dirty_region_bytes)
+            .unwrap_or(REGION_BYTES_DEFAULT);
+        let commit_ms = flags
+            .commit_interval_ms
+            .or(file.commit_interval_ms)
+            .unwrap_or(COMMIT_INTERVAL_MS_DEFAULT);
         power_of_two("ring_bytes", ring_bytes, RING_BYTES_MIN, RING_BYTES_MAX)?;
-        power_of_two("dirty_region_bytes", region_bytes, REGION_BYTES_MIN, REGION_BYTES_MAX)?;
+        power_of_two(
+            "dirty_region_bytes",
+            region_bytes,
+            REGION_BYTES_MIN,
+            REGION_BYTES_MAX,
+        )?;
         ensure!(
             (1..=COMMIT_INTERVAL_MS_MAX).contains(&commit_ms),
             "commit_interval_ms is {commit_ms}, must be from 1 to {COMMIT_INTERVAL_MS_MAX}"
@@ -102,8 +126,14 @@ fn parse_volume(text: &str) -> anyhow::Result<VolumeConfig> {
         !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.chars().all(plain) && !name.starts_with('.'),
         "volume name {name:?}: use letters, digits, `.`, `_` and `-`, at most {NAME_BYTES_MAX}"
     );
-    ensure!(!path.is_empty(), "volume {name} has no path: give it as NAME=PATH");
-    Ok(VolumeConfig { name: name.to_owned(), path: PathBuf::from(path) })
+    ensure!(
+        !path.is_empty(),
+        "volume {name} has no path: give it as NAME=PATH"
+    );
+    Ok(VolumeConfig {
+        name: name.to_owned(),
+        path: PathBuf::from(path),
+    })
 }
 
 fn read_file(path: &Path) -> anyhow::Result<RunArgs> {
@@ -112,24 +142,34 @@ fn read_file(path: &Path) -> anyhow::Result<RunArgs> {
 }
 
 fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
-    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| anyhow::anyhow!("{}", error.message()))?;
+    let table: toml::Table = text
+        .parse()
+        .map_err(|error: toml::de::Error| anyhow::anyhow!("{}", error.message()))?;
     let mut args = RunArgs::default();
     for (key, value) in &table {
         match key.as_str() {
             "store" => args.store = Some(PathBuf::from(string(key, value)?)),
             "volume" => {
-                let list = value.as_array().with_context(|| format!("{key} is a list of \"NAME=PATH\""))?;
-                args.volume = list.iter().map(|item| string(key, item)).collect::<anyhow::Result<_>>()?;
+                let list = value
+                    .as_array()
+                    .with_context(|| format!("{key} is a list of \"NAME=PATH\""))?;
+                args.volume = list
+                    .iter()
+                    .map(|item| string(key, item))
+                    .collect::<anyhow::Result<_>>()?;
             }
             "ring_bytes" => args.ring_bytes = Some(bytes(key, value)?),
             "dirty_region_bytes" => args.dirty_region_bytes = Some(bytes(key, value)?),
             "commit_interval_ms" => args.commit_interval_ms = Some(bytes(key, value)?),
             "store_bytes_max" => args.store_bytes_max = Some(bytes(key, value)?),
             _ => {
-                let nearest = KEYS.iter().max_by(|a, b| {
-                    strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b))
-                });
-                bail!("key {key:?} is not known; did you mean {:?}?", nearest.unwrap_or(&KEYS[0]));
+                let nearest = KEYS
+                    .iter()
+                    .max_by(|a, b| strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b)));
+                bail!(
+                    "key {key:?} is not known; did you mean {:?}?",
+                    nearest.unwrap_or(&KEYS[0])
+                );
             }
         }
     }
@@ -137,7 +177,10 @@ fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
 }
 
 fn string(key: &str, value: &toml::Value) -> anyhow::Result<String> {
-    value.as_str().map(str::to_owned).with_context(|| format!("{key} must be text"))
+    value
+        .as_str()
+        .map(str::to_owned)
+        .with_context(|| format!("{key} must be text"))
 }
 
 fn bytes(key: &str, value: &toml::Value) -> anyhow::Result<u64> {
@@ -145,7 +188,9 @@ fn bytes(key: &str, value: &toml::Value) -> anyhow::Result<u64> {
         toml::Value::Integer(number) => {
             u64::try_from(*number).with_context(|| format!("{key} is {number}, must not be negative"))
         }
-        toml::Value::String(text) => crate::cli::parse_bytes(text).map_err(|why| anyhow::anyhow!("{key}: {why}")),
+        toml::Value::String(text) => {
+            crate::cli::parse_bytes(text).map_err(|why| anyhow::anyhow!("{key}: {why}"))
+        }
         _ => bail!("{key} must be a number"),
     }
 }
@@ -155,7 +200,11 @@ mod tests {
     use super::*;
 
     fn flags(volume: &str) -> RunArgs {
-        RunArgs { store: Some("/s".into()), volume: vec![volume.into()], ..RunArgs::default() }
+        RunArgs {
+            store: Some("/s".into()),
+            volume: vec![volume.into()],
+            ..RunArgs::default()
+        }
     }
 
     #[test]
@@ -164,7 +213,11 @@ mod tests {
         assert_eq!(file.ring_bytes, Some(1 << 20));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent.toml");
-        std::fs::write(&path, "store = \"/f\"\nring_bytes = \"1MiB\"\ncommit_interval_ms = 5").unwrap();
+        std::fs::write(
+            &path,
+            "store = \"/f\"\nring_bytes = \"1MiB\"\ncommit_interval_ms = 5",
+        )
+        .unwrap();
         let mut flags = flags("pg=/dev/x");
         flags.config = Some(path);
         flags.commit_interval_ms = Some(7);
@@ -177,7 +230,10 @@ mod tests {
     #[test]
     fn an_unknown_key_names_the_nearest_one() {
         let error = parse_file("ring_byte = 1").unwrap_err().to_string();
-        assert!(error.contains("\"ring_byte\"") && error.contains("\"ring_bytes\""), "{error}");
+        assert!(
+            error.contains("\"ring_byte\"") && error.contains("\"ring_bytes\""),
+            "{error}"
+        );
     }
 
     #[test]
@@ -185,7 +241,10 @@ mod tests {
         let mut flags = flags("pg=/dev/x");
         flags.ring_bytes = Some(1000);
         let error = Config::load(&flags).unwrap_err().to_string();
-        assert!(error.contains("ring_bytes is 1000") && error.contains("power of two"), "{error}");
+        assert!(
+            error.contains("ring_bytes is 1000") && error.contains("power of two"),
+            "{error}"
+        );
         for volume in ["pg", "=x", "a b=x", "pg=", "../x=y"] {
             assert!(parse_volume(volume).is_err(), "{volume}");
         }

@@ -96,7 +96,9 @@ pub(crate) fn ask(store: &Path, request: &Request, timeout: Duration) -> anyhow:
         Err(error) => {
             return match error.kind() {
                 std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => Ok(None),
-                _ => Err(anyhow::Error::new(error).context(format!("reach the agent of {}", store.display()))),
+                _ => {
+                    Err(anyhow::Error::new(error).context(format!("reach the agent of {}", store.display())))
+                }
             };
         }
     };

@@ -1,7 +1,6 @@
 //! Facts about block devices, from sysfs.
 
 use std::fs::File;
-use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -28,12 +27,18 @@ pub(crate) struct BlockDevice {
 }
 
 fn sysfs_of(dev: u64) -> PathBuf {
-    PathBuf::from(format!("/sys/dev/block/{}:{}", rustix::fs::major(dev), rustix::fs::minor(dev)))
+    PathBuf::from(format!(
+        "/sys/dev/block/{}:{}",
+        rustix::fs::major(dev),
+        rustix::fs::minor(dev)
+    ))
 }
 
 fn read_number(path: &Path) -> anyhow::Result<u64> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-    text.trim().parse().with_context(|| format!("{} holds no number", path.display()))
+    text.trim()
+        .parse()
+        .with_context(|| format!("{} holds no number", path.display()))
 }
 
 fn parse_dev(text: &str) -> Option<u64> {
@@ -56,8 +61,13 @@ impl BlockDevice {
             bail!("{} is not a block device", path.display());
         }
         let dev = metadata.rdev();
-        let sysfs = std::fs::canonicalize(sysfs_of(dev))
-            .with_context(|| format!("{}: the kernel knows no device {}", path.display(), sysfs_of(dev).display()))?;
+        let sysfs = std::fs::canonicalize(sysfs_of(dev)).with_context(|| {
+            format!(
+                "{}: the kernel knows no device {}",
+                path.display(),
+                sysfs_of(dev).display()
+            )
+        })?;
         let is_partition = sysfs.join("partition").exists();
         let disk_sysfs = match sysfs.parent() {
             Some(parent) if is_partition => parent.to_path_buf(),
@@ -71,7 +81,11 @@ impl BlockDevice {
             path: path.to_path_buf(),
             dev,
             disk: DiskNumber::from_dev(disk_dev),
-            start_sector: if is_partition { read_number(&sysfs.join("start"))? } else { 0 },
+            start_sector: if is_partition {
+                read_number(&sysfs.join("start"))?
+            } else {
+                0
+            },
             bytes: 0,
             bio_based: !disk_sysfs.join("mq").exists(),
             disk_sysfs,
@@ -83,10 +97,9 @@ impl BlockDevice {
         Ok(Self { bytes, ..device })
     }
 
-    /// Its size now.
+    /// Its size now. Asked of sysfs: opening a device that nobody has open, and closing it, empties its cache.
     pub(crate) fn size(&self) -> anyhow::Result<u64> {
-        let mut file = File::open(&self.path).with_context(|| format!("open {}", self.path.display()))?;
-        file.seek(SeekFrom::End(0)).with_context(|| format!("find the size of {}", self.path.display()))
+        Ok(read_number(&sysfs_of(self.dev).join("size"))? * cdp_journal::SECTOR_BYTES)
     }
 
     /// Opens it for reading past the page cache.
@@ -113,7 +126,10 @@ impl BlockDevice {
     /// Reads and writes that the disk has completed so far: tells whether production is using it.
     pub(crate) fn requests_done(&self) -> Option<u64> {
         let text = std::fs::read_to_string(self.disk_sysfs.join("stat")).ok()?;
-        let numbers: Vec<u64> = text.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+        let numbers: Vec<u64> = text
+            .split_whitespace()
+            .filter_map(|number| number.parse().ok())
+            .collect();
         Some(numbers.first()? + numbers.get(4)?)
     }
 }
@@ -121,13 +137,17 @@ impl BlockDevice {
 /// Does the folder lie on (a part of, or a file system on) this device? Then journaling a write would cause
 /// the next one. Follows partitions, stacked devices and loop devices down to the disks.
 pub(crate) fn lies_on(folder: &Path, device: &BlockDevice) -> anyhow::Result<bool> {
-    let Some(dev) = backing_device(folder)? else { return Ok(false) };
+    let Some(dev) = backing_device(folder)? else {
+        return Ok(false);
+    };
     stack_contains(dev, device, 0)
 }
 
 /// The block device under a folder; None for file systems without one.
 fn backing_device(folder: &Path) -> anyhow::Result<Option<u64>> {
-    let dev = std::fs::metadata(folder).with_context(|| format!("look at {}", folder.display()))?.dev();
+    let dev = std::fs::metadata(folder)
+        .with_context(|| format!("look at {}", folder.display()))?
+        .dev();
     if sysfs_of(dev).exists() {
         return Ok(Some(dev));
     }
@@ -139,7 +159,9 @@ fn backing_device(folder: &Path) -> anyhow::Result<Option<u64>> {
         (number == dev).then(|| tail.split_whitespace().nth(1).map(str::to_owned))?
     });
     let metadata = source.and_then(|path| std::fs::metadata(path).ok());
-    Ok(metadata.filter(|metadata| metadata.file_type().is_block_device()).map(|metadata| metadata.rdev()))
+    Ok(metadata
+        .filter(|metadata| metadata.file_type().is_block_device())
+        .map(|metadata| metadata.rdev()))
 }
 
 fn stack_contains(dev: u64, device: &BlockDevice, depth: u32) -> anyhow::Result<bool> {
@@ -149,13 +171,16 @@ fn stack_contains(dev: u64, device: &BlockDevice, depth: u32) -> anyhow::Result<
     if dev == device.dev {
         return Ok(true);
     }
-    let Ok(sysfs) = std::fs::canonicalize(sysfs_of(dev)) else { return Ok(false) };
+    let Ok(sysfs) = std::fs::canonicalize(sysfs_of(dev)) else {
+        return Ok(false);
+    };
     let mut below = Vec::new();
     if sysfs.join("partition").exists()
         && let Some(disk) = sysfs.parent()
     {
         // A partition lies on its disk, but two partitions of one disk are apart.
-        if DiskNumber::from_dev(number_of(disk)?) == device.disk && device.disk_sysfs == sysfs_or_same(device) {
+        if DiskNumber::from_dev(number_of(disk)?) == device.disk && device.disk_sysfs == sysfs_or_same(device)
+        {
             return Ok(true);
         }
         if DiskNumber::from_dev(number_of(disk)?) == device.disk {
@@ -204,7 +229,11 @@ mod tests {
 
     #[test]
     fn what_is_no_block_device_is_refused_by_name() {
-        for (path, word) in [("/nonexistent-device", "no device"), ("/tmp", "directory"), ("/etc/hostname", "not a block")] {
+        for (path, word) in [
+            ("/nonexistent-device", "no device"),
+            ("/tmp", "directory"),
+            ("/etc/hostname", "not a block"),
+        ] {
             if path == "/etc/hostname" && !Path::new(path).exists() {
                 continue;
             }

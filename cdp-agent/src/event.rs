@@ -42,7 +42,10 @@ impl Fields<'_> {
 impl<'a> Event<'a> {
     /// Reads one ring record.
     pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self, ForeignEvent> {
-        let foreign = || ForeignEvent { bytes: bytes.len(), kind: bytes.first().copied() };
+        let foreign = || ForeignEvent {
+            bytes: bytes.len(),
+            kind: bytes.first().copied(),
+        };
         match bytes.first() {
             Some(&kind) if kind == EventKind::Write as u8 => Self::write(bytes).ok_or_else(foreign),
             Some(&kind) if kind == EventKind::Complete as u8 => Self::complete(bytes).ok_or_else(foreign),
@@ -66,7 +69,11 @@ impl<'a> Event<'a> {
             comm: f.take()?,
         };
         let op = Op::from_code(event.op)?;
-        let data = if op == Op::Write { f.0.get(..event.bytes as usize)? } else { &[] };
+        let data = if op == Op::Write {
+            f.0.get(..event.bytes as usize)?
+        } else {
+            &[]
+        };
         Some(Self::Write(event, data))
     }
 

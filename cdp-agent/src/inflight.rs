@@ -83,7 +83,10 @@ impl InFlight {
     /// A bio-based driver ended a bio.
     pub(crate) fn bio_ended(&mut self, bio: u64, range: Sectors) -> Ended {
         if let Some(chunks) = self.bios.remove(&bio) {
-            return Ended { writes: chunks.into_iter().map(|(_, seq)| seq).collect(), strangers: Vec::new() };
+            return Ended {
+                writes: chunks.into_iter().map(|(_, seq)| seq).collect(),
+                strangers: Vec::new(),
+            };
         }
         // A driver's own split of a bio that is still in flight says nothing new, and a bio whose iterator
         // the driver has moved to its end does not tell where it was.
@@ -95,7 +98,10 @@ impl InFlight {
         if part_of_ours || range.start >= range.end {
             return Ended::default();
         }
-        Ended { writes: Vec::new(), strangers: vec![range] }
+        Ended {
+            writes: Vec::new(),
+            strangers: vec![range],
+        }
     }
 
     /// A request-based driver ended a range.
@@ -105,14 +111,28 @@ impl InFlight {
         while at < range.end {
             if let Some((ours, seq)) = self.take_youngest_at(at) {
                 let end = ours.end.min(range.end);
-                self.insert_rest(Sectors { start: ours.start, end: at }, seq);
-                self.insert_rest(Sectors { start: end, end: ours.end }, seq);
+                self.insert_rest(
+                    Sectors {
+                        start: ours.start,
+                        end: at,
+                    },
+                    seq,
+                );
+                self.insert_rest(
+                    Sectors {
+                        start: end,
+                        end: ours.end,
+                    },
+                    seq,
+                );
                 if ended.writes.last() != Some(&seq) {
                     ended.writes.push(seq);
                 }
                 at = end;
             } else {
-                let next = self.next_start_after(at).map_or(range.end, |next| next.min(range.end));
+                let next = self
+                    .next_start_after(at)
+                    .map_or(range.end, |next| next.min(range.end));
                 ended.strangers.push(Sectors { start: at, end: next });
                 at = next;
             }
@@ -156,8 +176,17 @@ impl InFlight {
     }
 
     fn next_start_after(&self, sector: u64) -> Option<u64> {
-        let short = self.short.range((sector + 1, Seq::FIRST)..).next().map(|((start, _), _)| *start);
-        let long = self.long.iter().map(|(range, _)| range.start).filter(|&start| start > sector).min();
+        let short = self
+            .short
+            .range((sector + 1, Seq::FIRST)..)
+            .next()
+            .map(|((start, _), _)| *start);
+        let long = self
+            .long
+            .iter()
+            .map(|(range, _)| range.start)
+            .filter(|&start| start > sector)
+            .min();
         short.into_iter().chain(long).min()
     }
 
@@ -208,7 +237,13 @@ mod tests {
         flight.queued(range(0, 8), seq(1), None);
         flight.queued(range(8, 16), seq(2), None);
         let ended = flight.range_ended(range(0, 16));
-        assert_eq!(ended, Ended { writes: vec![seq(1), seq(2)], strangers: vec![] });
+        assert_eq!(
+            ended,
+            Ended {
+                writes: vec![seq(1), seq(2)],
+                strangers: vec![]
+            }
+        );
         assert_eq!(flight.len(), 0);
     }
 
@@ -246,8 +281,22 @@ mod tests {
     #[test]
     fn a_bio_ends_as_a_whole_and_its_splits_say_nothing() {
         let mut flight = InFlight::default();
-        flight.queued(range(0, 512), seq(1), Some(WholeBio { address: 7, first: true }));
-        flight.queued(range(512, 600), seq(2), Some(WholeBio { address: 7, first: false }));
+        flight.queued(
+            range(0, 512),
+            seq(1),
+            Some(WholeBio {
+                address: 7,
+                first: true,
+            }),
+        );
+        flight.queued(
+            range(512, 600),
+            seq(2),
+            Some(WholeBio {
+                address: 7,
+                first: false,
+            }),
+        );
         assert_eq!(flight.bio_ended(8, range(0, 128)), Ended::default());
         assert_eq!(flight.bio_ended(7, range(600, 600)).writes, vec![seq(1), seq(2)]);
         assert_eq!(flight.bio_ended(9, range(0, 8)).strangers, vec![range(0, 8)]);

@@ -45,9 +45,12 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Run(args) => cmd::run::run(&args),
         Command::Status { store, json } => cmd::query::status(&store.dir, json),
-        Command::Wait { store, volume, state, timeout } => {
-            cmd::query::wait(&store.dir, volume.as_deref(), state, timeout)
-        }
+        Command::Wait {
+            store,
+            volume,
+            state,
+            timeout,
+        } => cmd::query::wait(&store.dir, volume.as_deref(), state, timeout),
         Command::Bookmark { store, label } => cmd::query::bookmark(&store.dir, &label),
         Command::Doctor { json } => cmd::doctor::run(json),
         Command::Completions { shell } => {
@@ -70,7 +73,9 @@ fn start_log(output: Output) {
         (false, _) => "trace",
     };
     let filter = tracing_subscriber::EnvFilter::new(format!("warn,cdp_agent={level},cdp_journal={level}"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     match output.log_format {
         LogFormat::Json => builder.json().init(),
         LogFormat::Text => builder.with_target(false).init(),

@@ -17,7 +17,7 @@ use cdp_ebpf::map::CAUSES;
 use cdp_ebpf::{Counter, DiskFilter};
 use cdp_journal::format::{Body, SealedFrame};
 use cdp_journal::index::IndexWriter;
-use cdp_journal::log::{FrameLocation, LogError, LogWriter};
+use cdp_journal::log::{FrameLocation, LogWriter};
 use cdp_journal::view::View;
 use cdp_journal::{BootNs, Seq, VolumeId};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -27,7 +27,7 @@ use rustix::event::{Timespec, epoll};
 use crate::capture::{DiskNumber, Probe, RingPositions, Slot};
 use crate::clock;
 use crate::event::Event;
-use crate::recorder::{Losses, Recorder, Sealed};
+use crate::recorder::{Epoch, Losses, Recorder, Sealed};
 
 /// Frames between two stages.
 const QUEUE_FRAMES: usize = 8;
@@ -40,8 +40,10 @@ const EVENTS_PER_TURN: usize = 64;
 const NAP_BUSY: Duration = Duration::from_millis(4);
 /// How long it sleeps when nothing happens.
 const NAP_IDLE: Duration = Duration::from_millis(20);
-/// A tick is recorded when nothing else was for this long, so that quiet times are known to be covered.
-const TICK: Duration = Duration::from_secs(1);
+/// How often a full store is asked for room.
+const ROOM_INTERVAL: Duration = Duration::from_secs(1);
+/// Room that a full store must have before the log goes on: a resync that fills it at once helps nobody.
+const ROOM_BYTES_MIN: u64 = 64 << 20;
 /// How often the kernel is asked for skipped events.
 const MISSES_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -55,6 +57,16 @@ pub(crate) struct Shared {
     applied: AtomicU64,
     pub(crate) commit_interval_ms: AtomicU64,
     pub(crate) log_bytes: AtomicU64,
+    store: Mutex<Option<StoreChange>>,
+}
+
+/// What the log stage tells the capture stage.
+#[derive(Clone, Copy, Debug)]
+enum StoreChange {
+    /// The log ends before `next`; frames of an older epoch are void.
+    Full { next: Seq, epoch: Epoch },
+    /// The log can go on.
+    Room,
 }
 
 #[derive(Debug, Default)]
@@ -89,6 +101,7 @@ impl Shared {
             applied: AtomicU64::new(0),
             commit_interval_ms: AtomicU64::new(commit_interval.as_millis() as u64),
             log_bytes: AtomicU64::new(0),
+            store: Mutex::new(None),
         }
     }
 
@@ -109,7 +122,9 @@ impl Shared {
 
     pub(crate) fn fail(&self, what: &str, error: &anyhow::Error) {
         let mut durable = self.durable.lock();
-        durable.failure.get_or_insert_with(|| format!("{what}: {error:#}"));
+        durable
+            .failure
+            .get_or_insert_with(|| format!("{what}: {error:#}"));
         self.stop.store(true, Ordering::SeqCst);
         self.changed.notify_all();
     }
@@ -175,7 +190,7 @@ impl Pipeline {
         index: IndexWriter,
     ) -> anyhow::Result<Self> {
         let (to_encode, encode_queue) = bounded::<Sealed>(QUEUE_FRAMES);
-        let (to_log, log_queue) = bounded::<SealedFrame>(QUEUE_FRAMES);
+        let (to_log, log_queue) = bounded::<(SealedFrame, Epoch)>(QUEUE_FRAMES);
         let (to_index, index_queue) = bounded::<IndexRequest>(INDEX_QUEUE_FRAMES);
         let (requests, request_queue) = bounded::<Request>(QUEUE_FRAMES);
         let mut threads = Vec::new();
@@ -194,14 +209,31 @@ impl Pipeline {
                 .with_context(|| format!("start the {name} thread"))
         };
         let index_sender = to_index.clone();
-        spawn("index", Box::new(move |shared| index_loop(shared, index, &index_queue)))?;
-        spawn("log", Box::new(move |shared| log_loop(shared, log, &log_queue, &to_index)))?;
+        spawn(
+            "index",
+            Box::new(move |shared| index_loop(shared, index, &index_queue)),
+        )?;
+        spawn(
+            "log",
+            Box::new(move |shared| {
+                let stage = LogStage {
+                    shared,
+                    log,
+                    to_index: &to_index,
+                    unsynced: Vec::new(),
+                    oldest: None,
+                    epoch: Epoch::default(),
+                    full_since: None,
+                };
+                stage.run(&log_queue)
+            }),
+        )?;
         spawn(
             "encode",
             Box::new(move |_| {
                 for sealed in encode_queue {
                     if let Some(frame) = sealed.builder.seal(boot_id, sealed.wall_offset_ns)
-                        && to_log.send(frame).is_err()
+                        && to_log.send((frame, sealed.epoch)).is_err()
                     {
                         break;
                     }
@@ -209,8 +241,16 @@ impl Pipeline {
                 Ok(())
             }),
         )?;
-        spawn("capture", Box::new(move |shared| Capture::new(probe)?.run(shared, &request_queue, &to_encode)))?;
-        Ok(Self { shared: Arc::clone(shared), requests, index: index_sender, threads })
+        spawn(
+            "capture",
+            Box::new(move |shared| Capture::new(probe)?.run(shared, &request_queue, &to_encode)),
+        )?;
+        Ok(Self {
+            shared: Arc::clone(shared),
+            requests,
+            index: index_sender,
+            threads,
+        })
     }
 
     /// Stops capture, writes out what is under way, and waits for all threads.
@@ -249,10 +289,22 @@ impl Capture {
         let edges = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&alarm, probe.ring_fd(), epoll::EventData::new_u64(0), edges).context("watch the ring")?;
         let misses = probe.recursion_misses()?;
-        Ok(Self { probe, alarm, watched: HashMap::new(), misses, misses_at: Instant::now(), misses_seq: None })
+        Ok(Self {
+            probe,
+            alarm,
+            watched: HashMap::new(),
+            misses,
+            misses_at: Instant::now(),
+            misses_seq: None,
+        })
     }
 
-    fn run(mut self, shared: &Shared, requests: &Receiver<Request>, to_encode: &Sender<Sealed>) -> anyhow::Result<()> {
+    fn run(
+        mut self,
+        shared: &Shared,
+        requests: &Receiver<Request>,
+        to_encode: &Sender<Sealed>,
+    ) -> anyhow::Result<()> {
         loop {
             let stopping = shared.stop.load(Ordering::SeqCst);
             while let Ok(request) = requests.try_recv() {
@@ -262,15 +314,24 @@ impl Capture {
             {
                 let mut recorder = shared.recorder.lock();
                 recorder.set_wall_offset(clock::wall_offset_ns());
+                match shared.store.lock().take() {
+                    Some(StoreChange::Full { next, epoch }) => recorder.store_full(next, epoch, now),
+                    Some(StoreChange::Room) => recorder.room_again(now),
+                    None => {}
+                }
                 self.poll_losses(&mut recorder, now);
             }
             let (events, empty) = self.drain(shared, to_encode)?;
             let mut recorder = shared.recorder.lock();
             recorder.drained_to(self.probe.positions().consumed(), now);
-            if empty && now.0.saturating_sub(recorder.latest().0) >= TICK.as_nanos() as u64 {
-                recorder.note(now, None, Body::Tick);
+            if empty {
+                recorder.tick(now);
             }
-            let age_max = if stopping { Duration::ZERO } else { shared.commit_interval() / 2 };
+            let age_max = if stopping {
+                Duration::ZERO
+            } else {
+                shared.commit_interval() / 2
+            };
             recorder.seal_if_older(clock::boot_ns(), age_max);
             drop(recorder);
             forward(shared, to_encode)?;
@@ -282,7 +343,11 @@ impl Capture {
                 return forward(shared, to_encode);
             }
             if empty && !stopping {
-                let nap = if events > 0 { NAP_BUSY.min(shared.commit_interval() / 4) } else { NAP_IDLE };
+                let nap = if events > 0 {
+                    NAP_BUSY.min(shared.commit_interval() / 4)
+                } else {
+                    NAP_IDLE
+                };
                 self.sleep(nap);
             }
         }
@@ -303,25 +368,43 @@ impl Capture {
             Request::Slot(slot, disk, region_shift) => {
                 self.probe.take_marks(slot, |_| {});
                 let seen = self.losses(slot);
-                self.watched.insert(disk, Watched { slot, region_shift, seen });
+                self.watched.insert(
+                    disk,
+                    Watched {
+                        slot,
+                        region_shift,
+                        seen,
+                    },
+                );
             }
         }
     }
 
     fn losses(&self, slot: Slot) -> Losses {
-        let dropped = (0..CAUSES as u32).map(|cause| self.probe.counter(slot, Counter::Dropped, cause)).sum();
-        Losses { dropped, lost_completions: self.probe.counter(slot, Counter::LostCompletions, 0) }
+        let dropped = (0..CAUSES as u32)
+            .map(|cause| self.probe.counter(slot, Counter::Dropped, cause))
+            .sum();
+        Losses {
+            dropped,
+            lost_completions: self.probe.counter(slot, Counter::LostCompletions, 0),
+        }
     }
 
     fn poll_losses(&mut self, recorder: &mut Recorder, now: BootNs) {
         let mut quiet = true;
         let slots: Vec<DiskNumber> = self.watched.keys().copied().collect();
         for disk in slots {
-            let Some(watched) = self.watched.get(&disk) else { continue };
+            let Some(watched) = self.watched.get(&disk) else {
+                continue;
+            };
             let (slot, region_shift) = (watched.slot, watched.region_shift);
             let losses = self.losses(slot);
-            let Some(watched) = self.watched.get_mut(&disk) else { continue };
-            if losses.dropped == watched.seen.dropped && losses.lost_completions == watched.seen.lost_completions {
+            let Some(watched) = self.watched.get_mut(&disk) else {
+                continue;
+            };
+            if losses.dropped == watched.seen.dropped
+                && losses.lost_completions == watched.seen.lost_completions
+            {
                 continue;
             }
             watched.seen = losses;
@@ -333,7 +416,14 @@ impl Capture {
                 marks.push(region * bytes..(region + 1) * bytes);
             });
             let first_at = (first != 0).then_some(BootNs(first));
-            recorder.losses(slot, losses, first_at, now, self.probe.positions().produced(), &marks);
+            recorder.losses(
+                slot,
+                losses,
+                first_at,
+                now,
+                self.probe.positions().produced(),
+                &marks,
+            );
         }
         if quiet {
             recorder.no_loss();
@@ -384,78 +474,139 @@ impl Capture {
     /// Sleeps, or until the probe raises the alarm that a quarter of the ring waits. Edge-triggered: the
     /// data that waits below that mark does not wake us.
     fn sleep(&self, nap: Duration) {
-        let timeout = Timespec { tv_sec: 0, tv_nsec: nap.as_nanos() as i64 };
+        let timeout = Timespec {
+            tv_sec: 0,
+            tv_nsec: nap.as_nanos() as i64,
+        };
         let mut events = Vec::with_capacity(1);
-        let _ = epoll::wait(&self.alarm, rustix::buffer::spare_capacity(&mut events), Some(&timeout));
+        let _ = epoll::wait(
+            &self.alarm,
+            rustix::buffer::spare_capacity(&mut events),
+            Some(&timeout),
+        );
     }
 }
 
 /// Hands sealed frames to the encoder. Waits while it is busy: the ring takes what comes meanwhile.
 fn forward(shared: &Shared, to_encode: &Sender<Sealed>) -> anyhow::Result<()> {
     loop {
-        let Some(sealed) = shared.recorder.lock().take_sealed() else { return Ok(()) };
-        to_encode.send(sealed).ok().context("the encode stage has ended")?;
+        let Some(sealed) = shared.recorder.lock().take_sealed() else {
+            return Ok(());
+        };
+        to_encode
+            .send(sealed)
+            .ok()
+            .context("the encode stage has ended")?;
     }
 }
 
 /// Appends frames and makes them durable in groups.
-fn log_loop(
-    shared: &Shared,
-    mut log: LogWriter,
-    queue: &Receiver<SealedFrame>,
-    to_index: &Sender<IndexRequest>,
-) -> anyhow::Result<()> {
-    let mut unsynced: Vec<(SealedFrame, FrameLocation)> = Vec::new();
-    let mut oldest: Option<Instant> = None;
-    loop {
-        let wait = oldest.map_or(Duration::from_secs(3600), |oldest| {
-            (shared.commit_interval() / 2).saturating_sub(oldest.elapsed())
-        });
-        let received = if wait.is_zero() {
-            queue.try_recv().map_err(|error| match error {
-                crossbeam_channel::TryRecvError::Empty => RecvTimeoutError::Timeout,
-                crossbeam_channel::TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
-            })
-        } else {
-            queue.recv_timeout(wait)
-        };
-        let ended = match received {
-            Ok(frame) => {
-                let location = append(shared, &mut log, &frame)?;
-                unsynced.push((frame, location));
-                oldest.get_or_insert_with(Instant::now);
-                false
-            }
-            Err(RecvTimeoutError::Timeout) => false,
-            Err(RecvTimeoutError::Disconnected) => true,
-        };
-        let due = oldest.is_some_and(|oldest| oldest.elapsed() >= shared.commit_interval() / 2);
-        if !unsynced.is_empty() && (due || ended || unsynced.len() >= INDEX_QUEUE_FRAMES / 2) {
-            let durable = log.sync().context("make the log durable")?;
-            shared.log_bytes.store(log.log_bytes(), Ordering::Relaxed);
-            shared.set_durable(durable);
-            for (frame, location) in unsynced.drain(..) {
-                if to_index.send(IndexRequest::Frame(frame, location)).is_err() {
-                    anyhow::bail!("the index stage has ended");
+struct LogStage<'a> {
+    shared: &'a Shared,
+    log: LogWriter,
+    to_index: &'a Sender<IndexRequest>,
+    unsynced: Vec<(SealedFrame, FrameLocation)>,
+    oldest: Option<Instant>,
+    epoch: Epoch,
+    full_since: Option<Instant>,
+}
+
+impl LogStage<'_> {
+    fn run(mut self, queue: &Receiver<(SealedFrame, Epoch)>) -> anyhow::Result<()> {
+        loop {
+            let ended = match receive(queue, self.wait()) {
+                Ok((frame, epoch)) if epoch >= self.epoch => {
+                    self.append(frame)?;
+                    false
                 }
+                Ok(_) | Err(RecvTimeoutError::Timeout) => false,
+                Err(RecvTimeoutError::Disconnected) => true,
+            };
+            let due = self
+                .oldest
+                .is_some_and(|oldest| oldest.elapsed() >= self.shared.commit_interval() / 2);
+            if due || ended || self.unsynced.len() >= INDEX_QUEUE_FRAMES / 2 {
+                self.commit()?;
             }
-            oldest = None;
+            if ended {
+                return Ok(());
+            }
+            self.look_for_room();
         }
-        if ended {
+    }
+
+    fn wait(&self) -> Duration {
+        match self.oldest {
+            Some(oldest) => (self.shared.commit_interval() / 2).saturating_sub(oldest.elapsed()),
+            None => ROOM_INTERVAL,
+        }
+    }
+
+    fn append(&mut self, frame: SealedFrame) -> anyhow::Result<()> {
+        match self.log.append(&frame) {
+            Ok(location) => {
+                self.unsynced.push((frame, location));
+                self.oldest.get_or_insert_with(Instant::now);
+                Ok(())
+            }
+            Err(error) if error.is_full() && frame.has_data() => {
+                tracing::error!("{error}");
+                self.commit()?;
+                self.epoch = Epoch(self.epoch.0 + 1);
+                self.full_since = Some(Instant::now());
+                *self.shared.store.lock() = Some(StoreChange::Full {
+                    next: self.log.next_seq(),
+                    epoch: self.epoch,
+                });
+                Ok(())
+            }
+            // Not even the record of the gap found room: the next start of the agent will open it.
+            Err(error) => Err(error).context("append to the log"),
+        }
+    }
+
+    fn commit(&mut self) -> anyhow::Result<()> {
+        self.oldest = None;
+        if self.unsynced.is_empty() {
             return Ok(());
+        }
+        let durable = self.log.sync().context("make the log durable")?;
+        self.shared
+            .log_bytes
+            .store(self.log.log_bytes(), Ordering::Relaxed);
+        self.shared.set_durable(durable);
+        for (frame, location) in self.unsynced.drain(..) {
+            self.to_index
+                .send(IndexRequest::Frame(frame, location))
+                .ok()
+                .context("the index stage has ended")?;
+        }
+        Ok(())
+    }
+
+    fn look_for_room(&mut self) {
+        if self
+            .full_since
+            .is_some_and(|since| since.elapsed() >= ROOM_INTERVAL)
+        {
+            self.full_since = Some(Instant::now());
+            let mut change = self.shared.store.lock();
+            if change.is_none() && self.log.has_room(ROOM_BYTES_MIN) {
+                *change = Some(StoreChange::Room);
+                self.full_since = None;
+            }
         }
     }
 }
 
-fn append(shared: &Shared, log: &mut LogWriter, frame: &SealedFrame) -> Result<FrameLocation, LogError> {
-    let appended = log.append(frame);
-    if let Err(error) = &appended
-        && error.is_full()
-    {
-        // What was appended is kept; the agent ends with this message, and its next start opens the gap.
-        shared.set_durable(log.sync()?);
+fn receive<T>(queue: &Receiver<T>, wait: Duration) -> Result<T, RecvTimeoutError> {
+    if !wait.is_zero() {
+        return queue.recv_timeout(wait);
     }
-    appended
+    queue.try_recv().map_err(|error| match error {
+        crossbeam_channel::TryRecvError::Empty => RecvTimeoutError::Timeout,
+        crossbeam_channel::TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+    })
 }
 
 fn index_loop(shared: &Shared, mut index: IndexWriter, queue: &Receiver<IndexRequest>) -> anyhow::Result<()> {
@@ -463,7 +614,9 @@ fn index_loop(shared: &Shared, mut index: IndexWriter, queue: &Receiver<IndexReq
         match request {
             IndexRequest::Frame(frame, location) => {
                 index.apply(frame.bytes(), &location)?;
-                shared.applied.store(index.applied().map_or(0, Seq::get), Ordering::SeqCst);
+                shared
+                    .applied
+                    .store(index.applied().map_or(0, Seq::get), Ordering::SeqCst);
             }
             IndexRequest::HeadView(volume, reply) => {
                 let _ = reply.send(index.head_view(volume).map_err(Into::into));

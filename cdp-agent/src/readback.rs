@@ -61,7 +61,12 @@ struct Pace<'a> {
 
 impl<'a> Pace<'a> {
     fn new(device: &'a BlockDevice) -> Self {
-        Self { device, requests: device.requests_done(), ours: 0, began: Instant::now() }
+        Self {
+            device,
+            requests: device.requests_done(),
+            ours: 0,
+            began: Instant::now(),
+        }
     }
 
     fn give_way(&mut self) {
@@ -69,11 +74,18 @@ impl<'a> Pace<'a> {
         const REQUESTS_PER_READ: u64 = 16;
         self.ours += REQUESTS_PER_READ;
         let now = self.device.requests_done();
-        let others = now.zip(self.requests).is_some_and(|(now, then)| now.saturating_sub(then) > self.ours);
+        let others = now
+            .zip(self.requests)
+            .is_some_and(|(now, then)| now.saturating_sub(then) > self.ours);
         if others {
             std::thread::sleep(self.began.elapsed().min(Duration::from_millis(50)));
         }
-        *self = Self { requests: now, ours: 0, began: Instant::now(), device: self.device };
+        *self = Self {
+            requests: now,
+            ours: 0,
+            began: Instant::now(),
+            device: self.device,
+        };
     }
 }
 
@@ -103,22 +115,31 @@ impl ReadBack {
     }
 
     fn device(&self, volume: VolumeId) -> anyhow::Result<BlockDevice> {
-        self.devices.lock().get(&volume).cloned().context("the volume is not protected any more")
+        self.devices
+            .lock()
+            .get(&volume)
+            .cloned()
+            .context("the volume is not protected any more")
     }
 
     fn read_run(&self, run: &Run) -> anyhow::Result<()> {
         let device = self.device(run.volume)?;
         let file = device.open_direct()?;
         let as_of = self.shared.drained().ok_or(Stopping)?;
-        self.wait_until(|| !self.shared.recorder.lock().in_flight(run, as_of))?;
-        let known = if run.blank { None } else { Some(self.head_view(run.volume, as_of)?) };
+        self.wait_until(run, || !self.shared.recorder.lock().in_flight(run, as_of))?;
+        let known = if run.blank {
+            None
+        } else {
+            Some(self.head_view(run, as_of)?)
+        };
         let mut buffer = AlignedBuffer::new(READ_BYTES as usize);
         let mut pace = Pace::new(&device);
         let mut at = run.bytes.start;
         while at < run.bytes.end {
             let length = READ_BYTES.min(run.bytes.end - at);
             let bytes = buffer.slice(length as usize);
-            read_device(&file, bytes, at).with_context(|| format!("read {} at byte {at}", device.path.display()))?;
+            read_device(&file, bytes, at)
+                .with_context(|| format!("read {} at byte {at}", device.path.display()))?;
             match &known {
                 None => self.record_nonzero(run, at, bytes, as_of)?,
                 Some(view) => self.record_changed(run, at, bytes, as_of, view)?,
@@ -130,10 +151,13 @@ impl ReadBack {
     }
 
     /// A view that holds every record up to `as_of`.
-    fn head_view(&self, volume: VolumeId, as_of: Option<Seq>) -> anyhow::Result<View> {
-        self.wait_until(|| self.shared.applied() >= as_of)?;
+    fn head_view(&self, run: &Run, as_of: Option<Seq>) -> anyhow::Result<View> {
+        self.wait_until(run, || self.shared.applied() >= as_of)?;
         let (reply, answer) = crossbeam_channel::bounded(1);
-        self.index.send(IndexRequest::HeadView(volume, reply)).ok().context("the index stage has ended")?;
+        self.index
+            .send(IndexRequest::HeadView(run.volume, reply))
+            .ok()
+            .context("the index stage has ended")?;
         answer.recv().context("the index stage has ended")?
     }
 
@@ -186,15 +210,21 @@ impl ReadBack {
         let data = (!is_zero(data)).then_some(data);
         let place = at + piece.start as u64..at + piece.end as u64;
         // Live frames go first: there is room for ours when the encoder has kept up.
-        self.wait_until(|| {
-            self.shared.recorder.lock().read_back(run, place.clone(), as_of, data, clock::boot_ns())
+        self.wait_until(run, || {
+            self.shared
+                .recorder
+                .lock()
+                .read_back(run, place.clone(), as_of, data, clock::boot_ns())
         })
     }
 
-    fn wait_until(&self, mut done: impl FnMut() -> bool) -> anyhow::Result<()> {
+    fn wait_until(&self, run: &Run, mut done: impl FnMut() -> bool) -> anyhow::Result<()> {
         while !done() {
             if self.shared.stop.load(Ordering::SeqCst) {
                 bail!(Stopping);
+            }
+            if self.shared.recorder.lock().epoch() != run.epoch {
+                bail!("the store filled up meanwhile");
             }
             std::thread::sleep(POLL);
         }
@@ -212,7 +242,10 @@ impl ReadBack {
             if self.shared.drained().is_none() {
                 return;
             }
-            self.shared.recorder.lock().try_close(volume, idle_at.get(&volume).copied(), clock::boot_ns());
+            self.shared
+                .recorder
+                .lock()
+                .try_close(volume, idle_at.get(&volume).copied(), clock::boot_ns());
         }
     }
 }
@@ -269,7 +302,10 @@ mod tests {
     #[test]
     fn runs_join_neighbours_and_keep_the_short_end() {
         let bytes = [1, 1, 0, 0, 2, 2, 3, 3, 0, 0, 4];
-        assert_eq!(runs_of(&bytes, 2, |piece| !is_zero(piece)), vec![0..2, 4..8, 10..11]);
+        assert_eq!(
+            runs_of(&bytes, 2, |piece| !is_zero(piece)),
+            vec![0..2, 4..8, 10..11]
+        );
     }
 
     #[test]

@@ -37,6 +37,12 @@ const STRANGER_QUIET: Duration = Duration::from_secs(3);
 /// handed on within this time.
 const PLUG_TIME: Duration = Duration::from_millis(100);
 
+/// Idle times are covered by ticks: after a write at least this long apart, then ever more seldom, so that
+/// what is not covered yet is at most a quarter of the idle time.
+const TICK_MIN: Duration = Duration::from_millis(50);
+/// And at the latest after this long.
+const TICK_MAX: Duration = Duration::from_secs(1);
+
 const _: () = assert!(
     FRAME_BYTES_SEAL + cdp_ebpf::event::CHUNK_BYTES as usize <= cdp_journal::format::FRAME_DATA_BYTES_MAX
 );
@@ -47,10 +53,7 @@ pub(crate) enum State {
     /// The first copy is under way.
     Seeding,
     /// Every moment from `since` on is exact.
-    Exact {
-        since: BootNs,
-        seq: Seq,
-    },
+    Exact { since: BootNs, seq: Seq },
     /// A gap is open.
     Resyncing(GapCause),
 }
@@ -95,7 +98,10 @@ pub(crate) struct VolumeRun {
 
 impl VolumeRun {
     fn sectors(&self) -> Sectors {
-        Sectors { start: self.start_sector, end: self.start_sector + self.bytes / SECTOR_BYTES }
+        Sectors {
+            start: self.start_sector,
+            end: self.start_sector + self.bytes / SECTOR_BYTES,
+        }
     }
 
     /// Cuts a range of the disk to the volume: bytes from the volume's start.
@@ -117,7 +123,11 @@ impl VolumeRun {
             return 1.0;
         }
         let left = self.dirty.len() + self.reading.as_ref().map_or(0, |run| run.end - run.start);
-        if self.dirty_at_start == 0 { 0.0 } else { (1.0 - left as f64 / self.dirty_at_start as f64).max(0.0) }
+        if self.dirty_at_start == 0 {
+            0.0
+        } else {
+            (1.0 - left as f64 / self.dirty_at_start as f64).max(0.0)
+        }
     }
 }
 
@@ -157,7 +167,12 @@ struct DiskRun {
 pub(crate) struct Sealed {
     pub(crate) builder: FrameBuilder,
     pub(crate) wall_offset_ns: i64,
+    pub(crate) epoch: Epoch,
 }
+
+/// Goes up when the store filled up: frames and reads of an older epoch are void, their Seqs are given anew.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Epoch(pub(crate) u64);
 
 /// Regions to read back, decided by [`Recorder::take_run`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -166,6 +181,7 @@ pub(crate) struct Run {
     pub(crate) bytes: Range<u64>,
     /// Zeroes need no record.
     pub(crate) blank: bool,
+    pub(crate) epoch: Epoch,
 }
 
 /// What the probe's counters say of one disk.
@@ -187,6 +203,10 @@ pub(crate) struct Recorder {
     wall_offset_ns: i64,
     volumes: Vec<VolumeRun>,
     disks: Vec<DiskRun>,
+    epoch: Epoch,
+    /// The store takes no more: events are counted as dropped until there is room.
+    full: bool,
+    last_write: BootNs,
 }
 
 impl Recorder {
@@ -202,7 +222,18 @@ impl Recorder {
             wall_offset_ns,
             volumes: Vec::new(),
             disks: Vec::new(),
+            epoch: Epoch::default(),
+            full: false,
+            last_write: BootNs(0),
         }
+    }
+
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.full
     }
 
     pub(crate) fn volumes(&self) -> &[VolumeRun] {
@@ -281,10 +312,20 @@ impl Recorder {
     }
 
     fn write(&mut self, write: &WriteEvent, data: &[u8]) {
-        let Some(disk) = self.disks.iter().position(|disk| disk.number.0 == write.disk) else { return };
+        let Some(disk) = self.disks.iter().position(|disk| disk.number.0 == write.disk) else {
+            return;
+        };
         let at = BootNs(write.boot_ns);
+        self.last_write = self.last_write.max(at);
+        if self.full {
+            self.drop_while_full(write);
+            return;
+        }
         self.open_pending_gaps(at);
-        let origin = Origin { pid: write.pid, comm: write.comm };
+        let origin = Origin {
+            pid: write.pid,
+            comm: write.comm,
+        };
         let flags = flags_of(write.flags);
         let range = Sectors {
             start: write.sector,
@@ -311,21 +352,92 @@ impl Recorder {
                 _ => Body::Write { offset, len },
             };
             let skipped = (volume.start_sector.saturating_sub(range.start) * SECTOR_BYTES) as usize;
-            let data = data.get(skipped..skipped + body.data_bytes() as usize).unwrap_or_default();
+            let data = data
+                .get(skipped..skipped + body.data_bytes() as usize)
+                .unwrap_or_default();
             seq = Some(self.push(at, id, origin, flags, body, data));
         }
         let disk = &mut self.disks[disk];
-        let whole_bio = disk
-            .bio_based
-            .then(|| WholeBio { address: write.bio, first: disk.open_bio != Some(write.bio) });
+        let whole_bio = disk.bio_based.then(|| WholeBio {
+            address: write.bio,
+            first: disk.open_bio != Some(write.bio),
+        });
         disk.open_bio = (write.last == 0).then_some(write.bio);
         if let Some(seq) = seq {
             disk.in_flight.queued(range, seq, whole_bio);
         }
     }
 
+    fn drop_while_full(&mut self, write: &WriteEvent) {
+        for volume in self
+            .volumes
+            .iter_mut()
+            .filter(|volume| volume.disk.0 == write.disk)
+        {
+            volume.dropped_writes += u64::from(write.last);
+        }
+    }
+
+    /// The store is full: the log goes on at `next`, whatever was given a Seq from there on is lost.
+    pub(crate) fn store_full(&mut self, next: Seq, epoch: Epoch, now: BootNs) {
+        self.builder = FrameBuilder::new(next);
+        self.opened_at = None;
+        self.sealed.clear();
+        self.recent.clear();
+        self.last_seq = next.prev();
+        self.epoch = epoch;
+        for disk in &mut self.disks {
+            disk.in_flight.clear();
+        }
+        for i in 0..self.volumes.len() {
+            let volume = &mut self.volumes[i];
+            volume.pending = None;
+            // What the store knows is not clear any more: what is read gets compared.
+            volume.blank = Regions::new(volume.bytes.div_ceil(volume.region_bytes));
+            if matches!(volume.state, State::Exact { .. }) {
+                volume.gaps += 1;
+            }
+            if volume.state != State::Seeding {
+                volume.state = State::Resyncing(GapCause::SpoolFull);
+            }
+            volume.last_cause = GapCause::SpoolFull;
+            // Also where a gap is open already: its record may be among those that are lost.
+            let (id, last_exact) = (volume.id, next.prev());
+            self.note(
+                now,
+                Some(id),
+                Body::GapOpen {
+                    cause: GapCause::SpoolFull,
+                    last_exact,
+                },
+            );
+        }
+        self.full = true;
+        self.seal();
+        tracing::error!(
+            next = next.get(),
+            "the store is full: nothing is journaled until there is room"
+        );
+    }
+
+    /// The store has room again: everything may have changed meanwhile.
+    pub(crate) fn room_again(&mut self, now: BootNs) {
+        if !self.full {
+            return;
+        }
+        self.full = false;
+        for volume in &mut self.volumes {
+            volume.dirty.insert_all();
+            volume.dirty_at_start = volume.dirty.len();
+            volume.unknown_since = now;
+        }
+        tracing::info!("the store has room again: resyncing");
+    }
+
     fn complete(&mut self, complete: &CompleteEvent) {
-        let Some(disk) = self.disks.iter_mut().find(|disk| disk.number.0 == complete.disk) else { return };
+        let Some(disk) = self.disks.iter_mut().find(|disk| disk.number.0 == complete.disk) else {
+            return;
+        };
         let range = Sectors {
             start: complete.sector,
             end: complete.sector + u64::from(complete.bytes).div_ceil(SECTOR_BYTES),
@@ -388,7 +500,9 @@ impl Recorder {
         ring_position: u64,
         marks: &[Range<u64>],
     ) {
-        let Some(disk) = self.disks.iter_mut().find(|disk| disk.slot == slot) else { return };
+        let Some(disk) = self.disks.iter_mut().find(|disk| disk.slot == slot) else {
+            return;
+        };
         let dropped = losses.dropped.saturating_sub(disk.dropped);
         if losses.lost_completions > disk.lost_completions {
             // Which writes have ended is not known any more. Those that end later show up as strangers.
@@ -401,7 +515,10 @@ impl Recorder {
         for volume in self.volumes.iter_mut().filter(|volume| volume.disk == number) {
             let mut touched = false;
             for mark in marks {
-                let range = Sectors { start: mark.start / SECTOR_BYTES, end: mark.end.div_ceil(SECTOR_BYTES) };
+                let range = Sectors {
+                    start: mark.start / SECTOR_BYTES,
+                    end: mark.end.div_ceil(SECTOR_BYTES),
+                };
                 if let Some(bytes) = volume.clip(range) {
                     volume.mark(bytes);
                     touched = true;
@@ -495,7 +612,14 @@ impl Recorder {
 
     /// Chooses what to read back next: the first volume with something dirty, at most `bytes_max` of it.
     pub(crate) fn take_run(&mut self, bytes_max: u64) -> Option<Run> {
-        let volume = self.volumes.iter_mut().find(|volume| !volume.dirty.is_empty() && volume.reading.is_none())?;
+        if self.full {
+            return None;
+        }
+        // Bytes read before the gap has its place among the records would count as of its last exact moment.
+        let ready = |volume: &&mut VolumeRun| {
+            !volume.dirty.is_empty() && volume.reading.is_none() && volume.pending.is_none()
+        };
+        let volume = self.volumes.iter_mut().find(ready)?;
         let mut run = volume.dirty.take_run((bytes_max / volume.region_bytes).max(1))?;
         let blank = volume.blank.contains(run.start);
         if let Some(other) = run.clone().find(|&region| volume.blank.contains(region) != blank) {
@@ -509,17 +633,26 @@ impl Recorder {
         }
         let bytes = run.start * volume.region_bytes..(run.end * volume.region_bytes).min(volume.bytes);
         volume.reading = Some(run);
-        Some(Run { volume: volume.id, bytes, blank })
+        Some(Run {
+            volume: volume.id,
+            bytes,
+            blank,
+            epoch: self.epoch,
+        })
     }
 
     /// Is any write up to `last` to these bytes of a volume still in flight?
     pub(crate) fn in_flight(&self, run: &Run, last: Option<Seq>) -> bool {
-        let Some(volume) = self.volumes.iter().find(|volume| volume.id == run.volume) else { return false };
+        let Some(volume) = self.volumes.iter().find(|volume| volume.id == run.volume) else {
+            return false;
+        };
         let range = Sectors {
             start: volume.start_sector + run.bytes.start / SECTOR_BYTES,
             end: volume.start_sector + run.bytes.end.div_ceil(SECTOR_BYTES),
         };
-        self.disks.iter().any(|disk| disk.number == volume.disk && disk.in_flight.any(range, last))
+        self.disks
+            .iter()
+            .any(|disk| disk.number == volume.disk && disk.in_flight.any(range, last))
     }
 
     /// Adds what was read of the device: `None` for zeroes. False if there is no room just now.
@@ -531,6 +664,10 @@ impl Recorder {
         data: Option<&[u8]>,
         now: BootNs,
     ) -> bool {
+        if self.full || run.epoch != self.epoch {
+            // Void: the regions are dirty again, and will be read again.
+            return true;
+        }
         if !self.has_room() {
             return false;
         }
@@ -539,7 +676,14 @@ impl Recorder {
             Some(_) => Body::ReadBack { offset, len, as_of },
             None => Body::ReadBackZero { offset, len, as_of },
         };
-        self.push(now, Some(run.volume), Origin::default(), RecordFlags::default(), body, data.unwrap_or_default());
+        self.push(
+            now,
+            Some(run.volume),
+            Origin::default(),
+            RecordFlags::default(),
+            body,
+            data.unwrap_or_default(),
+        );
         true
     }
 
@@ -547,7 +691,7 @@ impl Recorder {
     pub(crate) fn run_done(&mut self, run: &Run, failed: bool) {
         if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == run.volume) {
             volume.reading = None;
-            if failed {
+            if failed || run.epoch != self.epoch {
                 let bytes = run.bytes.clone();
                 volume.mark(bytes.clone());
                 if run.blank {
@@ -566,8 +710,13 @@ impl Recorder {
                 && volume.dirty.is_empty()
                 && volume.reading.is_none()
                 && volume.pending.is_none()
+                && !self.full
         };
-        self.volumes.iter().filter(waits).map(|volume| (volume.id, volume.disk)).collect()
+        self.volumes
+            .iter()
+            .filter(waits)
+            .map(|volume| (volume.id, volume.disk))
+            .collect()
     }
 
     /// Closes a gap if R3 allows. The ring has been drained since the last read-back.
@@ -576,15 +725,23 @@ impl Recorder {
         if !self.waiting_to_close().iter().any(|&(waiting, _)| waiting == id) {
             return false;
         }
-        let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == id) else { return false };
+        let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == id) else {
+            return false;
+        };
         let after = |time: BootNs, by: Duration| BootNs(time.0.saturating_add(by.as_nanos() as u64));
         let idle = idle_at.is_some_and(|at| at > after(volume.unknown_since, PLUG_TIME));
         if !idle && now <= after(volume.unknown_since, STRANGER_QUIET) {
             return false;
         }
         let name = volume.name.clone();
-        let seq =
-            self.push(now, Some(id), Origin::default(), RecordFlags::default(), Body::GapClose, &[]);
+        let seq = self.push(
+            now,
+            Some(id),
+            Origin::default(),
+            RecordFlags::default(),
+            Body::GapClose,
+            &[],
+        );
         if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == id) {
             volume.state = State::Exact { since: now, seq };
         }
@@ -594,7 +751,9 @@ impl Recorder {
 
     /// A volume has another size now. What it gained has to be read.
     pub(crate) fn resized(&mut self, id: VolumeId, bytes: u64, now: BootNs) {
-        let Some(i) = self.volumes.iter().position(|volume| volume.id == id) else { return };
+        let Some(i) = self.volumes.iter().position(|volume| volume.id == id) else {
+            return;
+        };
         let volume = &mut self.volumes[i];
         let old = volume.bytes;
         if bytes == old {
@@ -605,7 +764,14 @@ impl Recorder {
         let regions = bytes.div_ceil(volume.region_bytes);
         volume.dirty.resize(regions);
         volume.blank.resize(regions);
-        self.push(now, Some(id), Origin::default(), RecordFlags::default(), Body::Resize { bytes }, &[]);
+        self.push(
+            now,
+            Some(id),
+            Origin::default(),
+            RecordFlags::default(),
+            Body::Resize { bytes },
+            &[],
+        );
         if bytes > old {
             let volume = &mut self.volumes[i];
             volume.mark(old..bytes);
@@ -631,11 +797,14 @@ impl Recorder {
         if !self.builder.fits(data.len()) {
             self.seal();
         }
-        let pushed = self.builder.push(at, volume, origin, flags, body.clone(), &[data]).or_else(|_| {
-            // Names and labels have a bound of their own in a frame: a new one takes them.
-            self.seal();
-            self.builder.push(at, volume, origin, flags, body, &[data])
-        });
+        let pushed = self
+            .builder
+            .push(at, volume, origin, flags, body.clone(), &[data])
+            .or_else(|_| {
+                // Names and labels have a bound of their own in a frame: a new one takes them.
+                self.seal();
+                self.builder.push(at, volume, origin, flags, body, &[data])
+            });
         let seq = match pushed {
             Ok(seq) => seq,
             Err(error) => {
@@ -659,9 +828,14 @@ impl Recorder {
     }
 
     fn replace_by_gap(&mut self, at: BootNs, volume: Option<VolumeId>) -> Seq {
-        let body = Body::GapOpen { cause: GapCause::RingOverflow, last_exact: self.last_seq };
+        let body = Body::GapOpen {
+            cause: GapCause::RingOverflow,
+            last_exact: self.last_seq,
+        };
         let none = (Origin::default(), RecordFlags::default());
-        self.builder.push(at, volume, none.0, none.1, body, &[]).unwrap_or_else(|_| self.builder.next_seq())
+        self.builder
+            .push(at, volume, none.0, none.1, body, &[])
+            .unwrap_or_else(|_| self.builder.next_seq())
     }
 
     fn seal(&mut self) {
@@ -671,12 +845,19 @@ impl Recorder {
         let next = FrameBuilder::new(self.builder.next_seq());
         let builder = std::mem::replace(&mut self.builder, next);
         self.opened_at = None;
-        self.sealed.push_back(Sealed { builder, wall_offset_ns: self.wall_offset_ns });
+        self.sealed.push_back(Sealed {
+            builder,
+            wall_offset_ns: self.wall_offset_ns,
+            epoch: self.epoch,
+        });
     }
 
     /// Seals the frame under construction if it is older than `age_max`.
     pub(crate) fn seal_if_older(&mut self, now: BootNs, age_max: Duration) {
-        if self.opened_at.is_some_and(|at| now.0.saturating_sub(at.0) >= age_max.as_nanos() as u64) {
+        if self
+            .opened_at
+            .is_some_and(|at| now.0.saturating_sub(at.0) >= age_max.as_nanos() as u64)
+        {
             self.seal();
         }
     }
@@ -691,9 +872,14 @@ impl Recorder {
         self.sealed.len() < SEALED_MAX
     }
 
-    /// Time of the newest record.
-    pub(crate) fn latest(&self) -> BootNs {
-        self.latest
+    /// Records that the time up to `now` is covered, if it is time to say so. The ring was found empty after
+    /// `now`.
+    pub(crate) fn tick(&mut self, now: BootNs) {
+        let since = |then: BootNs| Duration::from_nanos(now.0.saturating_sub(then.0));
+        let interval = (since(self.last_write) / 4).clamp(TICK_MIN, TICK_MAX);
+        if !self.full && since(self.latest) >= interval {
+            self.note(now, None, Body::Tick);
+        }
     }
 }
 

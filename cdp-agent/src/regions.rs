@@ -13,13 +13,21 @@ pub(crate) struct Regions {
 impl Regions {
     /// An empty set of `regions` regions.
     pub(crate) fn new(regions: u64) -> Self {
-        Self { words: vec![0; regions.div_ceil(64) as usize], count: 0, regions, cursor: 0 }
+        Self {
+            words: vec![0; regions.div_ceil(64) as usize],
+            count: 0,
+            regions,
+            cursor: 0,
+        }
     }
 
     /// Makes room for a volume that grew, or forgets what lies beyond one that shrank.
     pub(crate) fn resize(&mut self, regions: u64) {
         let kept: Vec<u64> = self.iter().filter(|&region| region < regions).collect();
-        *self = Self { cursor: self.cursor.min(regions), ..Self::new(regions) };
+        *self = Self {
+            cursor: self.cursor.min(regions),
+            ..Self::new(regions)
+        };
         for region in kept {
             self.insert(region);
         }
@@ -47,7 +55,9 @@ impl Regions {
 
     /// Is this region in?
     pub(crate) fn contains(&self, region: u64) -> bool {
-        self.words.get((region / 64) as usize).is_some_and(|word| word & (1 << (region % 64)) != 0)
+        self.words
+            .get((region / 64) as usize)
+            .is_some_and(|word| word & (1 << (region % 64)) != 0)
     }
 
     /// Takes one region out.

@@ -223,13 +223,22 @@ fn bios_above_16_mib_are_exact() {
                     moments.push(QuietMoment::of_mount("v", device.path(), &mount)?);
                 }
                 match trace {
-                    Some(trace) => ensure!(
+                    // How large btrfs makes them depends on how memory is scattered; xfs always makes some.
+                    Some(trace) if file_system == FileSystem::Xfs => ensure!(
                         !trace.sizes()?.is_empty(),
                         "no bio above 16 MiB: nothing was proved"
                     ),
+                    Some(trace) if trace.sizes()?.is_empty() => {
+                        skip_part(
+                            "exact: large bios on btrfs",
+                            "it made none above 16 MiB this time",
+                        );
+                    }
+                    Some(_) => {}
                     None => skip_part("exact: large bios", "no tracefs to see that there were any"),
                 }
                 mount.unmount()?;
+                moments.push(QuietMoment::of_raw("v", device.path())?);
                 check_all(scene, &mut rng, agent, plan.store(), moments)
             },
         );
@@ -308,6 +317,7 @@ fn a_disk_written_through_its_partitions_is_exact() {
             }
             files.stop()?;
             mount.unmount()?;
+            moments.push(QuietMoment::of_raw("disk", device.path())?);
             check_all(scene, &mut rng, agent, plan.store(), moments)
         },
     );

@@ -150,13 +150,13 @@ fn kills_under_load_never_cost_an_exact_moment() {
 fn a_full_store_disk_is_a_gap_and_harms_nobody() {
     system_test("honest: store disk full", &["fio"], |scene| {
         let device = device(scene)?;
-        let disk = Mount::with_options(Path::new("none"), "tmpfs", &scene.path("small"), "size=48m")?;
+        let disk = Mount::with_options(Path::new("none"), "tmpfs", &scene.path("small"), "size=128m")?;
         let plan = AgentPlan::new(scene, &disk.dir().join("store"))?.volume("v", device.path());
         let mut agent = plan.protect()?;
         write(scene, &device, "before", 4 * MIB)?;
         let before = QuietMoment::of_raw("v", device.path())?;
         agent.wait_and_check()?;
-        write(scene, &device, "flood", 120 * MIB)?;
+        write(scene, &device, "flood", 400 * MIB)?;
         let restore = Restore::from(plan.store())?;
         let inside = WallNs::now();
         wait_for_gap(&restore, "spool-full")?;

@@ -287,7 +287,7 @@ fn a_disk_too_full_for_the_image_keeps_no_half_of_it() {
                 .restore
                 .image("v", "latest", &image)?
                 .expect_code(FAILED)?
-                .expect_message(&["space"])?;
+                .expect_message(&["full"])?;
             let left = files_in(disk.dir())?;
             let expected: Vec<PathBuf> = old.iter().map(|_| image.clone()).collect();
             ensure!(left == expected, "left: {left:?}");

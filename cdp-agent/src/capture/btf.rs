@@ -66,7 +66,9 @@ pub(crate) struct Btf {
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Result<u32, BtfError> {
-    let four = bytes.get(at..at + 4).ok_or(BtfError::Malformed("a type is cut off"))?;
+    let four = bytes
+        .get(at..at + 4)
+        .ok_or(BtfError::Malformed("a type is cut off"))?;
     Ok(u32::from_le_bytes([four[0], four[1], four[2], four[3]]))
 }
 
@@ -74,8 +76,10 @@ impl Btf {
     /// Reads the running kernel's BTF.
     pub(crate) fn of_running_kernel() -> Result<Self, BtfError> {
         let path = Path::new("/sys/kernel/btf/vmlinux");
-        let bytes = std::fs::read(path)
-            .map_err(|source| BtfError::Missing { path: path.display().to_string(), source })?;
+        let bytes = std::fs::read(path).map_err(|source| BtfError::Missing {
+            path: path.display().to_string(),
+            source,
+        })?;
         Self::parse(&bytes)
     }
 
@@ -85,9 +89,15 @@ impl Btf {
         }
         let header_bytes = u32_at(bytes, 4)? as usize;
         let section = |offset_at: usize| -> Result<Vec<u8>, BtfError> {
-            let (offset, length) = (u32_at(bytes, offset_at)? as usize, u32_at(bytes, offset_at + 4)? as usize);
+            let (offset, length) = (
+                u32_at(bytes, offset_at)? as usize,
+                u32_at(bytes, offset_at + 4)? as usize,
+            );
             let start = header_bytes + offset;
-            bytes.get(start..start + length).map(<[u8]>::to_vec).ok_or(BtfError::Malformed("a section is cut off"))
+            bytes
+                .get(start..start + length)
+                .map(<[u8]>::to_vec)
+                .ok_or(BtfError::Malformed("a section is cut off"))
         };
         let mut btf = Self {
             types: section(8)?,
@@ -102,7 +112,14 @@ impl Btf {
 
     fn walk(&mut self) -> Result<(), BtfError> {
         // Type 0 is void and has no entry.
-        self.by_id.push(Type { at: 0, kind: 0, kind_flag: false, vlen: 0, name: 0, size_or_type: 0 });
+        self.by_id.push(Type {
+            at: 0,
+            kind: 0,
+            kind_flag: false,
+            vlen: 0,
+            name: 0,
+            size_or_type: 0,
+        });
         let mut at = 0;
         while at < self.types.len() {
             let info = u32_at(&self.types, at + 4)?;
@@ -119,13 +136,25 @@ impl Btf {
                 KIND_ARRAY => 12,
                 KIND_STRUCT | KIND_UNION | KIND_DATASEC | KIND_ENUM64 => 12 * ty.vlen,
                 KIND_ENUM | KIND_FUNC_PROTO => 8 * ty.vlen,
-                KIND_PTR | KIND_FWD | KIND_TYPEDEF..=KIND_RESTRICT | KIND_FUNC | KIND_FLOAT | KIND_TYPE_TAG => 0,
-                _ => return Err(BtfError::Malformed("a kind of type that this build does not know")),
+                KIND_PTR
+                | KIND_FWD
+                | KIND_TYPEDEF..=KIND_RESTRICT
+                | KIND_FUNC
+                | KIND_FLOAT
+                | KIND_TYPE_TAG => 0,
+                _ => {
+                    return Err(BtfError::Malformed(
+                        "a kind of type that this build does not know",
+                    ));
+                }
             };
             match ty.kind {
                 KIND_STRUCT if ty.name != 0 => {
                     let id = self.by_id.len() as u32;
-                    self.structs.entry(self.string(ty.name).to_vec()).or_default().push(id);
+                    self.structs
+                        .entry(self.string(ty.name).to_vec())
+                        .or_default()
+                        .push(id);
                 }
                 KIND_ENUM => {
                     for i in 0..ty.vlen {
@@ -204,7 +233,10 @@ impl Btf {
     /// Follows typedefs and qualifiers.
     fn resolve(&self, mut id: u32) -> Result<Type, BtfError> {
         for _ in 0..32 {
-            let ty = *self.by_id.get(id as usize).ok_or(BtfError::Malformed("a reference leads nowhere"))?;
+            let ty = *self
+                .by_id
+                .get(id as usize)
+                .ok_or(BtfError::Malformed("a reference leads nowhere"))?;
             match ty.kind {
                 KIND_TYPEDEF..=KIND_RESTRICT | KIND_TYPE_TAG => id = ty.size_or_type,
                 _ => return Ok(ty),
@@ -215,7 +247,9 @@ impl Btf {
 
     fn enumerator(&self, name: &str) -> Result<u32, BtfError> {
         let value = self.enumerators.get(name.as_bytes());
-        value.map(|&v| v as u32).ok_or_else(|| BtfError::NotFound(format!("enumerator {name}")))
+        value
+            .map(|&v| v as u32)
+            .ok_or_else(|| BtfError::NotFound(format!("enumerator {name}")))
     }
 
     /// All that the probe must know, but for the place of the direct map and the ring's size.
@@ -241,7 +275,9 @@ impl Btf {
             rq_bio: self.offset_of("request", "bio")?,
             rq_sector: self.offset_of("request", "__sector")?,
             rq_cmd_flags: self.offset_of("request", "cmd_flags")?,
-            bh_page: self.offset_of("buffer_head", "b_folio").or_else(|_| self.offset_of("buffer_head", "b_page"))?,
+            bh_page: self
+                .offset_of("buffer_head", "b_folio")
+                .or_else(|_| self.offset_of("buffer_head", "b_page"))?,
             bh_data: self.offset_of("buffer_head", "b_data")?,
             bh_bdev: self.offset_of("buffer_head", "b_bdev")?,
             op_write: self.enumerator("REQ_OP_WRITE")?,
@@ -273,17 +309,39 @@ mod tests {
             strings.push(0);
             at
         };
-        let (int, outer, a, b, op) = (string("int"), string("outer"), string("a"), string("b"), string("REQ_OP_X"));
+        let (int, outer, a, b, op) = (
+            string("int"),
+            string("outer"),
+            string("a"),
+            string("b"),
+            string("REQ_OP_X"),
+        );
         let mut types: Vec<u32> = Vec::new();
         types.extend([int, KIND_INT << 24, 4, 32]); // 1
         types.extend([0, (KIND_STRUCT << 24) | 1, 4, b, 1, 0]); // 2, anonymous
-        types.extend([outer, (1 << 31) | (KIND_STRUCT << 24) | 2, 8, a, 1, (7 << 24), 0, 2, 32]); // 3
+        types.extend([
+            outer,
+            (1 << 31) | (KIND_STRUCT << 24) | 2,
+            8,
+            a,
+            1,
+            (7 << 24),
+            0,
+            2,
+            32,
+        ]); // 3
         types.extend([0, (KIND_ENUM << 24) | 1, 4, op, 9]); // 4
         types.extend([0, (KIND_ENUM64 << 24) | 1, 8, op, 1, 0]); // 5
         types.extend([a, KIND_DECL_TAG << 24, 1, 0, a, KIND_TYPE_TAG << 24, 1]); // 6, 7
         let types: Vec<u8> = types.iter().flat_map(|word| word.to_le_bytes()).collect();
         let mut bytes = vec![0x9f, 0xeb, 1, 0];
-        for word in [24, 0, types.len() as u32, types.len() as u32, strings.len() as u32] {
+        for word in [
+            24,
+            0,
+            types.len() as u32,
+            types.len() as u32,
+            strings.len() as u32,
+        ] {
             bytes.extend(word.to_le_bytes());
         }
         bytes.extend(types);

@@ -32,10 +32,14 @@ pub(crate) fn learn(kernel: &mut Kernel, btf: &aya::Btf) -> anyhow::Result<()> {
     let device = LoopDevice::new()?;
     kernel.calibrate_disk = device.disk()?.0;
     let global = KernelGlobal::new(*kernel);
-    let mut ebpf = loader(&global, possible_cpus()?).load(OBJECT).context("load the calibration program")?;
+    let mut ebpf = loader(&global, possible_cpus()?)
+        .load(OBJECT)
+        .context("load the calibration program")?;
     load_program(&mut ebpf, "buffer_touched", "block_touch_buffer", btf)?;
-    let learned: Array<_, u64> =
-        Array::try_from(ebpf.map("LEARNED").context("the probe's object has no map LEARNED")?)?;
+    let learned: Array<_, u64> = Array::try_from(
+        ebpf.map("LEARNED")
+            .context("the probe's object has no map LEARNED")?,
+    )?;
     make_file_system(&device)?;
     std::thread::scope(|scope| scope.spawn(|| touch_buffers(&device)).join())
         .map_err(|_| anyhow::anyhow!("the calibration thread panicked"))??;
@@ -56,7 +60,11 @@ fn make_file_system(device: &LoopDevice) -> anyhow::Result<()> {
         .arg(&device.path)
         .output()
         .context("run mkfs.ext4 on a loop device of our own, to learn the direct map; install e2fsprogs")?;
-    ensure!(output.status.success(), "mkfs.ext4 failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    ensure!(
+        output.status.success(),
+        "mkfs.ext4 failed: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
     Ok(())
 }
 
@@ -76,7 +84,10 @@ fn touch_buffers(device: &LoopDevice) -> anyhow::Result<()> {
     rustix::mount::unmount(place, UnmountFlags::DETACH).context("unmount the calibration file system")
 }
 
-#[expect(unsafe_code, reason = "unshare(2) may leave file descriptors of other threads behind")]
+#[expect(
+    unsafe_code,
+    reason = "unshare(2) may leave file descriptors of other threads behind"
+)]
 fn leave_mount_namespace() -> anyhow::Result<()> {
     // SAFETY: CLONE_NEWNS and CLONE_FS touch only this thread's view of mounts and its working directory;
     // descriptors stay shared.
@@ -88,8 +99,15 @@ fn leave_mount_namespace() -> anyhow::Result<()> {
 pub(crate) fn prove(probe: &mut Probe) -> anyhow::Result<()> {
     let device = LoopDevice::new()?;
     let disk = device.disk()?;
-    let mut filter = DiskFilter { slot: cdp_ebpf::map::DISKS_MAX - 1, region_shift: 7, ..DiskFilter::default() };
-    filter.ranges[0] = SectorRange { start: 0, end: LOOP_BYTES / SECTOR_BYTES };
+    let mut filter = DiskFilter {
+        slot: cdp_ebpf::map::DISKS_MAX - 1,
+        region_shift: 7,
+        ..DiskFilter::default()
+    };
+    filter.ranges[0] = SectorRange {
+        start: 0,
+        end: LOOP_BYTES / SECTOR_BYTES,
+    };
     probe.watch(disk, filter)?;
     let mut memory = vec![0u8; PROOF_BYTES + PAGE_BYTES];
     let start = memory.as_ptr().align_offset(PAGE_BYTES);
@@ -125,8 +143,15 @@ pub(crate) fn prove(probe: &mut Probe) -> anyhow::Result<()> {
     }
     probe.unwatch(disk)?;
     if seen_bytes < PROOF_BYTES {
-        bail!("the probe saw {seen_bytes} of {PROOF_BYTES} bytes written to {}", device.path.display());
+        bail!(
+            "the probe saw {seen_bytes} of {PROOF_BYTES} bytes written to {}",
+            device.path.display()
+        );
     }
-    ensure!(seen == pattern, "the probe read other bytes than were written to {}", device.path.display());
+    ensure!(
+        seen == pattern,
+        "the probe read other bytes than were written to {}",
+        device.path.display()
+    );
     Ok(())
 }

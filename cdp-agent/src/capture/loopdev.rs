@@ -60,7 +60,11 @@ impl LoopDevice {
             config[CONFIG_FLAGS_WORD] = LO_FLAGS_AUTOCLEAR;
             // SAFETY: the argument is a `struct loop_config`, all of it initialised.
             if unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) } == 0 {
-                return Ok(Self { device, path, _memory: memory });
+                return Ok(Self {
+                    device,
+                    path,
+                    _memory: memory,
+                });
             }
             let error = std::io::Error::last_os_error();
             if error.raw_os_error() != Some(libc::EBUSY) {
@@ -76,6 +80,8 @@ impl LoopDevice {
 
     /// Writes straight to the device; `bytes` and `offset` are multiples of 4096 and `bytes` is page-aligned.
     pub(super) fn write_direct(&self, bytes: &[u8], offset: u64) -> anyhow::Result<()> {
-        self.device.write_all_at(bytes, offset).context("write to the self-test's loop device")
+        self.device
+            .write_all_at(bytes, offset)
+            .context("write to the self-test's loop device")
     }
 }

@@ -1,5 +1,8 @@
 //! Memory shared with the kernel: maps that both sides write with atomics, and the ring's two ends.
-#![expect(unsafe_code, reason = "mmap of BPF maps, and one bpf(2) call that aya does not offer")]
+#![expect(
+    unsafe_code,
+    reason = "mmap of BPF maps, and one bpf(2) call that aya does not offer"
+)]
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::ptr::NonNull;
@@ -23,14 +26,19 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     fn new(fd: BorrowedFd<'_>, offset: u64, bytes: usize, prot: ProtFlags) -> anyhow::Result<Self> {
         // SAFETY: a new mapping at a place of the kernel's choice.
-        let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, fd, offset) }
-            .context("map a BPF map into memory")?;
+        let start =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, fd, offset) }
+                .context("map a BPF map into memory")?;
         let start = NonNull::new(start).context("map a BPF map into memory: no address")?;
         Ok(Self { start, bytes })
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
-        assert!((index + 1) * 8 <= self.bytes, "word {index} of a mapping of {} bytes", self.bytes);
+        assert!(
+            (index + 1) * 8 <= self.bytes,
+            "word {index} of a mapping of {} bytes",
+            self.bytes
+        );
         // SAFETY: inside the mapping (checked), aligned (the mapping starts a page), alive as long as self;
         // the kernel, too, touches these words atomically only.
         unsafe { AtomicU64::from_ptr(self.start.as_ptr().cast::<u64>().add(index)) }
@@ -73,7 +81,12 @@ impl RingPositions {
         let page_bytes = rustix::param::page_size();
         Ok(Self {
             consumer: Arc::new(Mapping::new(ring, 0, page_bytes, ProtFlags::READ)?),
-            producer: Arc::new(Mapping::new(ring, page_bytes as u64, page_bytes, ProtFlags::READ)?),
+            producer: Arc::new(Mapping::new(
+                ring,
+                page_bytes as u64,
+                page_bytes,
+                ProtFlags::READ,
+            )?),
         })
     }
 
@@ -101,11 +114,19 @@ pub(super) fn recursion_misses(program: BorrowedFd<'_>) -> anyhow::Result<u64> {
         info: u64,
     }
     let mut info = [0u64; INFO_BYTES / 8];
-    let mut attr =
-        Attr { fd: program.as_raw_fd() as u32, info_bytes: INFO_BYTES as u32, info: info.as_mut_ptr() as u64 };
+    let mut attr = Attr {
+        fd: program.as_raw_fd() as u32,
+        info_bytes: INFO_BYTES as u32,
+        info: info.as_mut_ptr() as u64,
+    };
     // SAFETY: the call of bpf(2) with an attribute of its size; it writes at most INFO_BYTES to `info`.
     let result = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, std::ptr::from_mut(&mut attr), size_of::<Attr>())
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_OBJ_GET_INFO_BY_FD,
+            std::ptr::from_mut(&mut attr),
+            size_of::<Attr>(),
+        )
     };
     if result != 0 {
         return Err(std::io::Error::last_os_error()).context("ask the kernel about the probe's programs");

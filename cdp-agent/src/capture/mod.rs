@@ -18,8 +18,8 @@ use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use cdp_ebpf::map::{COUNTERS_PER_DISK, DIRTY_WORDS_PER_DISK, DISKS_MAX, RANGES_MAX};
 use cdp_ebpf::{Counter, DiskFilter, Kernel};
 
-use self::maps::SharedWords;
 pub(crate) use self::maps::RingPositions;
+use self::maps::SharedWords;
 
 /// The probe's object, built by `cargo xtask ebpf build`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../cdp-ebpf/cdp-probe.o");
@@ -96,7 +96,9 @@ impl KernelGlobal {
 
 /// CPUs that the machine can ever have.
 pub(crate) fn possible_cpus() -> anyhow::Result<u32> {
-    aya::util::nr_cpus().map(|n| n as u32).map_err(|(path, source)| anyhow::anyhow!("read {path}: {source}"))
+    aya::util::nr_cpus()
+        .map(|n| n as u32)
+        .map_err(|(path, source)| anyhow::anyhow!("read {path}: {source}"))
 }
 
 impl Probe {
@@ -120,22 +122,35 @@ impl Probe {
             map_fd(&ebpf, "COUNTERS")?,
             (DISKS_MAX * COUNTERS_PER_DISK) as usize,
         )?;
-        let dirty =
-            SharedWords::new(map_fd(&ebpf, "DIRTY")?, (DISKS_MAX * DIRTY_WORDS_PER_DISK) as usize)?;
+        let dirty = SharedWords::new(
+            map_fd(&ebpf, "DIRTY")?,
+            (DISKS_MAX * DIRTY_WORDS_PER_DISK) as usize,
+        )?;
         let disks = HashMap::try_from(take_map(&mut ebpf, "DISKS")?)?;
-        let mut probe = Self { ring, positions, disks, counters, dirty, ebpf };
+        let mut probe = Self {
+            ring,
+            positions,
+            disks,
+            counters,
+            dirty,
+            ebpf,
+        };
         calibrate::prove(&mut probe)?;
         Ok(probe)
     }
 
     /// Watches a disk from now on, or changes what is watched of it.
     pub(crate) fn watch(&mut self, disk: DiskNumber, filter: DiskFilter) -> anyhow::Result<()> {
-        self.disks.insert(disk.0, FilterPod(filter), 0).context("tell the probe which disk to watch")
+        self.disks
+            .insert(disk.0, FilterPod(filter), 0)
+            .context("tell the probe which disk to watch")
     }
 
     /// Stops watching a disk.
     pub(crate) fn unwatch(&mut self, disk: DiskNumber) -> anyhow::Result<()> {
-        self.disks.remove(&disk.0).context("tell the probe to leave a disk")
+        self.disks
+            .remove(&disk.0)
+            .context("tell the probe to leave a disk")
     }
 
     /// Hands the oldest event to `handle`; false if there is none.
@@ -151,12 +166,14 @@ impl Probe {
 
     /// A counter of a disk.
     pub(crate) fn counter(&self, slot: Slot, counter: Counter, plus: u32) -> u64 {
-        self.counters.load((slot.0 * COUNTERS_PER_DISK + counter as u32 + plus) as usize)
+        self.counters
+            .load((slot.0 * COUNTERS_PER_DISK + counter as u32 + plus) as usize)
     }
 
     /// Takes the time of the first drop, so that a later one is noted again.
     pub(crate) fn take_first_drop_ns(&self, slot: Slot) -> u64 {
-        self.counters.take((slot.0 * COUNTERS_PER_DISK + Counter::FirstDropNs as u32) as usize)
+        self.counters
+            .take((slot.0 * COUNTERS_PER_DISK + Counter::FirstDropNs as u32) as usize)
     }
 
     /// Takes all marks of a disk: calls `each` with the number of every marked region.
@@ -196,7 +213,8 @@ impl Probe {
 }
 
 fn take_map(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<aya::maps::Map> {
-    ebpf.take_map(name).with_context(|| format!("the probe's object has no map {name}"))
+    ebpf.take_map(name)
+        .with_context(|| format!("the probe's object has no map {name}"))
 }
 
 fn map_fd<'a>(ebpf: &'a Ebpf, name: &str) -> anyhow::Result<BorrowedFd<'a>> {
@@ -219,7 +237,9 @@ pub(crate) fn load_program(
     program
         .load(tracepoint, btf)
         .with_context(|| format!("load the program for {tracepoint}; run `cdp-agent doctor`"))?;
-    program.attach().with_context(|| format!("attach to {tracepoint}"))?;
+    program
+        .attach()
+        .with_context(|| format!("attach to {tracepoint}"))?;
     Ok(())
 }
 
@@ -230,6 +250,8 @@ pub(crate) fn loop_path(number: u32) -> PathBuf {
 
 impl std::fmt::Debug for Probe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Probe").field("ring", &self.ring.as_raw_fd()).finish_non_exhaustive()
+        f.debug_struct("Probe")
+            .field("ring", &self.ring.as_raw_fd())
+            .finish_non_exhaustive()
     }
 }

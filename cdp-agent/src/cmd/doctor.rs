@@ -10,7 +10,7 @@ use crate::cli::parse_bytes;
 
 /// Since when the kernel has what the probe uses (`bpf_loop`).
 const KERNEL_MIN: (u32, u32) = (5, 17);
-const PROBE_RING_BYTES: u32 = 256 << 10;
+const PROBE_RING_BYTES: u32 = 2 << 20;
 const MEMORY_MIN_BYTES: u64 = 512 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -31,21 +31,48 @@ struct Check {
 }
 
 fn ok(check: &'static str, found: impl Into<String>) -> Check {
-    Check { check, verdict: Verdict::Ok, found: found.into(), mend: None }
+    Check {
+        check,
+        verdict: Verdict::Ok,
+        found: found.into(),
+        mend: None,
+    }
 }
 
 fn warn(check: &'static str, found: impl Into<String>, mend: &'static str) -> Check {
-    Check { check, verdict: Verdict::Warn, found: found.into(), mend: Some(mend) }
+    Check {
+        check,
+        verdict: Verdict::Warn,
+        found: found.into(),
+        mend: Some(mend),
+    }
 }
 
 fn fail(check: &'static str, found: impl Into<String>, mend: &'static str) -> Check {
-    Check { check, verdict: Verdict::Fail, found: found.into(), mend: Some(mend) }
+    Check {
+        check,
+        verdict: Verdict::Fail,
+        found: found.into(),
+        mend: Some(mend),
+    }
 }
 
 /// Prints all checks; an error if any failed.
 pub(crate) fn run(json: bool) -> anyhow::Result<()> {
-    let checks = [kernel(), btf(), privileges(), memory(), clock(), loop_devices(), mkfs(), probe()];
-    let failed = checks.iter().filter(|check| check.verdict == Verdict::Fail).count();
+    let checks = [
+        kernel(),
+        btf(),
+        privileges(),
+        memory(),
+        clock(),
+        loop_devices(),
+        mkfs(),
+        probe(),
+    ];
+    let failed = checks
+        .iter()
+        .filter(|check| check.verdict == Verdict::Fail)
+        .count();
     let mut out = std::io::stdout().lock();
     if json {
         let report = serde_json::json!({ "ready": failed == 0, "checks": checks });
@@ -63,7 +90,11 @@ pub(crate) fn run(json: bool) -> anyhow::Result<()> {
             }
         }
     }
-    anyhow::ensure!(failed == 0, "{failed} of {} checks failed: this host cannot be protected yet", checks.len());
+    anyhow::ensure!(
+        failed == 0,
+        "{failed} of {} checks failed: this host cannot be protected yet",
+        checks.len()
+    );
     Ok(())
 }
 
@@ -75,14 +106,22 @@ fn kernel() -> Check {
     if version >= KERNEL_MIN {
         ok("kernel", format!("Linux {release}"))
     } else {
-        fail("kernel", format!("Linux {release}"), "the probe needs Linux 5.17 or later (bpf_loop)")
+        fail(
+            "kernel",
+            format!("Linux {release}"),
+            "the probe needs Linux 5.17 or later (bpf_loop)",
+        )
     }
 }
 
 fn btf() -> Check {
     match Btf::of_running_kernel().and_then(|btf| btf.kernel()) {
         Ok(_) => ok("btf", "all fields that the probe reads are described"),
-        Err(error) => fail("btf", error.to_string(), "boot a kernel built with CONFIG_DEBUG_INFO_BTF=y"),
+        Err(error) => fail(
+            "btf",
+            error.to_string(),
+            "boot a kernel built with CONFIG_DEBUG_INFO_BTF=y",
+        ),
     }
 }
 
@@ -90,7 +129,11 @@ fn privileges() -> Check {
     if rustix::process::geteuid().is_root() {
         ok("privileges", "root")
     } else {
-        fail("privileges", format!("uid {}", rustix::process::geteuid().as_raw()), "run as root, e.g. with sudo")
+        fail(
+            "privileges",
+            format!("uid {}", rustix::process::geteuid().as_raw()),
+            "run as root, e.g. with sudo",
+        )
     }
 }
 
@@ -105,7 +148,11 @@ fn memory() -> Check {
     if available >= MEMORY_MIN_BYTES {
         ok("memory", found)
     } else {
-        warn("memory", found, "the agent uses up to 512 MiB: free some, or set a smaller --ring-bytes")
+        warn(
+            "memory",
+            found,
+            "the agent uses up to 512 MiB: free some, or set a smaller --ring-bytes",
+        )
     }
 }
 
@@ -118,7 +165,11 @@ fn clock() -> Check {
     if synchronised {
         ok("clock", format!("{source}, synchronised"))
     } else {
-        warn("clock", format!("{source}, no time service seen"), "times name moments: run chrony or systemd-timesyncd")
+        warn(
+            "clock",
+            format!("{source}, no time service seen"),
+            "times name moments: run chrony or systemd-timesyncd",
+        )
     }
 }
 
@@ -126,14 +177,22 @@ fn loop_devices() -> Check {
     if Path::new("/dev/loop-control").exists() {
         ok("loop devices", "/dev/loop-control")
     } else {
-        fail("loop devices", "no /dev/loop-control", "load the loop module: the probe is proven on a loop device")
+        fail(
+            "loop devices",
+            "no /dev/loop-control",
+            "load the loop module: the probe is proven on a loop device",
+        )
     }
 }
 
 fn mkfs() -> Check {
     match std::process::Command::new("mkfs.ext4").arg("-V").output() {
         Ok(_) => ok("e2fsprogs", "mkfs.ext4"),
-        Err(error) => fail("e2fsprogs", format!("mkfs.ext4: {error}"), "install e2fsprogs: calibration uses it"),
+        Err(error) => fail(
+            "e2fsprogs",
+            format!("mkfs.ext4: {error}"),
+            "install e2fsprogs: calibration uses it",
+        ),
     }
 }
 
@@ -142,7 +201,14 @@ fn probe() -> Check {
         return fail("probe", "not tried", "run as root");
     }
     match Probe::load(PROBE_RING_BYTES) {
-        Ok(_) => ok("probe", "BTF tracepoints load, and known bytes were read back exactly"),
-        Err(error) => fail("probe", format!("{error:#}"), "see the message; BPF must be allowed (no lockdown=confidentiality)"),
+        Ok(_) => ok(
+            "probe",
+            "BTF tracepoints load, and known bytes were read back exactly",
+        ),
+        Err(error) => fail(
+            "probe",
+            format!("{error:#}"),
+            "see the message; BPF must be allowed (no lockdown=confidentiality)",
+        ),
     }
 }

@@ -62,7 +62,11 @@ fn status_of_store(store: &Path) -> anyhow::Result<Status> {
 }
 
 fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Result<()> {
-    writeln!(out, "agent {}  seq {}  durable {}", status.agent, status.seq, status.durable_seq)?;
+    writeln!(
+        out,
+        "agent {}  seq {}  durable {}",
+        status.agent, status.seq, status.durable_seq
+    )?;
     for volume in &status.volumes {
         write!(out, "{:<16} {:<10}", volume.name, volume.state)?;
         if volume.state == "seeding" || volume.state == "resyncing" {
@@ -79,7 +83,10 @@ fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Resu
             volume.captured_writes,
             volume.dropped_writes,
             volume.gaps,
-            volume.exact_since.as_ref().map_or(String::new(), |since| format!(", exact since {since}")),
+            volume
+                .exact_since
+                .as_ref()
+                .map_or(String::new(), |since| format!(", exact since {since}")),
         )?;
     }
     Ok(())
@@ -93,11 +100,20 @@ fn human(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", units[unit]) }
+    if unit == 0 {
+        format!("{bytes} B")
+    } else {
+        format!("{value:.1} {}", units[unit])
+    }
 }
 
 /// Waits for a state.
-pub(crate) fn wait(store: &Path, volume: Option<&str>, state: WaitFor, timeout: Duration) -> anyhow::Result<()> {
+pub(crate) fn wait(
+    store: &Path,
+    volume: Option<&str>,
+    state: WaitFor,
+    timeout: Duration,
+) -> anyhow::Result<()> {
     let deadline = Instant::now() + timeout;
     let mut last = String::from("no agent is running on it");
     loop {
@@ -110,7 +126,11 @@ pub(crate) fn wait(store: &Path, volume: Option<&str>, state: WaitFor, timeout: 
             return Ok(());
         }
         if Instant::now() >= deadline {
-            bail!("{}: not reached within {} s: {last}", store.display(), timeout.as_secs_f64());
+            bail!(
+                "{}: not reached within {} s: {last}",
+                store.display(),
+                timeout.as_secs_f64()
+            );
         }
         std::thread::sleep(POLL);
     }
@@ -124,17 +144,28 @@ fn running_status(store: &Path) -> anyhow::Result<Option<Status>> {
 }
 
 fn chosen<'a>(status: &'a Status, volume: Option<&str>) -> anyhow::Result<Vec<&'a VolumeStatus>> {
-    let Some(name) = volume else { return Ok(status.volumes.iter().collect()) };
+    let Some(name) = volume else {
+        return Ok(status.volumes.iter().collect());
+    };
     let found = status.volumes.iter().find(|volume| volume.name == name);
     let names: Vec<&str> = status.volumes.iter().map(|volume| volume.name.as_str()).collect();
-    Ok(vec![found.with_context(|| format!("no volume {name}; there is {}", names.join(", ")))?])
+    Ok(vec![found.with_context(|| {
+        format!("no volume {name}; there is {}", names.join(", "))
+    })?])
 }
 
 fn is_protected(store: &Path, volume: Option<&str>, last: &mut String) -> anyhow::Result<bool> {
-    let Some(status) = running_status(store)? else { return Ok(false) };
+    let Some(status) = running_status(store)? else {
+        return Ok(false);
+    };
     let volumes = chosen(&status, volume)?;
     if let Some(other) = volumes.iter().find(|volume| volume.state != "protected") {
-        *last = format!("{} is {} ({:.0} %)", other.name, other.state, other.progress * 100.0);
+        *last = format!(
+            "{} is {} ({:.0} %)",
+            other.name,
+            other.state,
+            other.progress * 100.0
+        );
         return Ok(false);
     }
     Ok(true)
@@ -142,10 +173,14 @@ fn is_protected(store: &Path, volume: Option<&str>, last: &mut String) -> anyhow
 
 fn is_synced(store: &Path, volume: Option<&str>, left: Duration, last: &mut String) -> anyhow::Result<bool> {
     if volume.is_some() {
-        let Some(status) = running_status(store)? else { return Ok(false) };
+        let Some(status) = running_status(store)? else {
+            return Ok(false);
+        };
         chosen(&status, volume)?;
     }
-    let request = Request::Sync { timeout_ms: left.as_millis() as u64 };
+    let request = Request::Sync {
+        timeout_ms: left.as_millis() as u64,
+    };
     match control::ask(store, &request, left + ANSWER_TIMEOUT)? {
         Some(Answer::Synced { .. }) => Ok(true),
         Some(Answer::Failed { why }) => {
@@ -158,7 +193,9 @@ fn is_synced(store: &Path, volume: Option<&str>, left: Duration, last: &mut Stri
 
 /// Names this moment.
 pub(crate) fn bookmark(store: &Path, label: &str) -> anyhow::Result<()> {
-    let request = Request::Bookmark { label: label.to_owned() };
+    let request = Request::Bookmark {
+        label: label.to_owned(),
+    };
     match control::ask(store, &request, 4 * ANSWER_TIMEOUT)? {
         Some(Answer::Bookmarked { seq, at }) => {
             writeln!(std::io::stdout(), "bookmark:{label}  seq:{seq}  {at}")?;
@@ -166,6 +203,9 @@ pub(crate) fn bookmark(store: &Path, label: &str) -> anyhow::Result<()> {
         }
         Some(Answer::Failed { why }) => bail!("bookmark {label:?} not set: {why}"),
         Some(other) => bail!("the agent gave an answer of another kind: {other:?}"),
-        None => bail!("no agent is running on {}: start `cdp-agent run` first", store.display()),
+        None => bail!(
+            "no agent is running on {}: start `cdp-agent run` first",
+            store.display()
+        ),
     }
 }

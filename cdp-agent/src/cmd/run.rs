@@ -115,10 +115,16 @@ fn reload(agent: &mut Agent, args: &RunArgs) {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }
 
-async fn answer_one(stream: UnixStream, shared: Arc<Shared>, ask: mpsc::Sender<StatusRequest>) -> anyhow::Result<()> {
+async fn answer_one(
+    stream: UnixStream,
+    shared: Arc<Shared>,
+    ask: mpsc::Sender<StatusRequest>,
+) -> anyhow::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut line = String::new();
-    BufReader::new(read.take(LINE_BYTES_MAX)).read_line(&mut line).await?;
+    BufReader::new(read.take(LINE_BYTES_MAX))
+        .read_line(&mut line)
+        .await?;
     let answer = match serde_json::from_str(&line) {
         Ok(Request::Status) => {
             let (reply, answer) = oneshot::channel();
@@ -129,7 +135,9 @@ async fn answer_one(stream: UnixStream, shared: Arc<Shared>, ask: mpsc::Sender<S
             blocking(move || sync(&shared, Duration::from_millis(timeout_ms))).await?
         }
         Ok(Request::Bookmark { label }) => blocking(move || bookmark(&shared, label)).await?,
-        Err(error) => Answer::Failed { why: format!("not understood: {error}") },
+        Err(error) => Answer::Failed {
+            why: format!("not understood: {error}"),
+        },
     };
     let mut text = serde_json::to_string(&answer)?;
     text.push('\n');
@@ -138,35 +146,66 @@ async fn answer_one(stream: UnixStream, shared: Arc<Shared>, ask: mpsc::Sender<S
 }
 
 async fn blocking(work: impl FnOnce() -> Answer + Send + 'static) -> anyhow::Result<Answer> {
-    tokio::task::spawn_blocking(work).await.context("a request panicked")
+    tokio::task::spawn_blocking(work)
+        .await
+        .context("a request panicked")
 }
 
 fn sync(shared: &Shared, timeout: Duration) -> Answer {
-    let Some(seq) = shared.drained() else {
-        return Answer::Failed { why: "the agent is stopping".into() };
+    let now = clock::boot_ns();
+    if shared.drained().is_none() {
+        return Answer::Failed {
+            why: "the agent is stopping".into(),
+        };
+    }
+    let seq = {
+        let mut recorder = shared.recorder.lock();
+        if recorder.is_full() {
+            return Answer::Failed {
+                why: "the store is full".into(),
+            };
+        }
+        // So that the time of the call is known to be covered, too.
+        Some(recorder.note(now, None, Body::Tick))
     };
     if shared.wait_durable(seq, timeout) {
-        Answer::Synced { seq: seq.map_or(0, cdp_journal::Seq::get) }
+        Answer::Synced {
+            seq: seq.map_or(0, cdp_journal::Seq::get),
+        }
     } else {
-        Answer::Failed { why: format!("not durable after {} ms", timeout.as_millis()) }
+        Answer::Failed {
+            why: format!("not durable after {} ms", timeout.as_millis()),
+        }
     }
 }
 
 fn bookmark(shared: &Shared, label: String) -> Answer {
     if label.is_empty() || label.len() > LABEL_BYTES_MAX || label.chars().any(char::is_control) {
-        return Answer::Failed { why: format!("a label has 1 to {LABEL_BYTES_MAX} bytes and no control characters") };
+        return Answer::Failed {
+            why: format!("a label has 1 to {LABEL_BYTES_MAX} bytes and no control characters"),
+        };
     }
     if shared.drained().is_none() {
-        return Answer::Failed { why: "the agent is stopping".into() };
+        return Answer::Failed {
+            why: "the agent is stopping".into(),
+        };
     }
     let (seq, at) = {
         let mut recorder = shared.recorder.lock();
         let now = clock::boot_ns();
-        (recorder.note(now, None, Body::Bookmark { label }), now.at_offset(clock::wall_offset_ns()))
+        (
+            recorder.note(now, None, Body::Bookmark { label }),
+            now.at_offset(clock::wall_offset_ns()),
+        )
     };
     if shared.wait_durable(Some(seq), BOOKMARK_TIMEOUT) {
-        Answer::Bookmarked { seq: seq.get(), at: at.to_string() }
+        Answer::Bookmarked {
+            seq: seq.get(),
+            at: at.to_string(),
+        }
     } else {
-        Answer::Failed { why: "the bookmark is not durable yet: the log's disk does not keep up".into() }
+        Answer::Failed {
+            why: "the bookmark is not durable yet: the log's disk does not keep up".into(),
+        }
     }
 }

@@ -272,6 +272,11 @@ impl LogWriter {
         Ok(())
     }
 
+    /// Would frames with `bytes` of data find room?
+    pub fn has_room(&self, bytes: u64) -> bool {
+        self.poison.is_none() && self.refuse_if_full(bytes, true).is_ok()
+    }
+
     /// The Seq that the next frame must begin with.
     pub fn next_seq(&self) -> Seq {
         Seq::after(self.appended)

@@ -91,11 +91,15 @@ pub(crate) fn run(args: &Verify, report: &Report) -> anyhow::Result<()> {
     } else {
         report.out(text(&outcome, elapsed))?
     }
+    let Some(first) = outcome.damages.first() else {
+        return Ok(());
+    };
+    let place = format!("{} at byte {}", first.segment.display(), first.offset);
     match outcome.damages.len() {
-        0 => Ok(()),
-        1 => Err(damaged("1 stretch of the log does not match its checksum")),
+        1 => Err(damaged(&format!("{place} does not match its checksum"))),
         more => Err(damaged(&format!(
-            "{more} stretches of the log do not match their checksums"
+            "{place} and {} more stretches of the log do not match their checksums",
+            more - 1
         ))),
     }
 }
