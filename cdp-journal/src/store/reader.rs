@@ -160,7 +160,22 @@ impl StoreReader {
 
     /// The moment that `when` names, if it can be restored exactly. Waits up to 5 s for a live writer to cover it.
     pub fn resolve(&self, volume: VolumeId, when: &When) -> Result<Moment, WhenError> {
-        let moment = self.locate(when)?;
+        let moment = match self.locate(when) {
+            // A writer that journals nothing because its store is full covers no time, but an open gap does.
+            Err(WhenError::NotCovered { wall, covered_until }) => {
+                let seq = self.head().map(|head| head.seq);
+                let moment = Moment {
+                    seq,
+                    wall,
+                    by_time: true,
+                };
+                return match self.inexactness(volume, moment)? {
+                    Some(reason) => Err(WhenError::NotExact(Box::new(reason))),
+                    None => Err(WhenError::NotCovered { wall, covered_until }),
+                };
+            }
+            located => located?,
+        };
         match self.inexactness(volume, moment)? {
             None => Ok(moment),
             Some(reason) => Err(WhenError::NotExact(Box::new(reason))),

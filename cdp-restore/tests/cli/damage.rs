@@ -87,7 +87,7 @@ fn damage_is_named_and_never_returned() {
         );
     };
     let log = store.run("verify", &["--json"]).exits(4);
-    assert!(log.stderr.starts_with("error: 1 stretch of the log"), "{log:?}");
+    assert!(log.stderr.starts_with("error: "), "{log:?}");
     names(&log.json());
     for more in [&["--json"][..], &["--json", "--sha256"]] {
         let volume = store
