@@ -13,6 +13,7 @@ use cdp_journal::format::{Body, GapCause, VolumeKind};
 use cdp_journal::store::{StoreWriter, VolumeState, WriterOptions};
 use cdp_journal::{SECTOR_BYTES, Seq, VolumeId};
 use parking_lot::Mutex;
+use rustix::fs::Mode;
 use uuid::Uuid;
 
 use crate::capture::{DiskNumber, Probe, Slot};
@@ -50,6 +51,8 @@ impl Agent {
             rustix::process::geteuid().is_root(),
             "cdp-agent run needs root (CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN): run it with sudo or as a service"
         );
+        // The store holds what the devices hold: nobody else's business.
+        rustix::process::umask(Mode::RWXG | Mode::RWXO);
         // All that can be refused is refused before anything is made.
         let devices = config
             .volumes
@@ -223,7 +226,13 @@ impl Agent {
             ..DiskFilter::default()
         };
         let mut count = 0;
-        let mut end_bytes = 0;
+        let disk_bytes = {
+            let devices = self.devices.lock();
+            devices
+                .values()
+                .find(|device| device.disk == disk)
+                .map_or(Ok(0), BlockDevice::disk_bytes)?
+        };
         {
             let recorder = self.shared.recorder.lock();
             for volume in recorder.volumes().iter().filter(|volume| volume.disk == disk) {
@@ -236,11 +245,10 @@ impl Agent {
                     start: volume.start_sector,
                     end,
                 };
-                end_bytes = end_bytes.max(end * SECTOR_BYTES);
                 count += 1;
             }
         }
-        filter.region_shift = region_shift(self.config.dirty_region_bytes, end_bytes);
+        filter.region_shift = region_shift(self.config.dirty_region_bytes, disk_bytes);
         let filter = (count > 0).then_some(filter);
         if let Some(filter) = filter {
             self.send(Request::Slot(slot, disk, filter.region_shift))?;

@@ -102,6 +102,11 @@ impl BlockDevice {
         Ok(read_number(&sysfs_of(self.dev).join("size"))? * cdp_journal::SECTOR_BYTES)
     }
 
+    /// Size of the whole disk now.
+    pub(crate) fn disk_bytes(&self) -> anyhow::Result<u64> {
+        Ok(read_number(&self.disk_sysfs.join("size"))? * cdp_journal::SECTOR_BYTES)
+    }
+
     /// Opens it for reading past the page cache.
     pub(crate) fn open_direct(&self) -> anyhow::Result<File> {
         File::options()

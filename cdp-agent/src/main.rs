@@ -14,6 +14,7 @@ mod device;
 mod event;
 mod inflight;
 mod pipeline;
+mod priority;
 mod readback;
 mod recorder;
 mod regions;

@@ -27,6 +27,7 @@ use rustix::event::{Timespec, epoll};
 use crate::capture::{DiskNumber, Probe, RingPositions, Slot};
 use crate::clock;
 use crate::event::Event;
+use crate::priority;
 use crate::recorder::{Epoch, Losses, Recorder, Sealed};
 
 /// Frames between two stages.
@@ -85,7 +86,8 @@ pub(crate) enum Request {
 
 /// What the index thread is asked to do.
 pub(crate) enum IndexRequest {
-    Frame(SealedFrame, FrameLocation),
+    /// Header and table of a durable frame.
+    Frame(Box<[u8]>, FrameLocation),
     /// A view that holds at least everything up to the Seq.
     HeadView(VolumeId, Sender<anyhow::Result<View>>),
 }
@@ -172,6 +174,9 @@ impl Shared {
     }
 }
 
+/// What one thread does.
+type Stage = Box<dyn FnOnce(&Shared) -> anyhow::Result<()> + Send>;
+
 /// The running threads; joined in order by [`Pipeline::finish`].
 pub(crate) struct Pipeline {
     pub(crate) shared: Arc<Shared>,
@@ -194,9 +199,10 @@ impl Pipeline {
         let (to_index, index_queue) = bounded::<IndexRequest>(INDEX_QUEUE_FRAMES);
         let (requests, request_queue) = bounded::<Request>(QUEUE_FRAMES);
         let mut threads = Vec::new();
-        let mut spawn = |name: &'static str, work: Box<dyn FnOnce(&Shared) -> anyhow::Result<()> + Send>| {
+        let mut spawn = |name: &'static str, work: Stage| {
             let shared = Arc::clone(shared);
             let run = move || {
+                priority::do_not_preempt();
                 if let Err(error) = work(&shared) {
                     tracing::error!("{name}: {error:#}");
                     shared.fail(name, &error);
@@ -308,7 +314,7 @@ impl Capture {
         loop {
             let stopping = shared.stop.load(Ordering::SeqCst);
             while let Ok(request) = requests.try_recv() {
-                self.request(request);
+                self.request(shared, request);
             }
             let now = clock::boot_ns();
             {
@@ -353,7 +359,7 @@ impl Capture {
         }
     }
 
-    fn request(&mut self, request: Request) {
+    fn request(&mut self, shared: &Shared, request: Request) {
         match request {
             Request::Watch(disk, filter, reply) => {
                 let result = match filter {
@@ -365,18 +371,26 @@ impl Capture {
                 };
                 let _ = reply.send(result);
             }
-            Request::Slot(slot, disk, region_shift) => {
-                self.probe.take_marks(slot, |_| {});
-                let seen = self.losses(slot);
-                self.watched.insert(
-                    disk,
-                    Watched {
-                        slot,
-                        region_shift,
-                        seen,
-                    },
-                );
-            }
+            Request::Slot(slot, disk, region_shift) => match self.watched.get_mut(&disk) {
+                Some(watched) if watched.region_shift == region_shift => {}
+                Some(watched) => {
+                    // Marks on either side of the change are of another scale: all of the disk is read.
+                    watched.region_shift = region_shift;
+                    shared.recorder.lock().disk_unknown(disk, clock::boot_ns());
+                }
+                None => {
+                    self.probe.take_marks(slot, |_| {});
+                    let seen = self.losses(slot);
+                    self.watched.insert(
+                        disk,
+                        Watched {
+                            slot,
+                            region_shift,
+                            seen,
+                        },
+                    );
+                }
+            },
         }
     }
 
@@ -505,7 +519,7 @@ struct LogStage<'a> {
     shared: &'a Shared,
     log: LogWriter,
     to_index: &'a Sender<IndexRequest>,
-    unsynced: Vec<(SealedFrame, FrameLocation)>,
+    unsynced: Vec<(Box<[u8]>, FrameLocation)>,
     oldest: Option<Instant>,
     epoch: Epoch,
     full_since: Option<Instant>,
@@ -545,7 +559,7 @@ impl LogStage<'_> {
     fn append(&mut self, frame: SealedFrame) -> anyhow::Result<()> {
         match self.log.append(&frame) {
             Ok(location) => {
-                self.unsynced.push((frame, location));
+                self.unsynced.push((frame.head().into(), location));
                 self.oldest.get_or_insert_with(Instant::now);
                 Ok(())
             }
@@ -613,7 +627,7 @@ fn index_loop(shared: &Shared, mut index: IndexWriter, queue: &Receiver<IndexReq
     for request in queue {
         match request {
             IndexRequest::Frame(frame, location) => {
-                index.apply(frame.bytes(), &location)?;
+                index.apply(&frame, &location)?;
                 shared
                     .applied
                     .store(index.applied().map_or(0, Seq::get), Ordering::SeqCst);

@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 use crate::clock;
 use crate::device::BlockDevice;
 use crate::pipeline::{IndexRequest, Shared};
+use crate::priority;
 use crate::recorder::Run;
 
 /// Read under one note of `s`.
@@ -92,6 +93,8 @@ impl<'a> Pace<'a> {
 impl ReadBack {
     /// Runs until the agent stops.
     pub(crate) fn run(self) -> anyhow::Result<()> {
+        priority::do_not_preempt();
+        priority::read_when_idle();
         let mut idle_at: HashMap<VolumeId, BootNs> = HashMap::new();
         while !self.shared.stop.load(Ordering::SeqCst) {
             let run = self.shared.recorder.lock().take_run(RUN_BYTES_MAX);

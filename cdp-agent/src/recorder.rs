@@ -30,6 +30,8 @@ const FRAME_BYTES_SEAL: usize = 1 << 20;
 const SEALED_MAX: usize = 4;
 /// Times of recent records, kept to place the beginning of a gap.
 const RECENT_MAX: usize = 1 << 16;
+/// For how long they are kept at least, if they are not too many.
+const RECENT_TIME: Duration = Duration::from_secs(1);
 /// A write that we did not capture and that shows no sign for this long is taken to have ended. If it ends
 /// later all the same, its region is read again and the gap reaches back.
 const STRANGER_QUIET: Duration = Duration::from_secs(3);
@@ -551,6 +553,19 @@ impl Recorder {
         }
     }
 
+    /// What was written to a disk lately is not known.
+    pub(crate) fn disk_unknown(&mut self, disk: DiskNumber, now: BootNs) {
+        for i in 0..self.volumes.len() {
+            let volume = &mut self.volumes[i];
+            if volume.disk == disk {
+                volume.dirty.insert_all();
+                volume.unknown_since = now;
+                let last_exact = self.last_seq;
+                self.open_gap(i, GapCause::RingOverflow, last_exact, now);
+            }
+        }
+    }
+
     /// Opens the gaps whose place is reached: a record of time `at` comes next.
     fn open_pending_gaps(&mut self, at: BootNs) {
         for i in 0..self.volumes.len() {
@@ -577,21 +592,22 @@ impl Recorder {
         }
     }
 
-    /// The counters showed no loss: what was recorded so far will not be doubted by a later one.
+    /// The counters showed no loss: what was recorded a while ago will not be doubted by a later one. A bio
+    /// is copied within `RECENT_TIME`, so the first chunks of one that is dropped half-way are still here.
     pub(crate) fn no_loss(&mut self) {
-        if self.volumes.iter().all(|volume| volume.pending.is_none()) {
-            let last = self.recent.pop_back();
-            self.recent.clear();
-            self.recent.extend(last);
+        if self.volumes.iter().any(|volume| volume.pending.is_some()) {
+            return;
         }
+        let oldest = BootNs(self.latest.0.saturating_sub(RECENT_TIME.as_nanos() as u64));
+        let old = self.recent.partition_point(|&(time, _)| time < oldest);
+        // The last of them stays: it may turn out to be the last exact one.
+        self.recent.drain(..old.saturating_sub(1));
     }
 
+    /// The last record before a time; None if that is too long ago to tell.
     fn last_seq_before(&self, at: BootNs) -> Option<Seq> {
         let before = self.recent.partition_point(|&(time, _)| time < at);
-        match before.checked_sub(1) {
-            Some(last) => Some(self.recent[last].1),
-            None => self.recent.front().and_then(|(_, seq)| seq.prev()),
-        }
+        before.checked_sub(1).map(|last| self.recent[last].1)
     }
 
     fn open_gap(&mut self, volume: usize, cause: GapCause, last_exact: Option<Seq>, at: BootNs) {

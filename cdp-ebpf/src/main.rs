@@ -208,6 +208,20 @@ fn counter_index(slot: u32, counter: u32) -> u32 {
     slot * COUNTERS_PER_DISK + counter
 }
 
+/// Boot-time clock.
+#[inline(always)]
+fn boot_ns() -> u64 {
+    // SAFETY: takes nothing and cannot fail.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// The CPU that runs this program, and no other until it ends.
+#[inline(always)]
+fn this_cpu() -> u32 {
+    // SAFETY: takes nothing and cannot fail.
+    unsafe { bpf_get_smp_processor_id() as u32 }
+}
+
 /// Direct-map address of the first byte of a page.
 #[inline(always)]
 fn page_bytes(page: u64) -> u64 {
@@ -238,7 +252,7 @@ fn disk_of(bdev: *const u8) -> u32 {
 fn watched(disk: u32, sector: u64, bytes: u32) -> Option<(u32, u32)> {
     // SAFETY: the reference ends with this program's run; entries are only replaced as a whole.
     let filter = unsafe { DISKS.get(disk) }?;
-    let end = sector + (u64::from(bytes) + SECTOR_BYTES - 1) / SECTOR_BYTES;
+    let end = sector + u64::from(bytes).div_ceil(SECTOR_BYTES);
     let mut hit = false;
     for i in 0..RANGES_MAX {
         let range = &filter.ranges[i];
@@ -356,7 +370,7 @@ fn write_queued(ctx: BtfTracePointContext) -> i32 {
     let Some((slot, region_shift)) = watched(disk, sector, bytes) else {
         return 0;
     };
-    let now_ns = unsafe { bpf_ktime_get_boot_ns() };
+    let now_ns = boot_ns();
     let Some(op) = op_of(opf, bytes) else {
         drop_write(
             slot,
@@ -368,8 +382,8 @@ fn write_queued(ctx: BtfTracePointContext) -> i32 {
         );
         return 0;
     };
-    let cpu = unsafe { bpf_get_smp_processor_id() };
-    let Some(scratch) = SCRATCH.get_ptr_mut(cpu as u32) else {
+    let cpu = this_cpu();
+    let Some(scratch) = SCRATCH.get_ptr_mut(cpu) else {
         drop_write(slot, region_shift, sector, bytes, Cause::Bound as u32, now_ns);
         return 0;
     };
@@ -482,8 +496,8 @@ fn copy_bio(bio: *const u8, scratch: *mut Scratch, sector: u64, bytes: u32) -> u
 
 /// Copies one physically contiguous piece of the bio; puts the chunk in the ring when it is full.
 extern "C" fn copy_step(_step: u64, _context: *mut c_void) -> i64 {
-    let cpu = unsafe { bpf_get_smp_processor_id() };
-    let Some(scratch) = SCRATCH.get_ptr_mut(cpu as u32) else {
+    let cpu = this_cpu();
+    let Some(scratch) = SCRATCH.get_ptr_mut(cpu) else {
         return 1;
     };
     // SAFETY: this CPU's own area, and no reference to it is in use while bpf_loop runs.
@@ -596,22 +610,23 @@ fn request_completed(ctx: BtfTracePointContext) -> i32 {
     let failed = u8::from(error != 0);
     if op as u8 == Op::Discard as u8 {
         // Discards of one request need not lie side by side: list its bios.
-        let cpu = unsafe { bpf_get_smp_processor_id() };
-        let Some(walk) = WALK.get_ptr_mut(cpu as u32) else {
+        let cpu = this_cpu();
+        let Some(walk) = WALK.get_ptr_mut(cpu) else {
             return 0;
         };
-        // SAFETY: this CPU's own, see the module's head.
-        let walk = unsafe { &mut *walk };
-        *walk = Walk {
-            bio: bio as u64,
-            remaining: bytes,
-            disk,
-            slot,
-            region_shift,
-            op: op as u8,
-            failed,
-            reserved: [0; 6],
-        };
+        // SAFETY: this CPU's own, see the module's head; written before bpf_loop runs.
+        unsafe {
+            *walk = Walk {
+                bio: bio as u64,
+                remaining: bytes,
+                disk,
+                slot,
+                region_shift,
+                op: op as u8,
+                failed,
+                reserved: [0; 6],
+            };
+        }
         // SAFETY: `walk_step` has the signature that bpf_loop asks for and takes no context.
         unsafe {
             bpf_loop(
@@ -620,6 +635,11 @@ fn request_completed(ctx: BtfTracePointContext) -> i32 {
                 core::ptr::null_mut(),
                 0,
             );
+        }
+        // SAFETY: as above. Through the raw pointer, because `walk_step` has changed what it points at.
+        if unsafe { read_volatile(&raw const (*walk).remaining) } != 0 {
+            // More bios than we list: the agent forgets what is in flight rather than wait for ever.
+            add(counter_index(slot, Counter::LostCompletions as u32), 1);
         }
         return 0;
     }
@@ -633,7 +653,7 @@ fn request_completed(ctx: BtfTracePointContext) -> i32 {
             whole_bio: 0,
             disk,
             bio: 0,
-            boot_ns: unsafe { bpf_ktime_get_boot_ns() },
+            boot_ns: boot_ns(),
             sector,
             bytes,
             reserved: 0,
@@ -643,8 +663,8 @@ fn request_completed(ctx: BtfTracePointContext) -> i32 {
 }
 
 extern "C" fn walk_step(_step: u64, _context: *mut c_void) -> i64 {
-    let cpu = unsafe { bpf_get_smp_processor_id() };
-    let Some(walk) = WALK.get_ptr_mut(cpu as u32) else {
+    let cpu = this_cpu();
+    let Some(walk) = WALK.get_ptr_mut(cpu) else {
         return 1;
     };
     // SAFETY: as in `copy_step`.
@@ -678,7 +698,7 @@ extern "C" fn walk_step(_step: u64, _context: *mut c_void) -> i64 {
             whole_bio: 0,
             disk: walk.disk,
             bio: 0,
-            boot_ns: unsafe { bpf_ktime_get_boot_ns() },
+            boot_ns: boot_ns(),
             sector,
             bytes,
             reserved: 0,
@@ -725,7 +745,7 @@ fn bio_completed(ctx: BtfTracePointContext) -> i32 {
             whole_bio: 1,
             disk,
             bio: bio as u64,
-            boot_ns: unsafe { bpf_ktime_get_boot_ns() },
+            boot_ns: boot_ns(),
             sector,
             bytes,
             reserved: 0,

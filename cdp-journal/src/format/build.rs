@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     Body, CODEC_LZ4, CODEC_PLAIN, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX, FRAME_DATA_BYTES_MAX,
     FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, GROUP_BYTES_MAX,
-    GROUP_HEADER_BYTES, Origin, Record, RecordFlags, TAIL_BYTES_MAX,
+    GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, Origin, Record, RecordFlags, TAIL_BYTES_MAX,
 };
 use crate::types::{BLOCK_BYTES, BootNs, Seq, UNIT_BYTES, VolumeId};
 
@@ -79,6 +79,9 @@ impl Placement {
     }
 }
 
+/// Memory that a frame with data begins with: what a caller that seals at 1 MiB fills.
+const FRAME_DATA_RESERVE: usize = FRAME_DATA_BYTES_MAX / 2 + FRAME_DATA_BYTES_MAX / 8;
+
 /// Collects records into a frame.
 #[derive(Debug)]
 pub struct FrameBuilder {
@@ -143,6 +146,10 @@ impl FrameBuilder {
         if self.data.capacity() == 0 && expected > 0 {
             self.data.reserve(FRAME_DATA_BYTES_MAX); // or it would be copied each time it grows
         }
+        if self.data.capacity() == 0 && expected > 0 {
+            // Once, so that a busy frame does not grow by copying.
+            self.data.reserve_exact(FRAME_DATA_RESERVE);
+        }
         for slice in data {
             self.data.extend_from_slice(slice);
         }
@@ -192,48 +199,54 @@ impl FrameBuilder {
         let (boot_ns_min, boot_ns_max) = self.boot_ns?;
         let last_seq = self.first_seq.plus(self.record_count as u64 - 1);
         let has_data = !self.data.is_empty();
-        let groups = encode_groups(self.first_seq, &self.data, &self.placement.finish());
-
+        let placed = self.placement.finish();
+        debug_assert!(placed.len() <= FRAME_GROUPS_MAX);
         let mut table = self.entries;
-        for group in &groups.entries {
-            table.extend_from_slice(&group.stored_bytes.to_le_bytes());
-            table.extend_from_slice(&group.crc.to_le_bytes());
-        }
-        debug_assert!(groups.entries.len() <= FRAME_GROUPS_MAX);
+        let table_bytes = table.len() + placed.len() * GROUP_ENTRY_BYTES + self.tails.len();
+        // How long the table is as stored is known last: the groups are laid down behind room for the
+        // longest, and header and table are put right before them, so nothing is copied twice.
+        let mut stored_table = vec![0; lz4_flex::block::get_maximum_output_size(table_bytes)];
+        let groups_at = FRAME_HEADER_BYTES + stored_table.len();
+        let mut bytes = Vec::with_capacity(
+            groups_at + self.data.len() + placed.len() * GROUP_HEADER_BYTES + FRAME_ALIGN_BYTES,
+        );
+        bytes.resize(groups_at, 0);
+        encode_groups(self.first_seq, &self.data, &placed, &mut bytes, &mut table);
         table.extend_from_slice(&self.tails);
-        let mut stored_table = vec![0; lz4_flex::block::get_maximum_output_size(table.len())];
         let (codec, stored_table) = match lz4_flex::block::compress_into(&table, &mut stored_table) {
             Ok(bytes) if bytes < table.len() => (CODEC_LZ4, &stored_table[..bytes]),
             _ => (CODEC_PLAIN, &table[..]),
         };
-
-        let unpadded_bytes = FRAME_HEADER_BYTES + stored_table.len() + groups.bytes.len();
-        let frame_bytes = unpadded_bytes.next_multiple_of(FRAME_ALIGN_BYTES);
+        let start = groups_at - stored_table.len() - FRAME_HEADER_BYTES;
+        let frame_bytes = (bytes.len() - start).next_multiple_of(FRAME_ALIGN_BYTES);
         debug_assert!(frame_bytes <= FRAME_BYTES_MAX);
-        let mut bytes = Vec::with_capacity(frame_bytes);
-        bytes.extend_from_slice(b"CDPF");
-        bytes.extend_from_slice(&FORMAT.to_le_bytes());
-        bytes.extend_from_slice(&self.first_seq.get().to_le_bytes());
-        bytes.extend_from_slice(&(frame_bytes as u32).to_le_bytes());
-        bytes.extend_from_slice(&(self.record_count as u32).to_le_bytes());
-        bytes.extend_from_slice(&(groups.entries.len() as u32).to_le_bytes());
-        bytes.extend_from_slice(&(table.len() as u32).to_le_bytes());
-        bytes.extend_from_slice(&(stored_table.len() as u32).to_le_bytes());
-        bytes.extend_from_slice(&crc32c::crc32c(stored_table).to_le_bytes());
-        bytes.extend_from_slice(&[codec, 0, 0, 0, 0, 0, 0, 0]);
-        bytes.extend_from_slice(boot_id.as_bytes());
-        bytes.extend_from_slice(&wall_offset_ns.to_le_bytes());
-        bytes.extend_from_slice(&boot_ns_min.0.to_le_bytes());
-        bytes.extend_from_slice(&boot_ns_max.0.to_le_bytes());
-        bytes.extend_from_slice(&[0; 4]);
-        let header_crc = crc32c::crc32c(&bytes);
-        bytes.extend_from_slice(&header_crc.to_le_bytes());
-        debug_assert_eq!(bytes.len(), FRAME_HEADER_BYTES);
-        bytes.extend_from_slice(stored_table);
-        bytes.extend_from_slice(&groups.bytes);
-        bytes.resize(frame_bytes, 0);
+        bytes.resize(start + frame_bytes, 0);
+
+        let mut header = Vec::with_capacity(FRAME_HEADER_BYTES);
+        header.extend_from_slice(b"CDPF");
+        header.extend_from_slice(&FORMAT.to_le_bytes());
+        header.extend_from_slice(&self.first_seq.get().to_le_bytes());
+        header.extend_from_slice(&(frame_bytes as u32).to_le_bytes());
+        header.extend_from_slice(&(self.record_count as u32).to_le_bytes());
+        header.extend_from_slice(&(placed.len() as u32).to_le_bytes());
+        header.extend_from_slice(&(table.len() as u32).to_le_bytes());
+        header.extend_from_slice(&(stored_table.len() as u32).to_le_bytes());
+        header.extend_from_slice(&crc32c::crc32c(stored_table).to_le_bytes());
+        header.extend_from_slice(&[codec, 0, 0, 0, 0, 0, 0, 0]);
+        header.extend_from_slice(boot_id.as_bytes());
+        header.extend_from_slice(&wall_offset_ns.to_le_bytes());
+        header.extend_from_slice(&boot_ns_min.0.to_le_bytes());
+        header.extend_from_slice(&boot_ns_max.0.to_le_bytes());
+        header.extend_from_slice(&[0; 4]);
+        let header_crc = crc32c::crc32c(&header);
+        header.extend_from_slice(&header_crc.to_le_bytes());
+        debug_assert_eq!(header.len(), FRAME_HEADER_BYTES);
+        bytes[start..start + FRAME_HEADER_BYTES].copy_from_slice(&header);
+        bytes[start + FRAME_HEADER_BYTES..groups_at].copy_from_slice(stored_table);
         Some(SealedFrame {
             bytes,
+            start,
+            head_bytes: groups_at - start,
             first_seq: self.first_seq,
             last_seq,
             has_data,
@@ -241,19 +254,14 @@ impl FrameBuilder {
     }
 }
 
-struct GroupEntry {
-    stored_bytes: u32,
-    crc: u32,
-}
-
-struct EncodedGroups {
-    entries: Vec<GroupEntry>,
-    bytes: Vec<u8>,
-}
-
-fn encode_groups(first_seq: Seq, data: &[u8], raw_bytes_of_groups: &[u32]) -> EncodedGroups {
-    let mut entries = Vec::with_capacity(raw_bytes_of_groups.len());
-    let mut bytes = Vec::with_capacity(data.len() / 2 + raw_bytes_of_groups.len() * GROUP_HEADER_BYTES);
+/// Appends the groups to `bytes` and their entries to `table`.
+fn encode_groups(
+    first_seq: Seq,
+    data: &[u8],
+    raw_bytes_of_groups: &[u32],
+    bytes: &mut Vec<u8>,
+    table: &mut Vec<u8>,
+) {
     let mut compressed = vec![0; lz4_flex::block::get_maximum_output_size(GROUP_BYTES_MAX)];
     let mut at = 0;
     for (number, raw_bytes) in raw_bytes_of_groups.iter().enumerate() {
@@ -273,18 +281,18 @@ fn encode_groups(first_seq: Seq, data: &[u8], raw_bytes_of_groups: &[u32]) -> En
         header[..4].copy_from_slice(&crc.to_le_bytes());
         bytes.extend_from_slice(&header);
         bytes.extend_from_slice(stored);
-        entries.push(GroupEntry {
-            stored_bytes: stored.len() as u32,
-            crc,
-        });
+        table.extend_from_slice(&(stored.len() as u32).to_le_bytes());
+        table.extend_from_slice(&crc.to_le_bytes());
     }
-    EncodedGroups { entries, bytes }
 }
 
 /// A frame as it lies in a log and travels on a wire. Only [`FrameBuilder::seal`] makes one.
 #[derive(Clone, Debug)]
 pub struct SealedFrame {
     pub(super) bytes: Vec<u8>,
+    /// Where in `bytes` the frame begins.
+    pub(super) start: usize,
+    pub(super) head_bytes: usize,
     pub(super) first_seq: Seq,
     pub(super) last_seq: Seq,
     pub(super) has_data: bool,
@@ -293,7 +301,12 @@ pub struct SealedFrame {
 impl SealedFrame {
     /// All of it.
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+        &self.bytes[self.start..]
+    }
+
+    /// Header and record table: what the index needs.
+    pub fn head(&self) -> &[u8] {
+        &self.bytes()[..self.head_bytes]
     }
 
     /// First record in it.
