@@ -259,7 +259,9 @@ impl Agent {
         self.send(Request::Watch(disk, filter, reply))?;
         answer
             .recv_timeout(REQUEST_TIMEOUT)
-            .context("the capture thread does not answer")?
+            .context("the capture thread does not answer")??;
+        self.shared.recorder.lock().attached(disk, clock::boot_ns());
+        Ok(())
     }
 
     fn send(&self, request: Request) -> anyhow::Result<()> {

@@ -1,6 +1,8 @@
 //! The threads between the ring and the disk.
 //!
-//!     ring → capture (order, time) → encode (LZ4, CRC) → log (write, fsync) → index
+//! ```text
+//! ring → capture (order, time) → encode (LZ4, CRC) → log (write, fsync) → index
+//! ```
 //!
 //! Each arrow is a queue with a bound. When one is full the stage before it waits, down to the ring; when
 //! the ring is full the probe drops, counts and marks. The host's writers never wait.

@@ -10,9 +10,12 @@
 //! - R3: a gap closes only when nothing of the volume is dirty or being read, and no write that we did not
 //!   capture can still be on its way.
 
+#[cfg(test)]
+mod tests;
+mod volume;
+
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use cdp_ebpf::event::{CompleteEvent, FLAG_FUA, FLAG_PREFLUSH, FLAG_SYNC, Op, WriteEvent};
@@ -23,6 +26,8 @@ use crate::capture::{DiskNumber, Slot};
 use crate::event::Event;
 use crate::inflight::{InFlight, Sectors, WholeBio};
 use crate::regions::Regions;
+use volume::PendingGap;
+pub(crate) use volume::{NewVolume, State, VolumeRun};
 
 /// A frame is sealed when it holds this much, so that a chunk still fits.
 const FRAME_BYTES_SEAL: usize = 1 << 20;
@@ -48,108 +53,6 @@ const TICK_MAX: Duration = Duration::from_secs(1);
 const _: () = assert!(
     FRAME_BYTES_SEAL + cdp_ebpf::event::CHUNK_BYTES as usize <= cdp_journal::format::FRAME_DATA_BYTES_MAX
 );
-
-/// How exact a volume's history is at the moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum State {
-    /// The first copy is under way.
-    Seeding,
-    /// Every moment from `since` on is exact.
-    Exact { since: BootNs, seq: Seq },
-    /// A gap is open.
-    Resyncing(GapCause),
-}
-
-/// A loss that was noticed, but whose place among the records is not reached yet.
-#[derive(Clone, Copy, Debug)]
-struct PendingGap {
-    cause: GapCause,
-    /// The first loss happened then; records of that time and later are not exact.
-    at: BootNs,
-    /// When the ring has been emptied to here, the loss lies behind all records.
-    ring_position: u64,
-}
-
-/// A protected volume while the agent runs.
-#[derive(Debug)]
-pub(crate) struct VolumeRun {
-    pub(crate) id: VolumeId,
-    pub(crate) name: String,
-    pub(crate) path: PathBuf,
-    pub(crate) disk: DiskNumber,
-    /// Where the volume begins on its disk.
-    pub(crate) start_sector: u64,
-    pub(crate) bytes: u64,
-    pub(crate) state: State,
-    pub(crate) captured_writes: u64,
-    pub(crate) captured_bytes: u64,
-    pub(crate) dropped_writes: u64,
-    pub(crate) gaps: u64,
-    region_bytes: u64,
-    dirty: Regions,
-    /// Regions that have never been read and of which the store knows nothing: zeroes need no record.
-    blank: Regions,
-    reading: Option<Range<u64>>,
-    /// Regions to read when the present gap (or the first copy) began.
-    dirty_at_start: u64,
-    /// A write that we did not capture may have been on its way until then.
-    unknown_since: BootNs,
-    pending: Option<PendingGap>,
-    last_cause: GapCause,
-}
-
-impl VolumeRun {
-    fn sectors(&self) -> Sectors {
-        Sectors {
-            start: self.start_sector,
-            end: self.start_sector + self.bytes / SECTOR_BYTES,
-        }
-    }
-
-    /// Cuts a range of the disk to the volume: bytes from the volume's start.
-    fn clip(&self, range: Sectors) -> Option<Range<u64>> {
-        let own = self.sectors();
-        let (start, end) = (range.start.max(own.start), range.end.min(own.end));
-        (start < end).then(|| (start - own.start) * SECTOR_BYTES..(end - own.start) * SECTOR_BYTES)
-    }
-
-    fn mark(&mut self, bytes: Range<u64>) {
-        for region in bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes) {
-            self.dirty.insert(region);
-        }
-    }
-
-    /// How much of the first copy or of the resync is done.
-    pub(crate) fn progress(&self) -> f64 {
-        if matches!(self.state, State::Exact { .. }) {
-            return 1.0;
-        }
-        let left = self.dirty.len() + self.reading.as_ref().map_or(0, |run| run.end - run.start);
-        if self.dirty_at_start == 0 {
-            0.0
-        } else {
-            (1.0 - left as f64 / self.dirty_at_start as f64).max(0.0)
-        }
-    }
-}
-
-/// What a new volume brings along.
-#[derive(Debug)]
-pub(crate) struct NewVolume {
-    pub(crate) id: VolumeId,
-    pub(crate) name: String,
-    pub(crate) path: PathBuf,
-    pub(crate) disk: DiskNumber,
-    pub(crate) start_sector: u64,
-    pub(crate) bytes: u64,
-    pub(crate) region_bytes: u64,
-    /// The store knows nothing of it: absent means zero.
-    pub(crate) blank: bool,
-    /// Gaps that its history has already.
-    pub(crate) gaps: u64,
-    /// Why its history is interrupted, if it is.
-    pub(crate) cause: Option<GapCause>,
-}
 
 #[derive(Debug)]
 struct DiskRun {
@@ -292,10 +195,23 @@ impl Recorder {
             dirty,
             blank,
             reading: None,
+            attached: false,
             unknown_since: now,
             pending: None,
             last_cause: new.cause.unwrap_or(GapCause::AgentDown),
         });
+    }
+
+    /// The probe watches these volumes of a disk from before `now` on.
+    pub(crate) fn attached(&mut self, disk: DiskNumber, now: BootNs) {
+        for volume in self
+            .volumes
+            .iter_mut()
+            .filter(|volume| volume.disk == disk && !volume.attached)
+        {
+            volume.attached = true;
+            volume.unknown_since = now;
+        }
     }
 
     /// Forgets a volume that is no longer protected.
@@ -633,7 +549,10 @@ impl Recorder {
         }
         // Bytes read before the gap has its place among the records would count as of its last exact moment.
         let ready = |volume: &&mut VolumeRun| {
-            !volume.dirty.is_empty() && volume.reading.is_none() && volume.pending.is_none()
+            volume.attached
+                && !volume.dirty.is_empty()
+                && volume.reading.is_none()
+                && volume.pending.is_none()
         };
         let volume = self.volumes.iter_mut().find(ready)?;
         let mut run = volume.dirty.take_run((bytes_max / volume.region_bytes).max(1))?;
@@ -723,6 +642,7 @@ impl Recorder {
     pub(crate) fn waiting_to_close(&self) -> Vec<(VolumeId, DiskNumber)> {
         let waits = |volume: &&VolumeRun| {
             !matches!(volume.state, State::Exact { .. })
+                && volume.attached
                 && volume.dirty.is_empty()
                 && volume.reading.is_none()
                 && volume.pending.is_none()
@@ -791,7 +711,7 @@ impl Recorder {
         if bytes > old {
             let volume = &mut self.volumes[i];
             volume.mark(old..bytes);
-            volume.unknown_since = now;
+            volume.attached = false;
             self.open_gap(i, GapCause::Resized, last, now);
         }
     }

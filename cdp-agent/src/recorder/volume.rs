@@ -1,0 +1,115 @@
+//! A volume while the agent runs: how exact its history is, and what of it must be read.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use cdp_journal::format::GapCause;
+use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
+
+use crate::capture::DiskNumber;
+use crate::inflight::Sectors;
+use crate::regions::Regions;
+
+/// How exact a volume's history is at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// The first copy is under way.
+    Seeding,
+    /// Every moment from `since` on is exact.
+    Exact { since: BootNs, seq: Seq },
+    /// A gap is open.
+    Resyncing(GapCause),
+}
+
+/// A loss that was noticed, but whose place among the records is not reached yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PendingGap {
+    pub(super) cause: GapCause,
+    /// The first loss happened then; records of that time and later are not exact.
+    pub(super) at: BootNs,
+    /// When the ring has been emptied to here, the loss lies behind all records.
+    pub(super) ring_position: u64,
+}
+
+/// A protected volume while the agent runs.
+#[derive(Debug)]
+pub(crate) struct VolumeRun {
+    pub(crate) id: VolumeId,
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) disk: DiskNumber,
+    /// Where the volume begins on its disk.
+    pub(crate) start_sector: u64,
+    pub(crate) bytes: u64,
+    pub(crate) state: State,
+    pub(crate) captured_writes: u64,
+    pub(crate) captured_bytes: u64,
+    pub(crate) dropped_writes: u64,
+    pub(crate) gaps: u64,
+    pub(super) region_bytes: u64,
+    pub(super) dirty: Regions,
+    /// Regions that have never been read and of which the store knows nothing: zeroes need no record.
+    pub(super) blank: Regions,
+    pub(super) reading: Option<Range<u64>>,
+    /// The probe watches all of it. What is read before would miss the writes between.
+    pub(super) attached: bool,
+    /// Regions to read when the present gap (or the first copy) began.
+    pub(super) dirty_at_start: u64,
+    /// A write that we did not capture may have been on its way until then.
+    pub(super) unknown_since: BootNs,
+    pub(super) pending: Option<PendingGap>,
+    pub(super) last_cause: GapCause,
+}
+
+impl VolumeRun {
+    pub(super) fn sectors(&self) -> Sectors {
+        Sectors {
+            start: self.start_sector,
+            end: self.start_sector + self.bytes / SECTOR_BYTES,
+        }
+    }
+
+    /// Cuts a range of the disk to the volume: bytes from the volume's start.
+    pub(super) fn clip(&self, range: Sectors) -> Option<Range<u64>> {
+        let own = self.sectors();
+        let (start, end) = (range.start.max(own.start), range.end.min(own.end));
+        (start < end).then(|| (start - own.start) * SECTOR_BYTES..(end - own.start) * SECTOR_BYTES)
+    }
+
+    pub(super) fn mark(&mut self, bytes: Range<u64>) {
+        for region in bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes) {
+            self.dirty.insert(region);
+        }
+    }
+
+    /// How much of the first copy or of the resync is done.
+    pub(crate) fn progress(&self) -> f64 {
+        if matches!(self.state, State::Exact { .. }) {
+            return 1.0;
+        }
+        let left = self.dirty.len() + self.reading.as_ref().map_or(0, |run| run.end - run.start);
+        if self.dirty_at_start == 0 {
+            0.0
+        } else {
+            (1.0 - left as f64 / self.dirty_at_start as f64).max(0.0)
+        }
+    }
+}
+
+/// What a new volume brings along.
+#[derive(Debug)]
+pub(crate) struct NewVolume {
+    pub(crate) id: VolumeId,
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) disk: DiskNumber,
+    pub(crate) start_sector: u64,
+    pub(crate) bytes: u64,
+    pub(crate) region_bytes: u64,
+    /// The store knows nothing of it: absent means zero.
+    pub(crate) blank: bool,
+    /// Gaps that its history has already.
+    pub(crate) gaps: u64,
+    /// Why its history is interrupted, if it is.
+    pub(crate) cause: Option<GapCause>,
+}
