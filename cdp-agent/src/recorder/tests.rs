@@ -101,7 +101,7 @@ fn lose(recorder: &mut Recorder, dropped: u64, first_at: u64, now: u64, ring_pos
         Some(BootNs(first_at)),
         BootNs(now),
         ring_position,
-        &[region * REGION..(region + 1) * REGION],
+        std::slice::from_ref(&(region * REGION..(region + 1) * REGION)),
     );
 }
 
