@@ -32,7 +32,9 @@ use crate::event::Event;
 use crate::priority;
 use crate::recorder::{Epoch, Losses, Recorder, Sealed};
 
-/// Frames between two stages.
+/// Frames that wait for the encoder: what a burst may hold beside the ring, about 1 MiB each.
+const ENCODE_QUEUE_FRAMES: usize = 64;
+/// Frames, or requests, between two other stages.
 const QUEUE_FRAMES: usize = 8;
 /// Frames that the index may be behind.
 const INDEX_QUEUE_FRAMES: usize = 1024;
@@ -176,6 +178,9 @@ impl Shared {
     }
 }
 
+/// Name of the stage that empties the ring.
+const CAPTURE: &str = "capture";
+
 /// What one thread does.
 type Stage = Box<dyn FnOnce(&Shared) -> anyhow::Result<()> + Send>;
 
@@ -196,7 +201,7 @@ impl Pipeline {
         log: LogWriter,
         index: IndexWriter,
     ) -> anyhow::Result<Self> {
-        let (to_encode, encode_queue) = bounded::<Sealed>(QUEUE_FRAMES);
+        let (to_encode, encode_queue) = bounded::<Sealed>(ENCODE_QUEUE_FRAMES);
         let (to_log, log_queue) = bounded::<(SealedFrame, Epoch)>(QUEUE_FRAMES);
         let (to_index, index_queue) = bounded::<IndexRequest>(INDEX_QUEUE_FRAMES);
         let (requests, request_queue) = bounded::<Request>(QUEUE_FRAMES);
@@ -204,7 +209,10 @@ impl Pipeline {
         let mut spawn = |name: &'static str, work: Stage| {
             let shared = Arc::clone(shared);
             let run = move || {
-                priority::do_not_preempt();
+                // The ring does not wait for the capture thread; all others may wait a little.
+                if name != CAPTURE {
+                    priority::do_not_preempt();
+                }
                 if let Err(error) = work(&shared) {
                     tracing::error!("{name}: {error:#}");
                     shared.fail(name, &error);
@@ -250,7 +258,7 @@ impl Pipeline {
             }),
         )?;
         spawn(
-            "capture",
+            CAPTURE,
             Box::new(move |shared| Capture::new(probe)?.run(shared, &request_queue, &to_encode)),
         )?;
         Ok(Self {

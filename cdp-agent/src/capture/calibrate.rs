@@ -22,6 +22,8 @@ use crate::event::Event;
 
 /// Bytes written to prove the pair: many pages, so that a wrong factor shows.
 const PROOF_BYTES: usize = 512 * 1024;
+/// Of these written at once; the rest page by page.
+const PROOF_LARGE_BYTES: usize = 384 * 1024;
 const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
 const PAGE_BYTES: usize = 4096;
 /// The kernel names a buffer only when it finds it in the CPU's own short list, so not the first time.
@@ -117,7 +119,12 @@ pub(crate) fn prove(probe: &mut Probe) -> anyhow::Result<()> {
     for (i, page) in pattern.chunks_mut(PAGE_BYTES).enumerate() {
         page[..8].copy_from_slice(&(0x5eed_0000_0000_0000 + i as u64).to_le_bytes());
     }
-    device.write_direct(pattern, 0)?;
+    // Large bios and single pages take different ways through the probe.
+    let (large, small) = pattern.split_at(PROOF_LARGE_BYTES);
+    device.write_direct(large, 0)?;
+    for (i, page) in small.chunks(PAGE_BYTES).enumerate() {
+        device.write_direct(page, (PROOF_LARGE_BYTES + i * PAGE_BYTES) as u64)?;
+    }
     let mut seen = vec![0u8; PROOF_BYTES];
     let mut seen_bytes = 0;
     let deadline = Instant::now() + PROOF_TIMEOUT;

@@ -254,6 +254,26 @@ impl FrameBuilder {
     }
 }
 
+/// What is tried of a group before all of it is compressed.
+const SAMPLE_BYTES: usize = 4096;
+
+/// LZ4, if it makes the group shorter. Two samples tell noise (encrypted or compressed data) from the rest, so
+/// that it costs a fraction of the time to find that nothing is gained.
+fn compress(raw: &[u8], out: &mut [u8]) -> Option<usize> {
+    let saves = |bytes: &[u8], out: &mut [u8]| {
+        lz4_flex::block::compress_into(bytes, out)
+            .is_ok_and(|shorter| shorter < bytes.len() - bytes.len() / 32)
+    };
+    if raw.len() >= 4 * SAMPLE_BYTES {
+        let middle = raw.len() / 2;
+        if !saves(&raw[..SAMPLE_BYTES], out) && !saves(&raw[middle..middle + SAMPLE_BYTES], out) {
+            return None;
+        }
+    }
+    let bytes = lz4_flex::block::compress_into(raw, out).ok()?;
+    (bytes < raw.len()).then_some(bytes)
+}
+
 /// Appends the groups to `bytes` and their entries to `table`.
 fn encode_groups(
     first_seq: Seq,
@@ -267,9 +287,9 @@ fn encode_groups(
     for (number, raw_bytes) in raw_bytes_of_groups.iter().enumerate() {
         let raw = &data[at..at + *raw_bytes as usize];
         at += raw.len();
-        let (codec, stored) = match lz4_flex::block::compress_into(raw, &mut compressed) {
-            Ok(bytes) if bytes < raw.len() => (CODEC_LZ4, &compressed[..bytes]),
-            _ => (CODEC_PLAIN, raw),
+        let (codec, stored) = match compress(raw, &mut compressed) {
+            Some(bytes) => (CODEC_LZ4, &compressed[..bytes]),
+            None => (CODEC_PLAIN, raw),
         };
         let mut header = [0; GROUP_HEADER_BYTES];
         header[4..8].copy_from_slice(&(stored.len() as u32).to_le_bytes());

@@ -322,7 +322,10 @@ pub(crate) fn decode_group(bytes: &[u8], crc: u32, raw: &mut [u8]) -> Option<Gro
     let raw = raw.get_mut(..header.raw_bytes)?;
     match header.codec {
         CODEC_PLAIN if stored.len() == raw.len() => raw.copy_from_slice(stored),
-        CODEC_LZ4 if lz4_flex::block::decompress_into(stored, raw).ok() == Some(header.raw_bytes) => {}
+        // The C decoder, which checks all bounds too, takes a half to a quarter of the time of a safe one in Rust.
+        CODEC_LZ4
+            if lz4::block::decompress_to_buffer(stored, Some(header.raw_bytes as i32), raw).ok()
+                == Some(header.raw_bytes) => {}
         _ => return None,
     }
     Some(header)
