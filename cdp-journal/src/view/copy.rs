@@ -2,40 +2,62 @@
 //!
 //! The view is planned window by window; a window's pieces are sorted by where they lie in the log, so that
 //! every group is read and unpacked once, in runs of neighbours. Workers read, check, unpack and write; two jobs
-//! for each of them wait at most, so memory is bounded whatever the size of the volume.
+//! for each of them wait at most and their buffers share [`BUFFERS_BYTES`], so memory is bounded whatever the
+//! size of the volume.
+//!
+//! Workers write one at a time. Those of one file would otherwise wait for each other in the kernel, spinning,
+//! and for blocks written at random that costs more than it gains; so one writes while the others read and unpack.
 
+use std::fs::File;
+use std::num::NonZeroU64;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
+use rustix::fs::{Advice, fadvise};
 
 use super::plan::{Item, plan};
-use super::source::GROUP_STORED_BYTES_MAX;
+use super::source::{GROUP_STORED_BYTES_MAX, ViewStore};
 use super::{CopyError, CopyOptions, CopyReport, Sink, View};
+use crate::error::ReadError;
 use crate::format::{GROUP_BYTES_MAX, decode_group};
 use crate::types::BLOCK_BYTES;
 
-/// Stored bytes that one job reads at most, its last group aside.
-const JOB_STORED_BYTES: u32 = 1 << 20;
+/// Bytes of all buffers together, roughly: each thread has [`BUFFERS_PER_THREAD`].
+const BUFFERS_BYTES: usize = 64 << 20;
+/// Stored bytes, raw bytes, and raw bytes put in order.
+const BUFFERS_PER_THREAD: usize = 3;
+/// One buffer at most.
+const BUFFER_BYTES_MAX: usize = 8 << 20;
+/// One buffer at least.
+const BUFFER_BYTES_MIN: usize = 1 << 20;
 /// Bytes between two groups that are read along rather than skipped.
 const JOB_HOLE_BYTES: u32 = 128 << 10;
-/// Raw bytes that are gathered before they are written.
-const RAW_BYTES: usize = 2 << 20;
+/// Bytes at the begin of a stretch that the kernel is asked to read before a worker does.
+const STRETCH_AHEAD_BYTES: u64 = 2 << 20;
 
-const _: () = assert!(RAW_BYTES >= 2 * GROUP_BYTES_MAX);
+const _: () = assert!(BUFFER_BYTES_MIN >= 2 * GROUP_BYTES_MAX);
+
+/// What a block is compared with.
+static ZERO_BLOCK: [u8; BLOCK_BYTES as usize] = [0; BLOCK_BYTES as usize];
 
 /// Work for one thread.
 enum Job {
     Zero(Vec<Range<u64>>),
-    /// Pieces of one run of neighbouring groups, sorted by place.
-    Data(Vec<Item>),
+    /// Pieces of one run of neighbouring groups, sorted by place, and the file that they lie in.
+    Data(Arc<File>, Vec<Item>),
 }
 
 struct Shared<'a> {
     view: &'a View,
     sink: &'a dyn Sink,
     progress: &'a (dyn Fn(u64) + Sync),
+    /// Of each buffer.
+    buffer_bytes: usize,
+    /// Held by the worker that writes.
+    writing: Mutex<()>,
     stop: AtomicBool,
     error: Mutex<Option<CopyError>>,
     data_bytes: AtomicU64,
@@ -48,16 +70,19 @@ pub(super) fn copy(
     options: &CopyOptions,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<CopyReport, CopyError> {
+    let threads = options.threads.max(1);
+    let buffer_bytes = BUFFERS_BYTES / BUFFERS_PER_THREAD / threads;
     let shared = Shared {
         view,
         sink,
         progress,
+        buffer_bytes: buffer_bytes.clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX),
+        writing: Mutex::new(()),
         stop: AtomicBool::new(false),
         error: Mutex::new(None),
         data_bytes: AtomicU64::new(0),
         zero_bytes: AtomicU64::new(0),
     };
-    let threads = options.threads.max(1);
     std::thread::scope(|scope| {
         let (sender, receiver) = bounded(2 * threads);
         for _ in 0..threads {
@@ -86,6 +111,7 @@ impl Shared<'_> {
 
     fn plan_jobs(&self, window_bytes: u64, jobs: &Sender<Job>) -> Result<(), CopyError> {
         let mut at = 0;
+        let mut ahead = ReadAhead::default();
         while at < self.view.bytes {
             let window = at..self.view.bytes.min(at.saturating_add(window_bytes));
             at = window.end;
@@ -104,9 +130,10 @@ impl Shared<'_> {
             if !zeroes.is_empty() && jobs.send(Job::Zero(zeroes)).is_err() {
                 return Ok(());
             }
-            for run in data.chunk_by(run_together(&data)) {
+            for run in data.chunk_by(run_together(&data, self.buffer_bytes as u32)) {
+                let file = ahead.file(&self.view.store, run)?;
                 // A closed channel means that every worker has stopped, and the reason is known.
-                if self.stop.load(Ordering::Relaxed) || jobs.send(Job::Data(run.to_vec())).is_err() {
+                if self.stop.load(Ordering::Relaxed) || jobs.send(Job::Data(file, run.to_vec())).is_err() {
                     return Ok(());
                 }
             }
@@ -123,7 +150,7 @@ impl Shared<'_> {
             }
             let done = match job {
                 Job::Zero(ranges) => self.zero(&ranges),
-                Job::Data(items) => worker.copy(self, &items),
+                Job::Data(file, items) => worker.copy(self, &file, &items),
             };
             if let Err(error) = done {
                 self.fail(error);
@@ -160,13 +187,45 @@ fn place_of(item: &Item) -> (u64, u32, u32) {
     })
 }
 
+/// Tells the kernel what will be read.
+#[derive(Default)]
+struct ReadAhead {
+    /// The segment that is being read, and where its last run ended.
+    current: Option<(u64, Arc<File>, u32)>,
+}
+
+impl ReadAhead {
+    /// The file that a run lies in, which is soon read.
+    fn file(&mut self, store: &ViewStore, run: &[Item]) -> Result<Arc<File>, ReadError> {
+        let (segment, start, _) = run.first().map_or((0, 0, 0), place_of);
+        let end = run.last().map_or(0, |item| place_of(item).1);
+        let end = end.saturating_add(GROUP_STORED_BYTES_MAX as u32);
+        let (file, last_end) = match self.current.take() {
+            Some((current, file, last_end)) if current == segment => (file, last_end),
+            _ => {
+                let file = Arc::new(store.open_segment(segment)?);
+                // Hints may fail: all is read all the same.
+                let _ = fadvise(&*file, 0, None, Advice::Sequential);
+                (file, 0)
+            }
+        };
+        // Within a stretch the kernel reads ahead by itself, but it cannot know where the next one begins.
+        if start.saturating_sub(last_end) > JOB_HOLE_BYTES || last_end == 0 {
+            let bytes = NonZeroU64::new(u64::from(end - start).min(STRETCH_AHEAD_BYTES));
+            let _ = fadvise(&*file, u64::from(start), bytes, Advice::WillNeed);
+        }
+        self.current = Some((segment, Arc::clone(&file), end));
+        Ok(file)
+    }
+}
+
 /// Do two neighbours belong to one job? Remembers where the current job began.
-fn run_together(items: &[Item]) -> impl FnMut(&Item, &Item) -> bool + use<> {
+fn run_together(items: &[Item], job_bytes: u32) -> impl FnMut(&Item, &Item) -> bool + use<> {
     let mut first = items.first().map_or((0, 0, 0), place_of);
     move |one, next| {
         let (one, next) = (place_of(one), place_of(next));
         let together = one.0 == next.0
-            && next.1 - first.1 <= JOB_STORED_BYTES
+            && next.1 - first.1 <= job_bytes - GROUP_STORED_BYTES_MAX as u32
             && next.1 - one.1 <= GROUP_STORED_BYTES_MAX as u32 + JOB_HOLE_BYTES;
         if !together {
             first = next;
@@ -190,7 +249,7 @@ struct Worker {
 
 /// Cuts bytes into runs of blocks that are all zero and runs that are not.
 fn split_zeroes(bytes: &[u8], mut visit: impl FnMut(Range<usize>, bool)) {
-    let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
+    let is_zero = |block: &[u8]| *block == ZERO_BLOCK[..block.len()];
     let mut run: Option<(Range<usize>, bool)> = None;
     for (index, block) in bytes.chunks(BLOCK_BYTES as usize).enumerate() {
         let start = index * BLOCK_BYTES as usize;
@@ -210,7 +269,7 @@ fn split_zeroes(bytes: &[u8], mut visit: impl FnMut(Range<usize>, bool)) {
 }
 
 impl Worker {
-    fn copy(&mut self, shared: &Shared<'_>, items: &[Item]) -> Result<(), CopyError> {
+    fn copy(&mut self, shared: &Shared<'_>, file: &File, items: &[Item]) -> Result<(), CopyError> {
         let (Some(first), Some(last)) = (items.first(), items.last()) else {
             return Ok(());
         };
@@ -220,8 +279,8 @@ impl Worker {
         if self.stored.len() < wanted {
             self.stored.resize(wanted, 0);
         }
-        self.raw.resize(RAW_BYTES, 0);
-        let filled = store.read(segment, u64::from(start), &mut self.stored[..wanted])?;
+        self.raw.resize(shared.buffer_bytes, 0);
+        let filled = store.read(file, segment, u64::from(start), &mut self.stored[..wanted])?;
         for group in items.chunk_by(|one, next| place_of(one).1 == place_of(next).1) {
             let Some(data) = group[0].data else { continue };
             if self.raw_bytes + GROUP_BYTES_MAX > self.raw.len() {
@@ -257,6 +316,7 @@ impl Worker {
     /// Writes what was unpacked, neighbours in one go.
     fn write_out(&mut self, shared: &Shared<'_>) -> Result<(), CopyError> {
         self.targets.sort_unstable();
+        let writing = shared.writing.lock();
         for run in self.targets.chunk_by(|one, next| one.0 + one.2 as u64 == next.0) {
             let (offset, first_start, _) = run[0];
             let bytes: usize = run.iter().map(|(_, _, bytes)| bytes).sum();
@@ -271,6 +331,7 @@ impl Worker {
                 shared.write(offset, &self.gathered)?;
             }
         }
+        drop(writing);
         self.targets.clear();
         self.raw_bytes = 0;
         shared.zero(&std::mem::take(&mut self.zeroes))

@@ -74,20 +74,7 @@ impl ViewStore {
         if let Some(file) = segments.get(&segment) {
             return Ok(Arc::clone(file));
         }
-        let path = self.segment_path(segment);
-        let file = match File::open(&path) {
-            Ok(file) => Arc::new(file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let what = "the segment is missing".to_owned();
-                return Err(ReadError::Damaged {
-                    path,
-                    offset: 0,
-                    what,
-                    seqs: None,
-                });
-            }
-            Err(source) => return Err(ReadError::Io { path, source }),
-        };
+        let file = Arc::new(self.open_segment(segment)?);
         if segments.len() >= OPEN_SEGMENTS_MAX {
             segments.clear();
         }
@@ -95,9 +82,28 @@ impl ViewStore {
         Ok(file)
     }
 
-    /// Reads until `buf` is full or the segment ends.
-    pub(crate) fn read(&self, segment: u64, offset: u64, buf: &mut [u8]) -> Result<usize, ReadError> {
-        let file = self.segment(segment)?;
+    /// Opens a segment apart from those that are kept open.
+    pub(crate) fn open_segment(&self, segment: u64) -> Result<File, ReadError> {
+        let path = self.segment_path(segment);
+        File::open(&path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => ReadError::Damaged {
+                path,
+                offset: 0,
+                what: "the segment is missing".to_owned(),
+                seqs: None,
+            },
+            _ => ReadError::Io { path, source },
+        })
+    }
+
+    /// Reads from the file of a segment until `buf` is full or the segment ends.
+    pub(crate) fn read(
+        &self,
+        file: &File,
+        segment: u64,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<usize, ReadError> {
         let mut filled = 0;
         while filled < buf.len() {
             match file.read_at(&mut buf[filled..], offset + filled as u64) {
@@ -122,7 +128,8 @@ impl ViewStore {
             return Ok(Arc::clone(group));
         }
         let mut stored = vec![0; GROUP_STORED_BYTES_MAX];
-        let filled = self.read(place.segment, u64::from(place.group_offset), &mut stored)?;
+        let file = self.segment(place.segment)?;
+        let filled = self.read(&file, place.segment, u64::from(place.group_offset), &mut stored)?;
         let mut raw = vec![0; GROUP_BYTES_MAX];
         let header = decode_group(&stored[..filled], place.group_crc, &mut raw);
         let header = header.ok_or_else(|| self.damage(place))?;

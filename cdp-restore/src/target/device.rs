@@ -121,7 +121,7 @@ impl DeviceInProgress {
     /// Writes `data` at `offset`, zeroes and all: what lies there now is a stranger's.
     pub(crate) fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.device.file().write_all_at(data, offset)?;
-        self.device.wrote(data.len() as u64)
+        self.device.wrote(offset, data.len() as u64)
     }
 
     /// Makes a range read as zero.

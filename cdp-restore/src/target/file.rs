@@ -158,7 +158,7 @@ impl FileInProgress {
     /// Writes `data` at `offset`. What is never written is a hole.
     pub(crate) fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.file.file().write_all_at(data, offset)?;
-        self.file.wrote(data.len() as u64)
+        self.file.wrote(offset, data.len() as u64)
     }
 
     /// Puts the file on disk, then under its name.
