@@ -41,6 +41,8 @@ pub(crate) struct Agent {
     known: Vec<VolumeState>,
     interrupted: GapCause,
     slots: HashMap<DiskNumber, Slot>,
+    /// Disks whose pages are kept stable because of us.
+    stabilised: Vec<BlockDevice>,
     next_volume: u16,
 }
 
@@ -130,6 +132,7 @@ impl Agent {
                 GapCause::AgentDown
             },
             slots: HashMap::new(),
+            stabilised: Vec::new(),
             next_volume,
             config: config.clone(),
         };
@@ -209,11 +212,30 @@ impl Agent {
                 now,
             );
         }
+        self.keep_pages_stable(&device);
         self.devices.lock().insert(id, device.clone());
         self.slots.insert(device.disk, slot);
         self.watch(device.disk)?;
         tracing::info!(volume = %volume.name, path = %device.path.display(), bytes = device.bytes, "watching");
         Ok(())
+    }
+
+    fn keep_pages_stable(&mut self, device: &BlockDevice) {
+        let mounted = device.mounted_without_stable_pages();
+        match device.keep_pages_stable() {
+            Ok(false) => {}
+            Ok(true) => {
+                self.stabilised.push(device.clone());
+                if !mounted.is_empty() {
+                    tracing::warn!(
+                        "{}: mounted before its pages were kept stable: a block that changes while it is written \
+                         and is freed before it is written again may differ; unmount and mount again to end this",
+                        mounted.join(", ")
+                    );
+                }
+            }
+            Err(error) => tracing::warn!("pages may change while they are written: {error:#}"),
+        }
     }
 
     /// Tells the probe what is protected of a disk.
@@ -418,6 +440,9 @@ impl Agent {
             tracing::error!("the read-back thread panicked");
         }
         self.pipeline.finish();
+        for device in &self.stabilised {
+            device.let_pages_change();
+        }
         shared.failure()
     }
 
