@@ -28,6 +28,9 @@ use crate::recorder::{NewVolume, Recorder, State, VolumeRun};
 /// How long the agent waits for the capture thread to take a request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a stop waits for the last blocks to be compared with their device.
+const LAST_CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// See the module's head.
 pub(crate) struct Agent {
     pub(crate) shared: Arc<Shared>,
@@ -41,8 +44,6 @@ pub(crate) struct Agent {
     known: Vec<VolumeState>,
     interrupted: GapCause,
     slots: HashMap<DiskNumber, Slot>,
-    /// Disks whose pages are kept stable because of us.
-    stabilised: Vec<BlockDevice>,
     next_volume: u16,
 }
 
@@ -132,7 +133,6 @@ impl Agent {
                 GapCause::AgentDown
             },
             slots: HashMap::new(),
-            stabilised: Vec::new(),
             next_volume,
             config: config.clone(),
         };
@@ -212,30 +212,11 @@ impl Agent {
                 now,
             );
         }
-        self.keep_pages_stable(&device);
         self.devices.lock().insert(id, device.clone());
         self.slots.insert(device.disk, slot);
         self.watch(device.disk)?;
         tracing::info!(volume = %volume.name, path = %device.path.display(), bytes = device.bytes, "watching");
         Ok(())
-    }
-
-    fn keep_pages_stable(&mut self, device: &BlockDevice) {
-        let mounted = device.mounted_without_stable_pages();
-        match device.keep_pages_stable() {
-            Ok(false) => {}
-            Ok(true) => {
-                self.stabilised.push(device.clone());
-                if !mounted.is_empty() {
-                    tracing::warn!(
-                        "{}: mounted before its pages were kept stable: a block that changes while it is written \
-                         and is freed before it is written again may differ; unmount and mount again to end this",
-                        mounted.join(", ")
-                    );
-                }
-            }
-            Err(error) => tracing::warn!("pages may change while they are written: {error:#}"),
-        }
     }
 
     /// Tells the probe what is protected of a disk.
@@ -435,14 +416,14 @@ impl Agent {
     /// Stops cleanly: everything captured so far is durable afterwards.
     pub(crate) fn finish(self) -> Option<String> {
         let shared = Arc::clone(&self.shared);
+        if !shared.wait_clear(LAST_CHECK_TIMEOUT) {
+            tracing::warn!("blocks that changed while they were written were not compared with the device");
+        }
         shared.stop.store(true, std::sync::atomic::Ordering::SeqCst);
         if self.readback.join().is_err() {
             tracing::error!("the read-back thread panicked");
         }
         self.pipeline.finish();
-        for device in &self.stabilised {
-            device.let_pages_change();
-        }
         shared.failure()
     }
 
@@ -470,6 +451,8 @@ fn volume_status(volume: &VolumeRun, offset: i64, present: bool) -> VolumeStatus
         exact_since,
         gaps: volume.gaps,
         gap_cause: cause,
+        compared_blocks: volume.compared_blocks,
+        corrected_blocks: volume.corrected_blocks,
     }
 }
 

@@ -82,6 +82,10 @@ pub(crate) struct VolumeStatus {
     pub(crate) gaps: u64,
     /// Why the present gap is open.
     pub(crate) gap_cause: Option<String>,
+    /// Blocks that were compared with the device, because they may have changed while they were written.
+    pub(crate) compared_blocks: u64,
+    /// Blocks that changed while they were written, and were corrected by what the device holds.
+    pub(crate) corrected_blocks: u64,
 }
 
 /// Where the socket of a store is.

@@ -107,37 +107,6 @@ impl BlockDevice {
         Ok(read_number(&self.disk_sysfs.join("size"))? * cdp_journal::SECTOR_BYTES)
     }
 
-    /// Asks the kernel not to let pages change while they are being written to this disk, as it does for disks
-    /// with checksums: what the probe saw is then what the disk gets. True if that is new.
-    pub(crate) fn keep_pages_stable(&self) -> anyhow::Result<bool> {
-        let path = self.disk_sysfs.join("queue/stable_writes");
-        if read_number(&path)? != 0 {
-            return Ok(false);
-        }
-        std::fs::write(&path, "1").with_context(|| format!("write {}", path.display()))?;
-        Ok(true)
-    }
-
-    /// Takes [`BlockDevice::keep_pages_stable`] back.
-    pub(crate) fn let_pages_change(&self) {
-        let path = self.disk_sysfs.join("queue/stable_writes");
-        if let Err(error) = std::fs::write(&path, "0") {
-            tracing::debug!("{}: {error}", path.display());
-        }
-    }
-
-    /// Where file systems of this disk were mounted before its pages were kept stable, and so do not know of it.
-    pub(crate) fn mounted_without_stable_pages(&self) -> Vec<String> {
-        let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let of_this_disk = |line: &&str| {
-            let dev = line.split_whitespace().nth(2).and_then(parse_dev);
-            dev.and_then(|dev| std::fs::canonicalize(sysfs_of(dev)).ok())
-                .is_some_and(|sysfs| sysfs.starts_with(&self.disk_sysfs))
-        };
-        let place = |line: &str| line.split_whitespace().nth(4).map(str::to_owned);
-        table.lines().filter(of_this_disk).filter_map(place).collect()
-    }
-
     /// Opens it for reading past the page cache.
     pub(crate) fn open_direct(&self) -> anyhow::Result<File> {
         File::options()

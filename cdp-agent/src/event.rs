@@ -9,6 +9,8 @@ pub(crate) enum Event<'a> {
     Write(WriteEvent, &'a [u8]),
     /// A write has ended.
     Complete(CompleteEvent),
+    /// A write is about to end whose pages were changed on the way.
+    Changed(CompleteEvent),
 }
 
 /// The ring holds what this build's probe does not write.
@@ -48,7 +50,12 @@ impl<'a> Event<'a> {
         };
         match bytes.first() {
             Some(&kind) if kind == EventKind::Write as u8 => Self::write(bytes).ok_or_else(foreign),
-            Some(&kind) if kind == EventKind::Complete as u8 => Self::complete(bytes).ok_or_else(foreign),
+            Some(&kind) if kind == EventKind::Complete as u8 => {
+                Self::complete(bytes).map(Self::Complete).ok_or_else(foreign)
+            }
+            Some(&kind) if kind == EventKind::Changed as u8 => {
+                Self::complete(bytes).map(Self::Changed).ok_or_else(foreign)
+            }
             _ => Err(foreign()),
         }
     }
@@ -77,7 +84,7 @@ impl<'a> Event<'a> {
         Some(Self::Write(event, data))
     }
 
-    fn complete(bytes: &'a [u8]) -> Option<Self> {
+    fn complete(bytes: &'a [u8]) -> Option<CompleteEvent> {
         let mut f = Fields(bytes);
         let event = CompleteEvent {
             kind: f.u8()?,
@@ -92,6 +99,6 @@ impl<'a> Event<'a> {
             reserved: f.u32()?,
         };
         Op::from_code(event.op)?;
-        Some(Self::Complete(event))
+        Some(event)
     }
 }

@@ -42,7 +42,8 @@ pub(crate) struct InFlight {
     /// By (first sector, Seq): end.
     short: BTreeMap<(u64, Seq), u64>,
     long: Vec<(Sectors, Seq)>,
-    /// Bio-based drivers complete whole bios: their chunks by the bio's address.
+    /// Bio-based drivers complete whole bios: their chunks by the bio's address. They are also in `short` or
+    /// `long`.
     bios: HashMap<u64, Vec<(Sectors, Seq)>>,
 }
 
@@ -56,20 +57,37 @@ pub(crate) struct WholeBio {
 }
 
 impl InFlight {
-    /// A captured write (or chunk) was queued; `bio` if its driver completes whole bios.
-    pub(crate) fn queued(&mut self, range: Sectors, seq: Seq, bio: Option<WholeBio>) {
+    /// A captured write (or chunk) was queued; `bio` if its driver completes whole bios. True if another one to
+    /// a part of this range is in flight: which of them the disk will hold is not known.
+    pub(crate) fn queued(&mut self, range: Sectors, seq: Seq, bio: Option<WholeBio>) -> bool {
         if range.start >= range.end {
-            return;
+            return false;
         }
         if let Some(bio) = bio {
-            let chunks = self.bios.entry(bio.address).or_default();
             if bio.first {
-                chunks.clear();
+                self.forget_bio(bio.address);
             }
-            chunks.push((range, seq));
-        } else {
-            self.insert(range, seq);
+            self.bios.entry(bio.address).or_default().push((range, seq));
         }
+        let overlaps = self.any(range, seq.prev());
+        self.insert(range, seq);
+        overlaps
+    }
+
+    fn forget_bio(&mut self, address: u64) -> Option<Vec<(Sectors, Seq)>> {
+        let chunks = self.bios.remove(&address)?;
+        for &(range, seq) in &chunks {
+            if self.short.remove(&(range.start, seq)).is_none() {
+                self.long.retain(|&(_, other)| other != seq);
+            }
+        }
+        Some(chunks)
+    }
+
+    /// Where the chunks of a bio lie, of a driver that completes whole bios.
+    pub(crate) fn ranges_of_bio(&self, address: u64) -> Vec<Sectors> {
+        let chunks = self.bios.get(&address).map(Vec::as_slice).unwrap_or_default();
+        chunks.iter().map(|&(range, _)| range).collect()
     }
 
     fn insert(&mut self, range: Sectors, seq: Seq) {
@@ -82,7 +100,7 @@ impl InFlight {
 
     /// A bio-based driver ended a bio.
     pub(crate) fn bio_ended(&mut self, bio: u64, range: Sectors) -> Ended {
-        if let Some(chunks) = self.bios.remove(&bio) {
+        if let Some(chunks) = self.forget_bio(bio) {
             return Ended {
                 writes: chunks.into_iter().map(|(_, seq)| seq).collect(),
                 strangers: Vec::new(),
@@ -202,14 +220,13 @@ impl InFlight {
             || self
                 .long
                 .iter()
-                .chain(self.bios.values().flatten())
                 .any(|&(ours, seq)| seq <= last && ours.overlaps(range))
     }
 
     /// How many writes (or rests of writes) are in flight.
     #[cfg(test)]
     fn len(&self) -> usize {
-        self.short.len() + self.long.len() + self.bios.len()
+        self.short.len() + self.long.len()
     }
 
     /// Forgets everything: completions were lost, so nothing here can be trusted to end.
@@ -276,6 +293,28 @@ mod tests {
         assert!(flight.any(range(0, 8), Some(seq(1))));
         flight.range_ended(range(0, 8));
         assert!(!flight.any(range(0, 8), Some(seq(2))));
+    }
+
+    #[test]
+    fn a_write_over_one_in_flight_is_told() {
+        for bio in [false, true] {
+            let whole = |address| bio.then_some(WholeBio { address, first: true });
+            let mut flight = InFlight::default();
+            assert!(!flight.queued(range(0, 8), seq(1), whole(1)));
+            assert!(!flight.queued(range(8, 16), seq(2), whole(2)));
+            assert!(flight.queued(range(15, 20), seq(3), whole(3)));
+            if bio {
+                assert_eq!(flight.ranges_of_bio(2), vec![range(8, 16)]);
+                flight.bio_ended(2, range(8, 16));
+            } else {
+                flight.range_ended(range(8, 15));
+                assert!(flight.queued(range(15, 16), seq(4), None));
+                flight.range_ended(range(15, 20));
+                flight.range_ended(range(15, 16));
+                flight.range_ended(range(15, 16));
+            }
+            assert!(!flight.queued(range(8, 15), seq(5), whole(4)));
+        }
     }
 
     #[test]

@@ -161,6 +161,35 @@ impl Shared {
         }
     }
 
+    /// Waits until every loss of a write that was queued before the call is known to the recorder, and every
+    /// write captured by then has come to it. None if the agent stops meanwhile.
+    pub(crate) fn losses_known(&self) -> Option<()> {
+        // The look that is under way may have begun before the call.
+        let target = self.recorder.lock().polls() + 2;
+        while self.recorder.lock().polls() < target {
+            if self.stop.load(Ordering::SeqCst) {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.drained().map(drop)
+    }
+
+    /// Waits until all that is suspect now is settled; false after `timeout` or when the agent ends first.
+    pub(crate) fn wait_clear(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let mark = self.recorder.lock().suspicions();
+        loop {
+            if self.recorder.lock().is_clear(&mark) {
+                return true;
+            }
+            if self.stop.load(Ordering::SeqCst) || Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Waits until `seq` is durable; false after `timeout` or when the agent ends first.
     pub(crate) fn wait_durable(&self, seq: Option<Seq>, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
@@ -461,6 +490,7 @@ impl Capture {
             self.misses = misses;
             self.misses_seq = recorder.last_seq();
         }
+        recorder.polled();
     }
 
     /// Takes out what is in the ring, at most once round it. Also tells whether it became empty.

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,7 +23,7 @@ use crate::clock;
 use crate::device::BlockDevice;
 use crate::pipeline::{IndexRequest, Shared};
 use crate::priority;
-use crate::recorder::Run;
+use crate::recorder::{Run, Suspicion};
 
 /// Read under one note of `s`.
 const RUN_BYTES_MAX: u64 = 32 << 20;
@@ -97,6 +98,9 @@ impl ReadBack {
         priority::read_when_idle();
         let mut idle_at: HashMap<VolumeId, BootNs> = HashMap::new();
         while !self.shared.stop.load(Ordering::SeqCst) {
+            if !self.check_suspects()? {
+                return Ok(());
+            }
             let run = self.shared.recorder.lock().take_run(RUN_BYTES_MAX);
             let Some(run) = run else {
                 self.close_gaps(&mut idle_at);
@@ -113,6 +117,117 @@ impl ReadBack {
                     std::thread::sleep(RETRY);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Compares with the device what it may have taken otherwise than it was seen. False if the agent stops.
+    fn check_suspects(&self) -> anyhow::Result<bool> {
+        let Some(suspicion) = self.shared.recorder.lock().take_suspects() else {
+            return Ok(true);
+        };
+        let result = self.compare(&suspicion);
+        self.shared
+            .recorder
+            .lock()
+            .suspects_done(suspicion.volume, result.is_ok());
+        match result {
+            Ok(()) => Ok(true),
+            Err(error) if error.is::<Stopping>() => Ok(false),
+            Err(error) => {
+                tracing::warn!("compare blocks that changed in flight: {error:#}; trying again");
+                std::thread::sleep(RETRY);
+                Ok(true)
+            }
+        }
+    }
+
+    fn compare(&self, suspicion: &Suspicion) -> anyhow::Result<()> {
+        let device = self.device(suspicion.volume)?;
+        let file = device.open_direct()?;
+        let mut buffer = AlignedBuffer::new(READ_BYTES as usize);
+        let mut pieces = suspicion.ranges.iter().flat_map(pieces_of).peekable();
+        while pieces.peek().is_some() {
+            let mut batch = Vec::new();
+            let mut bytes = 0;
+            while let Some(piece) = pieces.next_if(|piece| bytes + (piece.end - piece.start) <= READ_BYTES) {
+                bytes += piece.end - piece.start;
+                batch.push(piece);
+            }
+            self.compare_batch(suspicion, &device, &file, batch, &mut buffer)?;
+        }
+        Ok(())
+    }
+
+    /// As [`ReadBack::read_run`], of several places, and only what was not written meanwhile counts: it stands
+    /// for the record that wrote it last.
+    fn compare_batch(
+        &self,
+        suspicion: &Suspicion,
+        device: &BlockDevice,
+        file: &File,
+        batch: Vec<Range<u64>>,
+        buffer: &mut AlignedBuffer,
+    ) -> anyhow::Result<()> {
+        let as_of = self.shared.drained().ok_or(Stopping)?;
+        let runs: Vec<Run> = batch
+            .into_iter()
+            .map(|bytes| Run {
+                volume: suspicion.volume,
+                bytes,
+                blank: false,
+                epoch: suspicion.epoch,
+            })
+            .collect();
+        for run in &runs {
+            self.wait_until(run, || !self.shared.recorder.lock().in_flight(run, as_of))?;
+        }
+        let Some(first) = runs.first() else { return Ok(()) };
+        let view = self.head_view(first, as_of)?;
+        let mut places = Vec::with_capacity(runs.len());
+        let mut filled = 0;
+        for run in &runs {
+            let end = run.bytes.end.min(device.bytes);
+            let length = end.saturating_sub(run.bytes.start) as usize;
+            let bytes = &mut buffer.slice(filled + length)[filled..];
+            read_device(file, bytes, run.bytes.start)
+                .with_context(|| format!("read {} at byte {}", device.path.display(), run.bytes.start))?;
+            places.push(filled..filled + length);
+            filled += length.next_multiple_of(BLOCK_BYTES as usize);
+        }
+        // Only now it is known what was written, or lost, while we read.
+        self.shared.losses_known().ok_or(Stopping)?;
+        let bytes = buffer.slice(filled);
+        for (run, place) in runs.iter().zip(places) {
+            self.correct_changed(run, &bytes[place], &view)?;
+        }
+        Ok(())
+    }
+
+    fn correct_changed(&self, run: &Run, bytes: &[u8], view: &View) -> anyhow::Result<()> {
+        let mut known = vec![0u8; BLOCK_BYTES as usize];
+        for (block, at) in bytes
+            .chunks(BLOCK_BYTES as usize)
+            .zip((run.bytes.start..).step_by(BLOCK_BYTES as usize))
+        {
+            let known = &mut known[..block.len()];
+            if at + block.len() as u64 > view.bytes() {
+                continue;
+            }
+            if view.read_at(at, known).is_ok() && known == block {
+                continue;
+            }
+            let written_by = view.written_by(at)?;
+            let data = (!is_zero(block)).then_some(block);
+            let run = Run {
+                bytes: at..at + block.len() as u64,
+                ..run.clone()
+            };
+            tracing::debug!(at, ?written_by, "a block changed while it was written");
+            self.wait_until(&run, || {
+                let mut recorder = self.shared.recorder.lock();
+                recorder.correct(&run, written_by, data, clock::boot_ns())
+            })?;
         }
         Ok(())
     }
@@ -205,7 +320,7 @@ impl ReadBack {
         &self,
         run: &Run,
         at: u64,
-        piece: std::ops::Range<usize>,
+        piece: Range<usize>,
         bytes: &[u8],
         as_of: Option<Seq>,
     ) -> anyhow::Result<()> {
@@ -253,6 +368,14 @@ impl ReadBack {
     }
 }
 
+/// A range, in pieces of [`READ_BYTES`] at most.
+fn pieces_of(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+    let end = range.end;
+    (range.start..end)
+        .step_by(READ_BYTES as usize)
+        .map(move |at| at..end.min(at + READ_BYTES))
+}
+
 /// Reads exactly `bytes.len()` bytes. The last sectors of a device may be fewer than O_DIRECT reads at once.
 fn read_device(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
     debug_assert!(at.is_multiple_of(SECTOR_BYTES));
@@ -265,8 +388,8 @@ fn is_zero(bytes: &[u8]) -> bool {
 }
 
 /// Runs of neighbouring pieces of `piece` bytes that are `wanted`.
-fn runs_of(bytes: &[u8], piece: usize, mut wanted: impl FnMut(&[u8]) -> bool) -> Vec<std::ops::Range<usize>> {
-    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+fn runs_of(bytes: &[u8], piece: usize, mut wanted: impl FnMut(&[u8]) -> bool) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
     for (i, chunk) in bytes.chunks(piece).enumerate() {
         if !wanted(chunk) {
             continue;

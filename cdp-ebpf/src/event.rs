@@ -2,7 +2,8 @@
 //!
 //! A write bio is one [`WriteEvent`] with its bytes behind it, or several (*chunks*) where it is larger
 //! than [`CHUNK_BYTES`]; all chunks of a bio carry the same `bio` and `boot_ns`. Each part of a bio that
-//! completes is one [`CompleteEvent`]. The kernel rounds records up to 8 bytes, so a length is always
+//! completes is one [`CompleteEvent`]; where its pages were changed meanwhile, one of kind
+//! [`EventKind::Changed`] stands before it. The kernel rounds records up to 8 bytes, so a length is always
 //! taken from the event itself.
 
 use core::mem::size_of;
@@ -28,6 +29,9 @@ pub enum EventKind {
     Write = 1,
     /// A [`CompleteEvent`].
     Complete = 2,
+    /// A [`CompleteEvent`] that tells where pages of the page cache were changed while they were written:
+    /// the disk may have got other bytes than the [`WriteEvent`] holds.
+    Changed = 3,
 }
 
 /// What a bio does to the disk, in our own codes: the kernel's differ between versions.
@@ -99,7 +103,7 @@ pub struct WriteEvent {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct CompleteEvent {
-    /// [`EventKind::Complete`].
+    /// [`EventKind::Complete`] or [`EventKind::Changed`].
     pub kind: u8,
     /// An [`Op`].
     pub op: u8,
@@ -115,7 +119,7 @@ pub struct CompleteEvent {
     pub boot_ns: u64,
     /// First sector, counted from the start of the disk.
     pub sector: u64,
-    /// Length of the range.
+    /// Length of the range. [`EventKind::Changed`] of a whole bio speaks of all of it.
     pub bytes: u32,
     /// Always 0.
     pub reserved: u32,

@@ -23,6 +23,12 @@ pub struct Kernel {
     pub bio_bvec_done: u32,
     /// `bio.bi_io_vec`
     pub bio_io_vec: u32,
+    /// `bio.bi_flags`
+    pub bio_flags: u32,
+    /// `bio.bi_vcnt`
+    pub bio_vcnt: u32,
+    /// `1 << BIO_PAGE_PINNED`: pages of a user's own buffer. 0 on kernels that do not say.
+    pub bio_pinned: u32,
     /// `sizeof(struct bio_vec)`
     pub bvec_bytes: u32,
     /// `bio_vec.bv_page`
@@ -67,12 +73,22 @@ pub struct Kernel {
     pub flag_sync: u32,
     /// `1 << __REQ_META`
     pub flag_meta: u32,
+    /// `page.flags`
+    pub page_flags: u32,
+    /// `page.compound_head`
+    pub page_compound_head: u32,
+    /// `1 << PG_writeback`
+    pub page_writeback: u32,
+    /// `1 << PG_dirty | 1 << PG_locked`: while a page is written back, somebody changes it.
+    pub page_changing: u32,
     /// `sizeof(struct page)`
     pub page_struct_bytes: u32,
     /// log2 of the page size
     pub page_shift: u32,
     /// Set when only the disk in `calibrate_disk` is to be looked at, by the calibration program.
     pub calibrate_disk: u32,
+    /// Always 0; keeps what follows aligned without padding.
+    pub reserved: u32,
     /// Address of some `struct page` …
     pub page_address: u64,
     /// … and of that page's bytes in the direct map.

@@ -75,6 +75,9 @@ static KERNEL: Kernel = Kernel {
     bio_idx: 0,
     bio_bvec_done: 0,
     bio_io_vec: 0,
+    bio_flags: 0,
+    bio_vcnt: 0,
+    bio_pinned: 0,
     bvec_bytes: 0,
     bvec_page: 0,
     bvec_len: 0,
@@ -97,9 +100,14 @@ static KERNEL: Kernel = Kernel {
     flag_fua: 0,
     flag_sync: 0,
     flag_meta: 0,
+    page_flags: 0,
+    page_compound_head: 0,
+    page_writeback: 0,
+    page_changing: 0,
     page_struct_bytes: 0,
     page_shift: 0,
     calibrate_disk: 0,
+    reserved: 0,
     page_address: 0,
     page_bytes_address: 0,
     ring_bytes: 0,
@@ -128,6 +136,14 @@ static SCRATCH: Array<Scratch> = Array::with_max_entries(1, 0);
 /// One for each CPU; the agent sets the count.
 #[map]
 static WALK: Array<Walk> = Array::with_max_entries(1, 0);
+
+/// One for each CPU; the agent sets the count.
+#[map]
+static PAGES_OF_REQUEST: Array<PageWalk> = Array::with_max_entries(1, 0);
+
+/// One for each CPU; the agent sets the count.
+#[map]
+static PAGES_OF_BIO: Array<PageWalk> = Array::with_max_entries(1, 0);
 
 /// What calibration learned: [page address, address of its bytes, count].
 #[map]
@@ -165,6 +181,26 @@ struct Walk {
     op: u8,
     failed: u8,
     reserved: [u8; 6],
+}
+
+/// State of the look at the pages of what was written.
+#[repr(C)]
+struct PageWalk {
+    /// The next bio to look at, 0 for none.
+    bio: u64,
+    bvec_address: u64,
+    bvec_done: u32,
+    /// Parts of the bio that are left; they end with `left_in_bio` where that is known.
+    bvecs_left: u32,
+    left_in_bio: u32,
+    /// Bytes of the range that are left.
+    left: u32,
+    /// Bytes of the range that were looked at.
+    at: u32,
+    /// The changed pages lie between these, in bytes of the range.
+    first: u32,
+    end: u32,
+    reserved: u32,
 }
 
 /// State of marking, on the stack of the caller: plain numbers only.
@@ -701,23 +737,227 @@ fn request_completed(ctx: BtfTracePointContext) -> i32 {
         }
         return 0;
     }
-    complete(
-        slot,
-        region_shift,
-        CompleteEvent {
-            kind: EventKind::Complete as u8,
-            op: op as u8,
-            failed,
-            whole_bio: 0,
-            disk,
-            bio: 0,
-            boot_ns: boot_ns(),
-            sector,
-            bytes,
-            reserved: 0,
-        },
-    );
+    let event = CompleteEvent {
+        kind: EventKind::Complete as u8,
+        op: op as u8,
+        failed,
+        whole_bio: 0,
+        disk,
+        bio: 0,
+        boot_ns: boot_ns(),
+        sector,
+        bytes,
+        reserved: 0,
+    };
+    let cpu = this_cpu();
+    if failed == 0
+        && op as u8 == Op::Write as u8
+        && !is_pinned(bio, bytes)
+        && let Some(area) = PAGES_OF_REQUEST.get_ptr_mut(cpu)
+    {
+        look_for_changes(
+            slot,
+            region_shift,
+            &event,
+            area,
+            page_of_request,
+            PageWalk {
+                bio: bio as u64,
+                bvec_address: 0,
+                bvec_done: 0,
+                bvecs_left: u32::MAX,
+                left_in_bio: 0,
+                left: bytes,
+                at: 0,
+                first: u32::MAX,
+                end: 0,
+                reserved: 0,
+            },
+        );
+    }
+    complete(slot, region_shift, event);
     0
+}
+
+/// Is all that was written one bio over a user's own buffer (direct I/O)? Its pages are not of the page
+/// cache, and tell nothing.
+#[inline(always)]
+fn is_pinned(bio: *const u8, bytes: u32) -> bool {
+    // SAFETY: the request's first bio.
+    let (flags, size): (u16, u32) =
+        unsafe { (field(bio, kernel!(bio_flags)), field(bio, kernel!(bio_size))) };
+    u32::from(flags) & kernel!(bio_pinned) != 0 && size >= bytes
+}
+
+/// A page of the page cache may be changed while it is written, unless its file system keeps it stable: the
+/// disk then gets what we did not see. Such a page is dirty again, or locked by who is about to say so.
+#[inline(always)]
+fn look_for_changes(
+    slot: u32,
+    region_shift: u32,
+    event: &CompleteEvent,
+    area: *mut PageWalk,
+    step: extern "C" fn(u64, *mut c_void) -> i64,
+    walk: PageWalk,
+) {
+    // SAFETY: this CPU's own area, see the module's head; written before bpf_loop runs, which gets a function
+    // of the signature that it asks for. Read through the raw pointer, because the steps have changed it.
+    let (first, end) = unsafe {
+        *area = walk;
+        bpf_loop(STEPS_MAX, step as *mut c_void, core::ptr::null_mut(), 0);
+        (
+            read_volatile(&raw const (*area).first),
+            read_volatile(&raw const (*area).end),
+        )
+    };
+    if end <= first {
+        return;
+    }
+    let changed = CompleteEvent {
+        kind: EventKind::Changed as u8,
+        sector: event.sector + u64::from(first) / SECTOR_BYTES,
+        bytes: if event.whole_bio == 0 {
+            end - first
+        } else {
+            event.bytes
+        },
+        ..*event
+    };
+    match EVENTS.reserve::<CompleteEvent>(0) {
+        Some(mut entry) => {
+            entry.write(changed);
+            entry.submit(ring_flags());
+        }
+        None => drop_write(
+            slot,
+            region_shift,
+            event.sector,
+            event.bytes,
+            Cause::RingFull as u32,
+            event.boot_ns,
+        ),
+    }
+}
+
+extern "C" fn page_of_request(_step: u64, _context: *mut c_void) -> i64 {
+    let cpu = this_cpu();
+    match PAGES_OF_REQUEST.get_ptr_mut(cpu) {
+        Some(walk) => page_step(walk),
+        None => 1,
+    }
+}
+
+extern "C" fn page_of_bio(_step: u64, _context: *mut c_void) -> i64 {
+    let cpu = this_cpu();
+    match PAGES_OF_BIO.get_ptr_mut(cpu) {
+        Some(walk) => page_step(walk),
+        None => 1,
+    }
+}
+
+/// Looks at one page, or goes on to the next part or bio.
+#[inline(always)]
+fn page_step(walk: *mut PageWalk) -> i64 {
+    // SAFETY: as in `copy_step`.
+    let walk = unsafe { &mut *walk };
+    if walk.left == 0 {
+        return 1;
+    }
+    if walk.left_in_bio == 0 {
+        return next_bio(walk);
+    }
+    let Some((page, length, offset)) = part_at(walk.bvec_address) else {
+        return 1;
+    };
+    let done = walk.bvec_done;
+    if length <= done {
+        if walk.bvecs_left <= 1 {
+            return 1;
+        }
+        walk.bvecs_left -= 1;
+        walk.bvec_address += u64::from(kernel!(bvec_bytes));
+        walk.bvec_done = 0;
+        return 0;
+    }
+    let page_bytes = 1u32 << (kernel!(page_shift) & 31);
+    let place = offset.wrapping_add(done);
+    let mut n = page_bytes - (place & (page_bytes - 1));
+    if n > length - done {
+        n = length - done;
+    }
+    if n > walk.left_in_bio {
+        n = walk.left_in_bio;
+    }
+    let index = u64::from(place >> (kernel!(page_shift) & 31));
+    if is_changing(page + index * u64::from(kernel!(page_struct_bytes))) {
+        if walk.first == u32::MAX {
+            walk.first = walk.at;
+        }
+        walk.end = walk.at + n;
+    }
+    walk.at += n;
+    walk.left -= n;
+    walk.left_in_bio -= n;
+    walk.bvec_done = done + n;
+    0
+}
+
+#[inline(always)]
+fn next_bio(walk: &mut PageWalk) -> i64 {
+    let bio = walk.bio;
+    if bio == 0 {
+        return 1;
+    }
+    // SAFETY: probe reads fail cleanly on any address.
+    let read = unsafe {
+        (
+            bpf_probe_read_kernel((bio + u64::from(kernel!(bio_next))) as *const u64),
+            bpf_probe_read_kernel((bio + u64::from(kernel!(bio_flags))) as *const u16),
+            bpf_probe_read_kernel((bio + u64::from(kernel!(bio_size))) as *const u32),
+            bpf_probe_read_kernel((bio + u64::from(kernel!(bio_idx))) as *const u32),
+            bpf_probe_read_kernel((bio + u64::from(kernel!(bio_bvec_done))) as *const u32),
+            bpf_probe_read_kernel((bio + u64::from(kernel!(bio_io_vec))) as *const u64),
+        )
+    };
+    let (Ok(next), Ok(flags), Ok(mut bytes), Ok(index), Ok(done), Ok(vectors)) = read else {
+        return 1;
+    };
+    if bytes > walk.left {
+        bytes = walk.left;
+    }
+    walk.bio = next;
+    if u32::from(flags) & kernel!(bio_pinned) != 0 {
+        walk.at += bytes;
+        walk.left -= bytes;
+        return 0;
+    }
+    walk.bvec_address = vectors + u64::from(index) * u64::from(kernel!(bvec_bytes));
+    walk.bvec_done = done;
+    walk.left_in_bio = bytes;
+    0
+}
+
+#[inline(always)]
+fn is_changing(page: u64) -> bool {
+    let (flags, head) = unsafe {
+        // SAFETY: probe reads fail cleanly on any address.
+        (
+            bpf_probe_read_kernel((page + u64::from(kernel!(page_flags))) as *const u64),
+            bpf_probe_read_kernel((page + u64::from(kernel!(page_compound_head))) as *const u64),
+        )
+    };
+    let (Ok(mut flags), Ok(head)) = (flags, head) else {
+        return false;
+    };
+    // The flags of a large folio are those of its first page; the others lead there.
+    if head & 1 != 0 {
+        // SAFETY: as above.
+        match unsafe { bpf_probe_read_kernel((head - 1 + u64::from(kernel!(page_flags))) as *const u64) } {
+            Ok(of_head) => flags = of_head,
+            Err(_) => return false,
+        }
+    }
+    flags & u64::from(kernel!(page_writeback)) != 0 && flags & u64::from(kernel!(page_changing)) != 0
 }
 
 extern "C" fn walk_step(_step: u64, _context: *mut c_void) -> i64 {
@@ -793,22 +1033,49 @@ fn bio_completed(ctx: BtfTracePointContext) -> i32 {
         Some(op) => op as u8,
         None => return 0,
     };
-    complete(
-        filter.slot,
-        filter.region_shift,
-        CompleteEvent {
-            kind: EventKind::Complete as u8,
-            op,
-            failed: u8::from(status != 0),
-            whole_bio: 1,
-            disk,
-            bio: bio as u64,
-            boot_ns: boot_ns(),
-            sector,
-            bytes,
-            reserved: 0,
-        },
-    );
+    let (slot, region_shift) = (filter.slot, filter.region_shift);
+    let event = CompleteEvent {
+        kind: EventKind::Complete as u8,
+        op,
+        failed: u8::from(status != 0),
+        whole_bio: 1,
+        disk,
+        bio: bio as u64,
+        boot_ns: boot_ns(),
+        sector,
+        bytes,
+        reserved: 0,
+    };
+    let cpu = this_cpu();
+    if status == 0
+        && op == Op::Write as u8
+        && !is_pinned(bio, 0)
+        && let Some(area) = PAGES_OF_BIO.get_ptr_mut(cpu)
+    {
+        // SAFETY: as above.
+        let (bvecs, vectors): (u16, u64) =
+            unsafe { (field(bio, kernel!(bio_vcnt)), field(bio, kernel!(bio_io_vec))) };
+        look_for_changes(
+            slot,
+            region_shift,
+            &event,
+            area,
+            page_of_bio,
+            PageWalk {
+                bio: 0,
+                bvec_address: vectors,
+                bvec_done: 0,
+                bvecs_left: u32::from(bvecs),
+                left_in_bio: if bvecs == 0 { 0 } else { u32::MAX },
+                left: u32::MAX,
+                at: 0,
+                first: u32::MAX,
+                end: 0,
+                reserved: 0,
+            },
+        );
+    }
+    complete(slot, region_shift, event);
     0
 }
 

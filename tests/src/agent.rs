@@ -98,6 +98,10 @@ pub struct VolumeStatus {
     pub exact_since: Option<String>,
     /// Gaps so far.
     pub gaps: u64,
+    /// Blocks that were compared with the device.
+    pub compared_blocks: u64,
+    /// Blocks that the device took otherwise than they were seen, and that were corrected.
+    pub corrected_blocks: u64,
 }
 
 /// How an agent is to be started.

@@ -222,15 +222,14 @@ pub fn flush_cache(device: &Path) -> Result<()> {
         .map(drop)
 }
 
-/// Has the kernel keep pages as they are while they are written to `device`; looked at when a file system is
-/// mounted.
-pub fn keep_pages_stable(device: &Path) -> Result<()> {
+/// Lets `device` take this many requests at a time; further ones wait in the kernel.
+pub fn set_queue_depth(device: &Path, requests: u32) -> Result<()> {
     let name = device
         .file_name()
         .and_then(|name| name.to_str())
         .context("a device has a name")?;
-    let path = format!("/sys/block/{name}/queue/stable_writes");
-    std::fs::write(&path, "1").with_context(|| format!("write {path}"))
+    let path = format!("/sys/block/{name}/queue/nr_requests");
+    std::fs::write(&path, requests.to_string()).with_context(|| format!("write {path}"))
 }
 
 /// Discards a range (bytes) of `device`: its content becomes zeroes, or whatever the driver makes of it.

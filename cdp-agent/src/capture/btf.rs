@@ -265,6 +265,10 @@ impl Btf {
             bio_idx: self.offset_of("bio", "bi_iter.bi_idx")?,
             bio_bvec_done: self.offset_of("bio", "bi_iter.bi_bvec_done")?,
             bio_io_vec: self.offset_of("bio", "bi_io_vec")?,
+            bio_flags: self.offset_of("bio", "bi_flags")?,
+            bio_vcnt: self.offset_of("bio", "bi_vcnt")?,
+            // Since 6.3; without it, the pages of direct I/O are looked at as well.
+            bio_pinned: bit("BIO_PAGE_PINNED").unwrap_or(0),
             bvec_bytes: self.size_of("bio_vec")?,
             bvec_page: self.offset_of("bio_vec", "bv_page")?,
             bvec_len: self.offset_of("bio_vec", "bv_len")?,
@@ -289,6 +293,10 @@ impl Btf {
             flag_fua: bit("__REQ_FUA")?,
             flag_sync: bit("__REQ_SYNC")?,
             flag_meta: bit("__REQ_META")?,
+            page_flags: self.offset_of("page", "flags")?,
+            page_compound_head: self.offset_of("page", "compound_head")?,
+            page_writeback: bit("PG_writeback")?,
+            page_changing: bit("PG_dirty")? | bit("PG_locked")?,
             page_struct_bytes: self.size_of("page")?,
             page_shift: rustix::param::page_size().trailing_zeros(),
             ..Kernel::default()

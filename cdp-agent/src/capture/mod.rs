@@ -71,9 +71,9 @@ unsafe impl aya::Pod for FilterPod {}
 const _: () = assert!(size_of::<DiskFilter>() == 2 * 4 + 2 * RANGES_MAX * 8);
 
 #[expect(unsafe_code, reason = "aya's marker for plain bytes")]
-// SAFETY: repr(C), integers only, and without padding: 34 u32, then u64s at a multiple of 8.
+// SAFETY: repr(C), integers only, and without padding: 42 u32, then u64s at a multiple of 8.
 unsafe impl aya::Pod for KernelPod {}
-const _: () = assert!(size_of::<Kernel>() == 34 * 4 + 3 * 8);
+const _: () = assert!(size_of::<Kernel>() == 42 * 4 + 3 * 8);
 
 pub(crate) fn loader<'a>(kernel: &'a KernelGlobal, cpus: u32) -> EbpfLoader<'a> {
     let mut loader = EbpfLoader::new();
@@ -81,7 +81,9 @@ pub(crate) fn loader<'a>(kernel: &'a KernelGlobal, cpus: u32) -> EbpfLoader<'a> 
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("KERNEL", &kernel.0, true)
         .map_max_entries("SCRATCH", cpus)
-        .map_max_entries("WALK", cpus);
+        .map_max_entries("WALK", cpus)
+        .map_max_entries("PAGES_OF_REQUEST", cpus)
+        .map_max_entries("PAGES_OF_BIO", cpus);
     loader
 }
 

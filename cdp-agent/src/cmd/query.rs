@@ -48,6 +48,8 @@ fn status_of_store(store: &Path) -> anyhow::Result<Status> {
             exact_since: None,
             gaps: history.map_or(0, |history| history.gaps.len() as u64),
             gap_cause: Some("agent-down".into()),
+            compared_blocks: 0,
+            corrected_blocks: 0,
         });
     }
     Ok(Status {

@@ -158,6 +158,14 @@ fn sync(shared: &Shared, timeout: Duration) -> Answer {
             why: "the agent is stopping".into(),
         };
     }
+    if !shared.wait_clear(timeout) {
+        return Answer::Failed {
+            why: format!(
+                "blocks that changed while they were written are not compared with the device after {} ms",
+                timeout.as_millis()
+            ),
+        };
+    }
     let seq = {
         let mut recorder = shared.recorder.lock();
         if recorder.is_full() {

@@ -7,9 +7,12 @@
 //! Always true:
 //! - R1: records leave in the order of their Seq, and an event's record has the event's time.
 //! - R2: a volume that is not `Exact` has an open gap in its history (or was never exact).
-//! - R3: a gap closes only when nothing of the volume is dirty or being read, and no write that we did not
+//! - R3: a block that the disk may have taken otherwise than it was seen is compared with the device; where it
+//!   differs, the record that wrote it is corrected.
+//! - R4: a gap closes only when nothing of the volume is dirty or being read, and no write that we did not
 //!   capture can still be on its way.
 
+mod suspects;
 #[cfg(test)]
 mod tests;
 mod volume;
@@ -20,12 +23,13 @@ use std::time::Duration;
 
 use cdp_ebpf::event::{CompleteEvent, FLAG_FUA, FLAG_PREFLUSH, FLAG_SYNC, Op, WriteEvent};
 use cdp_journal::format::{Body, FrameBuilder, GapCause, Origin, RecordFlags};
-use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
+use cdp_journal::{BLOCK_BYTES, BootNs, SECTOR_BYTES, Seq, VolumeId};
 
 use crate::capture::{DiskNumber, Slot};
 use crate::event::Event;
 use crate::inflight::{InFlight, Sectors, WholeBio};
 use crate::regions::Regions;
+use suspects::Suspects;
 use volume::PendingGap;
 pub(crate) use volume::{NewVolume, State, VolumeRun};
 
@@ -89,6 +93,18 @@ pub(crate) struct Run {
     pub(crate) epoch: Epoch,
 }
 
+/// Blocks to compare with the device, decided by [`Recorder::take_suspects`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Suspicion {
+    pub(crate) volume: VolumeId,
+    pub(crate) ranges: Vec<Range<u64>>,
+    pub(crate) epoch: Epoch,
+}
+
+/// A mark of what was suspect at some time: see [`Recorder::suspicions`].
+#[derive(Clone, Debug)]
+pub(crate) struct SuspicionMark(Vec<(VolumeId, u64)>);
+
 /// What the probe's counters say of one disk.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Losses {
@@ -112,6 +128,8 @@ pub(crate) struct Recorder {
     /// The store takes no more: events are counted as dropped until there is room.
     full: bool,
     last_write: BootNs,
+    /// How often the probe's counters were looked at.
+    polls: u64,
 }
 
 impl Recorder {
@@ -130,6 +148,7 @@ impl Recorder {
             epoch: Epoch::default(),
             full: false,
             last_write: BootNs(0),
+            polls: 0,
         }
     }
 
@@ -190,6 +209,9 @@ impl Recorder {
             captured_bytes: 0,
             dropped_writes: 0,
             gaps: new.gaps,
+            suspects: Suspects::default(),
+            compared_blocks: 0,
+            corrected_blocks: 0,
             region_bytes: new.region_bytes,
             dirty_at_start: dirty.len(),
             dirty,
@@ -226,6 +248,7 @@ impl Recorder {
         match event {
             Event::Write(write, data) => self.write(write, data),
             Event::Complete(complete) => self.complete(complete),
+            Event::Changed(changed) => self.changed(changed),
         }
     }
 
@@ -263,6 +286,7 @@ impl Recorder {
             let Some(bytes) = volume.clip(range) else { continue };
             volume.captured_writes += u64::from(write.last);
             volume.captured_bytes += bytes.end - bytes.start;
+            volume.suspects.written(&bytes);
             let (offset, len) = (bytes.start, bytes.end - bytes.start);
             let body = match Op::from_code(write.op) {
                 Some(Op::Zero) => Body::Zero { offset, len },
@@ -281,9 +305,125 @@ impl Recorder {
             first: disk.open_bio != Some(write.bio),
         });
         disk.open_bio = (write.last == 0).then_some(write.bio);
-        if let Some(seq) = seq {
-            disk.in_flight.queued(range, seq, whole_bio);
+        let number = disk.number;
+        if let Some(seq) = seq
+            && disk.in_flight.queued(range, seq, whole_bio)
+        {
+            self.suspect(number, range, at);
         }
+    }
+
+    /// Pages were changed while they were written. The event stands before the one of their completion.
+    fn changed(&mut self, changed: &CompleteEvent) {
+        let Some(disk) = self.disks.iter().find(|disk| disk.number.0 == changed.disk) else {
+            return;
+        };
+        let number = disk.number;
+        let ranges = if changed.whole_bio != 0 {
+            disk.in_flight.ranges_of_bio(changed.bio)
+        } else {
+            vec![Sectors {
+                start: changed.sector,
+                end: changed.sector + u64::from(changed.bytes).div_ceil(SECTOR_BYTES),
+            }]
+        };
+        for range in ranges {
+            self.suspect(number, range, BootNs(changed.boot_ns));
+        }
+    }
+
+    /// The disk may hold other bytes here than were captured.
+    fn suspect(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
+        for i in 0..self.volumes.len() {
+            let volume = &mut self.volumes[i];
+            if volume.disk != disk {
+                continue;
+            }
+            let Some(bytes) = volume.clip(range) else { continue };
+            if volume.suspects.raise(&bytes) {
+                continue;
+            }
+            volume.mark(bytes);
+            // What waits was not compared either: how far back it differs is not known.
+            let last_exact = match volume.state {
+                State::Exact { seq, .. } => Some(seq),
+                _ => self.last_seq,
+            };
+            self.open_gap(i, GapCause::ChangedInFlight, last_exact, at);
+        }
+    }
+
+    /// Chooses what to compare with the device next.
+    pub(crate) fn take_suspects(&mut self) -> Option<Suspicion> {
+        if self.full {
+            return None;
+        }
+        let epoch = self.epoch;
+        self.volumes.iter_mut().find_map(|volume| {
+            let ranges = volume.suspects.take();
+            (!ranges.is_empty()).then_some(Suspicion {
+                volume: volume.id,
+                ranges,
+                epoch,
+            })
+        })
+    }
+
+    /// What was taken by [`Recorder::take_suspects`] was compared, or could not be.
+    pub(crate) fn suspects_done(&mut self, volume: VolumeId, compared: bool) {
+        if let Some(volume) = self.volumes.iter_mut().find(|known| known.id == volume) {
+            if compared {
+                volume.compared_blocks += volume.suspects.checked();
+            } else {
+                volume.suspects.put_back();
+            }
+        }
+    }
+
+    /// Corrects what record `written_by` wrote: the device holds `data` there, and nothing was written since.
+    /// Does nothing if something was. False if there is no room just now.
+    pub(crate) fn correct(
+        &mut self,
+        run: &Run,
+        written_by: Option<Seq>,
+        data: Option<&[u8]>,
+        now: BootNs,
+    ) -> bool {
+        let block = run.bytes.start / BLOCK_BYTES;
+        let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == run.volume) else {
+            return true;
+        };
+        if !volume.suspects.is_untouched(block) {
+            return true;
+        }
+        let corrected = self.read_back(run, run.bytes.clone(), written_by, data, now);
+        if corrected && let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == run.volume) {
+            volume.corrected_blocks += 1;
+        }
+        corrected
+    }
+
+    /// What is suspect now, to be waited for with [`Recorder::is_clear`].
+    pub(crate) fn suspicions(&self) -> SuspicionMark {
+        let marks = self.volumes.iter().map(|volume| (volume.id, volume.suspects.raised()));
+        SuspicionMark(marks.collect())
+    }
+
+    /// Has all that was suspect at `mark` been settled?
+    pub(crate) fn is_clear(&self, mark: &SuspicionMark) -> bool {
+        mark.0.iter().all(|&(id, raised)| {
+            let volume = self.volumes.iter().find(|volume| volume.id == id);
+            volume.is_none_or(|volume| volume.suspects.is_clear(raised))
+        })
+    }
+
+    /// The probe's counters have been looked at; what they told is known.
+    pub(crate) fn polled(&mut self) {
+        self.polls += 1;
+    }
+
+    pub(crate) fn polls(&self) -> u64 {
+        self.polls
     }
 
     fn drop_while_full(&mut self, write: &WriteEvent) {
@@ -310,6 +450,8 @@ impl Recorder {
         for i in 0..self.volumes.len() {
             let volume = &mut self.volumes[i];
             volume.pending = None;
+            // All of the volume will be read when there is room.
+            volume.suspects.clear();
             // What the store knows is not clear any more: what is read gets compared.
             volume.blank = Regions::new(volume.bytes.div_ceil(volume.region_bytes));
             if matches!(volume.state, State::Exact { .. }) {
@@ -446,6 +588,7 @@ impl Recorder {
                 continue;
             }
             volume.dropped_writes += dropped;
+            volume.suspects.put_back();
             volume.unknown_since = volume.unknown_since.max(now);
             volume.last_cause = GapCause::RingOverflow;
             if matches!(volume.state, State::Exact { .. }) && volume.pending.is_none() {
@@ -655,7 +798,7 @@ impl Recorder {
             .collect()
     }
 
-    /// Closes a gap if R3 allows. The ring has been drained since the last read-back.
+    /// Closes a gap if R4 allows. The ring has been drained since the last read-back.
     /// `idle_at`: a time at which the disk itself counted no write in flight, if there was one.
     pub(crate) fn try_close(&mut self, id: VolumeId, idle_at: Option<BootNs>, now: BootNs) -> bool {
         if !self.waiting_to_close().iter().any(|&(waiting, _)| waiting == id) {

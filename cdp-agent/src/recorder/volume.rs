@@ -8,6 +8,7 @@ use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 
 use crate::capture::DiskNumber;
 use crate::inflight::Sectors;
+use super::suspects::Suspects;
 use crate::regions::Regions;
 
 /// How exact a volume's history is at the moment.
@@ -53,6 +54,12 @@ pub(crate) struct VolumeRun {
     pub(super) reading: Option<Range<u64>>,
     /// The probe watches all of it. What is read before would miss the writes between.
     pub(super) attached: bool,
+    /// Blocks to compare with the device.
+    pub(super) suspects: Suspects,
+    /// Blocks that were compared with the device, because they might differ.
+    pub(crate) compared_blocks: u64,
+    /// Blocks that the device was found to have taken otherwise than they were seen.
+    pub(crate) corrected_blocks: u64,
     /// Regions to read when the present gap (or the first copy) began.
     pub(super) dirty_at_start: u64,
     /// A write that we did not capture may have been on its way until then.

@@ -108,6 +108,8 @@ pub enum GapCause {
     LogHole,
     /// The volume grew, and what it gained was not read yet.
     Resized,
+    /// More was changed while it was written than could be compared with the device.
+    ChangedInFlight,
 }
 
 impl GapCause {
@@ -122,6 +124,7 @@ impl GapCause {
             Self::SpoolFull => "spool-full",
             Self::LogHole => "log-hole",
             Self::Resized => "resized",
+            Self::ChangedInFlight => "changed-in-flight",
         }
     }
 
@@ -135,6 +138,7 @@ impl GapCause {
             Self::SpoolFull => 5,
             Self::LogHole => 6,
             Self::Resized => 7,
+            Self::ChangedInFlight => 8,
         }
     }
 
@@ -148,6 +152,7 @@ impl GapCause {
             Self::SpoolFull,
             Self::LogHole,
             Self::Resized,
+            Self::ChangedInFlight,
         ]
         .into_iter()
         .find(|cause| cause.code() == code)

@@ -177,6 +177,18 @@ impl View {
         Ok(extents)
     }
 
+    /// The record that wrote the block at `offset` last; of bytes that were read back, the one they are valid
+    /// after. `None` if it was never written.
+    pub fn written_by(&self, offset: u64) -> Result<Option<Seq>, ReadError> {
+        let block = self.checked(offset, 1)?.start / BLOCK_BYTES;
+        let mut versions = Vec::new();
+        self.store.ask(|lookup| {
+            let mut cursor = lookup.cursor();
+            lookup.blocks(&mut cursor, self.volume, block..block + 1, self.seq.get(), &mut versions)
+        })?;
+        Ok(versions.first().and_then(|version| Seq::new(version.seq)))
+    }
+
     /// Copies everything. `progress` is told how many more bytes are done, from several threads.
     pub fn copy_to(
         &self,

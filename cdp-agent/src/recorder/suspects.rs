@@ -1,0 +1,194 @@
+//! Blocks of which the disk may hold other bytes than the log says, although every write to them was captured:
+//! their pages were changed while they were written, or two writes to them were on their way at once.
+//!
+//! They are read back and compared. Where a block differs and was not written meanwhile, what was read
+//! corrects the record that wrote it last, so that every moment since then is right.
+//!
+//! Always true: a block that was raised is waiting or being checked until it was compared or written anew.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use cdp_journal::BLOCK_BYTES;
+
+/// More of one volume (256 MiB) are not kept: the range becomes dirty, and a gap opens.
+pub(crate) const SUSPECT_BLOCKS_MAX: usize = 1 << 16;
+
+/// The suspects of one volume.
+#[derive(Debug, Default)]
+pub(super) struct Suspects {
+    waiting: BTreeSet<u64>,
+    /// Being read; a block that is written meanwhile leaves.
+    checking: BTreeSet<u64>,
+    /// How often blocks were raised …
+    raised: u64,
+    /// … and the count when those under check were taken …
+    taken_at: u64,
+    /// … and the one up to which all were checked.
+    cleared: u64,
+}
+
+fn blocks_around(bytes: &Range<u64>) -> Range<u64> {
+    bytes.start / BLOCK_BYTES..bytes.end.div_ceil(BLOCK_BYTES)
+}
+
+impl Suspects {
+    /// These bytes may differ. False if there is no room for them.
+    pub(super) fn raise(&mut self, bytes: &Range<u64>) -> bool {
+        let blocks = blocks_around(bytes);
+        let new = (blocks.end - blocks.start) as usize;
+        if self.waiting.len() + self.checking.len() + new > SUSPECT_BLOCKS_MAX {
+            return false;
+        }
+        for block in blocks {
+            // What is being read just now has to be read again.
+            self.checking.remove(&block);
+            self.waiting.insert(block);
+        }
+        self.raised += 1;
+        true
+    }
+
+    /// These bytes are written anew.
+    pub(super) fn written(&mut self, bytes: &Range<u64>) {
+        if self.waiting.is_empty() && self.checking.is_empty() {
+            return;
+        }
+        let touched = blocks_around(bytes);
+        let whole = bytes.start.div_ceil(BLOCK_BYTES)..bytes.end / BLOCK_BYTES;
+        if touched.end - touched.start > SUSPECT_BLOCKS_MAX as u64 {
+            self.waiting.retain(|block| !whole.contains(block));
+            let checking = std::mem::take(&mut self.checking);
+            let (hit, rest) = checking.into_iter().partition(|block| touched.contains(block));
+            self.checking = rest;
+            let hit: BTreeSet<u64> = hit;
+            self.waiting
+                .extend(hit.into_iter().filter(|block| !whole.contains(block)));
+            return;
+        }
+        for block in touched {
+            let was_checked = self.checking.remove(&block);
+            if whole.contains(&block) {
+                self.waiting.remove(&block);
+            } else if was_checked {
+                self.waiting.insert(block);
+            }
+        }
+    }
+
+    /// All that is waiting, to be read; as ranges of bytes.
+    pub(super) fn take(&mut self) -> Vec<Range<u64>> {
+        if !self.checking.is_empty() || self.waiting.is_empty() {
+            return Vec::new();
+        }
+        self.checking = std::mem::take(&mut self.waiting);
+        self.taken_at = self.raised;
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for block in &self.checking {
+            let (start, end) = (block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES);
+            match ranges.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => ranges.push(start..end),
+            }
+        }
+        ranges
+    }
+
+    /// Was this block not written since it was taken?
+    pub(super) fn is_untouched(&self, block: u64) -> bool {
+        self.checking.contains(&block)
+    }
+
+    /// What was taken has been compared. Returns how many blocks that were.
+    pub(super) fn checked(&mut self) -> u64 {
+        let blocks = self.checking.len() as u64;
+        self.checking.clear();
+        self.cleared = self.cleared.max(self.taken_at);
+        blocks
+    }
+
+    /// What was taken could not be compared: it waits again.
+    pub(super) fn put_back(&mut self) {
+        let mut checking = std::mem::take(&mut self.checking);
+        self.waiting.append(&mut checking);
+    }
+
+    /// Forgets everything: all of the volume will be read.
+    pub(super) fn clear(&mut self) {
+        self.waiting.clear();
+        self.checking.clear();
+        self.cleared = self.raised;
+    }
+
+    /// A mark to wait for with [`Suspects::is_clear`].
+    pub(super) fn raised(&self) -> u64 {
+        self.raised
+    }
+
+    /// Has everything that was raised up to this mark been settled?
+    pub(super) fn is_clear(&self, mark: u64) -> bool {
+        self.cleared >= mark || self.waiting.is_empty() && self.checking.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const B: u64 = BLOCK_BYTES;
+
+    #[test]
+    fn what_was_raised_is_settled_only_by_a_check_or_a_whole_write() {
+        let mut suspects = Suspects::default();
+        assert!(suspects.raise(&(B + 512..3 * B)));
+        let mark = suspects.raised();
+        assert!(!suspects.is_clear(mark));
+        suspects.written(&(B..B + 512));
+        suspects.written(&(2 * B..3 * B));
+        assert_eq!(suspects.take(), vec![B..2 * B]);
+        assert!(!suspects.is_clear(mark));
+        suspects.checked();
+        assert!(suspects.is_clear(mark));
+    }
+
+    #[test]
+    fn a_block_that_is_written_while_it_is_read_is_not_judged() {
+        let mut suspects = Suspects::default();
+        assert!(suspects.raise(&(0..4 * B)));
+        assert_eq!(suspects.take(), vec![0..4 * B]);
+        suspects.written(&(0..B));
+        suspects.written(&(B..B + 512));
+        assert!(suspects.raise(&(2 * B..3 * B)));
+        let untouched: Vec<u64> = (0..4).filter(|&block| suspects.is_untouched(block)).collect();
+        assert_eq!(untouched, [3]);
+        let mark = suspects.raised();
+        suspects.checked();
+        assert!(!suspects.is_clear(mark), "two blocks wait for the next check");
+        assert_eq!(suspects.take(), vec![B..3 * B]);
+        suspects.put_back();
+        assert_eq!(suspects.take(), vec![B..3 * B]);
+    }
+
+    #[test]
+    fn a_very_long_write_settles_the_same_as_many_short_ones() {
+        let far = 2 * SUSPECT_BLOCKS_MAX as u64;
+        let mut suspects = Suspects::default();
+        assert!(suspects.raise(&(5 * B..6 * B)));
+        assert!(suspects.raise(&(far * B..(far + 1) * B)));
+        suspects.written(&(512..(far + 1) * B - 512));
+        assert_eq!(suspects.take(), vec![far * B..(far + 1) * B]);
+        suspects.written(&(512..(far + 1) * B - 512));
+        assert!(!suspects.is_untouched(far));
+        suspects.checked();
+        assert_eq!(suspects.take(), vec![far * B..(far + 1) * B]);
+    }
+
+    #[test]
+    fn more_than_the_bound_is_refused() {
+        let mut suspects = Suspects::default();
+        let most = SUSPECT_BLOCKS_MAX as u64 * B;
+        assert!(!suspects.raise(&(0..most + 1)));
+        assert!(suspects.raise(&(0..most)));
+        assert!(!suspects.raise(&(most..most + 512)));
+    }
+}
