@@ -40,7 +40,8 @@ pub struct VerifyReport {
     pub damages: Vec<Damage>,
 }
 
-/// Reads every frame of the log. Records up to `vouched` are known to have been durable.
+/// Reads every frame of the log. Records up to `vouched` are known to have been durable, and so are those that an
+/// envelope vouches for; the log ends where a frame is bad that nobody vouches for.
 pub(crate) fn verify_log(
     disk: &dyn Disk,
     store: Uuid,
@@ -86,11 +87,22 @@ fn verify_segment(
     let mut at = SEGMENT_HEADER_BYTES as u64;
     report.bytes += at;
     let mut expected = segment.id.0;
+    let mut vouched = vouched;
     loop {
         match segment.read(at, Depth::Data)? {
             Found::End => return Ok(()),
             Found::Frame(found) => {
                 let header = &found.frame.header;
+                vouched = vouched.max(found.envelope.durable);
+                if found.bad_data.is_some() && vouched < Some(header.last_seq()) {
+                    if !segment.later_frame_vouches_for(header.last_seq(), found.end)? {
+                        // An append in progress, or one that a kill or a power loss cut short.
+                        return Ok(());
+                    }
+                    // The writer may have finished it while we looked.
+                    vouched = Some(header.last_seq());
+                    continue;
+                }
                 report.bytes += found.end - at;
                 progress(found.end - at);
                 expected = header.last_seq().next();
@@ -110,11 +122,11 @@ fn verify_segment(
                 at = found.end;
             }
             Found::Bad(what) => {
-                let next = segment.resync(at)?;
-                // At the very end it is an append in progress, unless somebody vouches for it.
-                if next.is_none() && vouched < Some(expected) {
+                // An append in progress, or a torn one, unless somebody vouches for it.
+                if vouched < Some(expected) && !segment.later_frame_vouches_for(expected, at)? {
                     return Ok(());
                 }
+                let next = segment.resync(at)?;
                 // The writer may have finished it while we looked.
                 if !matches!(segment.read(at, Depth::Data)?, Found::Bad(_)) {
                     continue;

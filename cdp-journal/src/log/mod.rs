@@ -6,6 +6,8 @@
 //! - L3: what [`LogWriter::sync`] reported is found by every later recovery, whatever the disk did with the
 //!   rest (`a_crash_at_any_disk_operation_keeps_what_was_durable`).
 //! - L4: after a failed sync nothing is written any more.
+//! - L5: a frame that is not whole and that nobody vouches for (no later envelope, no later segment, not the index)
+//!   is a torn append: recovery cuts it, readers do not see it, verification does not call it damage.
 
 mod disk;
 mod recover;

@@ -170,19 +170,29 @@ impl Segment {
         }
     }
 
-    /// Does any good frame after `at` say that `seq` had been durable?
+    /// The envelope at `at`, whatever follows it. It was written after what it vouches for, so it counts even where
+    /// its own frame is torn.
+    fn envelope(&self, at: u64) -> io::Result<Option<Envelope>> {
+        let mut bytes = [0; ENVELOPE_BYTES];
+        let filled = self.file.read_at(at, &mut bytes)?;
+        Ok(Envelope::decode(&bytes[..filled]))
+    }
+
+    /// Does anything from `at` on, where an envelope should be, say that `seq` had been durable?
     pub(crate) fn later_frame_vouches_for(&self, seq: Seq, at: u64) -> io::Result<bool> {
         let mut at = at;
-        while let Some(found_at) = self.resync(at)? {
-            at = found_at;
-            while let Found::Frame(found) = self.read(at, Depth::Table)? {
-                if found.envelope.durable >= Some(seq) {
+        loop {
+            while let Some(envelope) = self.envelope(at)? {
+                if envelope.durable >= Some(seq) {
                     return Ok(true);
                 }
-                at = found.end;
+                at += ENVELOPE_BYTES as u64 + envelope.frame_bytes;
+            }
+            match self.resync(at)? {
+                Some(found_at) => at = found_at,
+                None => return Ok(false),
             }
         }
-        Ok(false)
     }
 }
 
@@ -204,6 +214,8 @@ pub(crate) struct Tail {
     /// Where to go on; `None` until the first segment was seen.
     at: Option<(SegmentId, u64)>,
     last: Option<Seq>,
+    /// Records up to here are known to have been durable: if their data is bad, it is damaged, not torn.
+    vouched: Option<Seq>,
 }
 
 impl Tail {
@@ -213,6 +225,7 @@ impl Tail {
             store,
             at: Some((segment, end)),
             last: Some(last),
+            vouched: Some(last),
         }
     }
 
@@ -221,88 +234,124 @@ impl Tail {
             store,
             at: None,
             last: None,
+            vouched: None,
         }
     }
 
-    /// Visits every whole frame there is. A torn one at the very end is just not there yet.
+    /// Takes everything up to `seq` for durable, whether or not the log says so.
+    pub(crate) fn vouched_until(mut self, seq: Option<Seq>) -> Self {
+        self.vouched = self.vouched.max(seq);
+        self
+    }
+
+    /// Visits every whole frame there is. One that is torn and that nobody vouches for is just not there yet, and
+    /// neither is what follows it.
     pub(crate) fn follow<E: From<ReadError>>(
         &mut self,
         disk: &dyn Disk,
         mut visit: impl FnMut(&FoundFrame) -> Result<(), E>,
     ) -> Result<(), E> {
-        let list = || segments(disk).map_err(ReadError::io(disk.path("")));
-        let mut at = match self.at {
-            Some(at) => at,
-            None => match list()?.first() {
-                Some(id) => (*id, 0),
-                None => return Ok(()),
-            },
+        // Listed before anything is read: what is durable by now lies in one of these.
+        let ids = segments(disk).map_err(ReadError::io(disk.path("")))?;
+        let mut at = match (self.at, ids.first()) {
+            (Some(at), _) => at,
+            (None, Some(id)) => (*id, 0),
+            (None, None) => return Ok(()),
         };
         loop {
             let io = |source| ReadError::Io {
                 path: disk.path(&at.0.file_name()),
                 source,
             };
+            let next = ids.iter().copied().find(|id| *id > at.0);
             let segment = Segment::open(disk, at.0).map_err(io)?;
             if at.1 == 0 {
                 match segment.header(self.store).map_err(io)? {
                     HeaderState::Good => at.1 = SEGMENT_HEADER_BYTES as u64,
                     // The newest segment is being made just now.
-                    HeaderState::Bad if list()?.last() == Some(&at.0) => return Ok(()),
+                    HeaderState::Bad if next.is_none() => return Ok(()),
                     state => return Err(header_damage(&segment, &state).into()),
                 }
             }
             self.at = Some(at);
-            self.follow_segment(&segment, &mut visit)?;
-            let Some(next) = list()?.into_iter().find(|id| *id > segment.id) else {
-                return Ok(());
-            };
-            // The segment was finished before the next one was made: what is there now is all there will be.
-            self.follow_segment(&segment, &mut visit)?;
-            let end = self.at.map_or(0, |(_, end)| end);
-            if let Found::Bad(what) = segment.read(end, Depth::Table).map_err(io)? {
-                return Err(damage(&segment, end, what).into());
+            self.follow_segment(&segment, next.is_some(), &mut visit)?;
+            match next {
+                Some(next) => at = (next, 0),
+                None => return Ok(()),
             }
-            at = (next, 0);
         }
     }
 
+    /// A segment is durable, all of it, before the next one is made: then it `is_finished`.
     fn follow_segment<E: From<ReadError>>(
         &mut self,
         segment: &Segment,
+        is_finished: bool,
         visit: &mut impl FnMut(&FoundFrame) -> Result<(), E>,
     ) -> Result<(), E> {
         let io = |source| ReadError::Io {
             path: segment.path.clone(),
             source,
         };
+        let mut scout = self.at.map_or(SEGMENT_HEADER_BYTES as u64, |(_, at)| at);
         loop {
             let at = self.at.map_or(SEGMENT_HEADER_BYTES as u64, |(_, at)| at);
             let expected = Seq::after(self.last);
             match segment.read(at, Depth::Table).map_err(io)? {
                 Found::End => return Ok(()),
                 Found::Frame(found) if found.frame.header.first_seq >= expected => {
+                    let last = found.frame.header.last_seq();
+                    if !is_finished {
+                        self.scout(segment, &mut scout, last).map_err(io)?;
+                        if self.vouched < Some(last) && !is_real(segment, at, &found).map_err(io)? {
+                            return Ok(());
+                        }
+                    }
                     visit(&found)?;
                     self.at = Some((segment.id, found.end));
-                    self.last = Some(found.frame.header.last_seq());
+                    self.last = Some(last);
                 }
                 Found::Frame(_) => {
                     return Err(damage(segment, at, format!("goes back behind seq {expected}")).into());
                 }
                 Found::Bad(_) => {
-                    let vouched = segment.later_frame_vouches_for(expected, at).map_err(io)?;
+                    let is_vouched = is_finished
+                        || self.vouched >= Some(expected)
+                        || segment.later_frame_vouches_for(expected, at).map_err(io)?;
                     // Read again: the writer may have finished this frame before it wrote the one that vouches.
                     let still_bad = match segment.read(at, Depth::Table).map_err(io)? {
                         Found::Bad(what) => what,
                         _ => continue,
                     };
-                    if !vouched {
+                    if !is_vouched {
                         return Ok(());
                     }
                     return Err(damage(segment, at, still_bad).into());
                 }
             }
         }
+    }
+
+    /// Goes ahead from envelope to envelope until one vouches for `seq`, or the log ends.
+    fn scout(&mut self, segment: &Segment, scout: &mut u64, seq: Seq) -> io::Result<()> {
+        while self.vouched < Some(seq) {
+            let Some(envelope) = segment.envelope(*scout)? else {
+                break;
+            };
+            self.vouched = self.vouched.max(envelope.durable);
+            *scout += ENVELOPE_BYTES as u64 + envelope.frame_bytes;
+        }
+        Ok(())
+    }
+}
+
+/// Is the frame at `at`, that no envelope in the row after it vouches for, more than the torn end of an append?
+fn is_real(segment: &Segment, at: u64, found: &FoundFrame) -> io::Result<bool> {
+    match segment.read(at, Depth::Data)? {
+        Found::Frame(whole) if whole.bad_data.is_none() && whole.frame.header == found.frame.header => {
+            Ok(true)
+        }
+        _ => segment.later_frame_vouches_for(found.frame.header.last_seq(), found.end),
     }
 }
 

@@ -10,6 +10,7 @@ use crate::format::{
     Body, ENVELOPE_BYTES, FrameBuilder, Origin, RecordFlags, SEGMENT_HEADER_BYTES, SealedFrame, SegmentHeader,
 };
 use crate::types::{BootNs, VolumeId};
+use crate::verify::{Damage, verify_log};
 
 const STORE: Uuid = Uuid::from_bytes([5; 16]);
 /// Small, so that a short workload rolls several times.
@@ -82,6 +83,10 @@ fn read_all(disk: &FaultDisk) -> Option<Seq> {
     last
 }
 
+fn damages(disk: &FaultDisk, indexed: Option<Seq>) -> Vec<Damage> {
+    verify_log(disk, STORE, indexed, &mut |_| ()).unwrap().damages
+}
+
 /// Appends frames and syncs now and then, until the disk stops; returns the last record reported durable.
 fn run(disk: &FaultDisk, frames: usize, random: &mut Random) -> Option<Seq> {
     let Ok(mut log) = open(disk, None) else {
@@ -118,6 +123,9 @@ fn a_crash_at_any_disk_operation_keeps_what_was_durable() {
             let durable = run(&disk, FRAMES, &mut Random(seed));
             let mut random = Random(seed ^ (stop_after << 32));
             let disk = disk.after_power_loss(&mut random);
+            // Before anybody recovers it, a reader sees nothing but what was written, and all that was durable.
+            assert!(read_all(&disk) >= durable, "{told}");
+            assert_eq!(damages(&disk, durable), [], "{told}");
             let log = open(&disk, durable).unwrap_or_else(|error| panic!("{told}: {error}"));
             assert!(
                 log.durable() >= durable,
@@ -244,27 +252,96 @@ fn recovery_5_damaged_data_of_a_durable_frame_is_kept_and_named() {
     assert_eq!(state.damages[0].seqs, Some((first, frame(first).last_seq())));
 }
 
+/// Appends the frame of `first_seq` with an envelope that says that everything up to `durable` was.
+fn append_raw(disk: &FaultDisk, name: &str, first_seq: Seq, durable: Option<Seq>) -> Seq {
+    let frame = frame(first_seq);
+    let envelope = crate::format::Envelope {
+        frame_bytes: frame.bytes().len() as u64,
+        first_seq,
+        durable,
+    };
+    disk.edit(name, |bytes| {
+        bytes.extend_from_slice(&envelope.encode());
+        bytes.extend_from_slice(frame.bytes());
+    });
+    frame.last_seq()
+}
+
+/// The first record of each frame that `tail` has not visited before.
+fn visited(tail: &mut Tail, disk: &FaultDisk) -> Vec<Seq> {
+    let mut seqs = Vec::new();
+    let followed = tail.follow(disk, |found| -> Result<(), crate::ReadError> {
+        seqs.push(found.frame.header.first_seq);
+        Ok(())
+    });
+    followed.unwrap();
+    seqs
+}
+
+/// Goal: records of a frame that is torn are never shown, nor lost once it is whole. Method: spoil the data of a
+/// frame that nobody vouches for, then make it good again, then spoil it when it is vouched for.
+#[test]
+fn a_frame_with_bad_data_is_not_there_until_somebody_vouches_for_it() {
+    let (disk, _, name) = one_segment();
+    let seqs: Vec<Seq> = std::iter::successors(Some(Seq::FIRST), |seq| Some(frame(*seq).last_seq().next()))
+        .take(5)
+        .collect();
+    let spoil = |at: u64| disk.edit(&name, |bytes| bytes[at as usize - 100] ^= 1);
+    let end = disk.open(&name).unwrap().len().unwrap();
+    spoil(end);
+    let mut tail = Tail::from_start(STORE);
+    assert_eq!(visited(&mut tail, &disk), seqs[..2]);
+    // What follows it is not there either, though it is good.
+    append_raw(&disk, &name, seqs[3], seqs[2].prev());
+    assert_eq!(visited(&mut tail, &disk), []);
+    assert_eq!(damages(&disk, None), []);
+    spoil(end);
+    assert_eq!(visited(&mut tail, &disk), seqs[2..4]);
+
+    // Damaged, for it was durable: its records are shown, and reading their data fails.
+    spoil(end);
+    append_raw(&disk, &name, seqs[4], seqs[3].prev());
+    assert_eq!(visited(&mut Tail::from_start(STORE), &disk), seqs);
+    let found = damages(&disk, None);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].seqs, Some((seqs[2], seqs[3].prev().unwrap())));
+    // The same of the newest frame, where the index alone knows that it was durable.
+    disk.edit(&name, |bytes| bytes.truncate(end as usize));
+    assert_eq!(damages(&disk, None), []);
+    assert_eq!(damages(&disk, seqs[3].prev()).len(), 1);
+    let mut tail = Tail::from_start(STORE).vouched_until(seqs[3].prev());
+    assert_eq!(visited(&mut tail, &disk), seqs[..3]);
+    // And where the next segment is there: it was made after this one was durable.
+    let header = SegmentHeader {
+        store: STORE,
+        first_seq: seqs[3],
+    };
+    disk.put(&SegmentId(seqs[3]).file_name(), header.encode().to_vec());
+    assert_eq!(damages(&disk, None).len(), 1);
+    assert_eq!(visited(&mut Tail::from_start(STORE), &disk), seqs[..3]);
+}
+
+/// Goal: a kill in the midst of an append harms nobody who reads. Method: cut the last frame short everywhere.
+#[test]
+fn an_append_that_was_cut_short_is_not_damage() {
+    let (disk, starts, name) = one_segment();
+    let first_two = frame(frame(Seq::FIRST).last_seq().next()).last_seq();
+    let len = disk.open(&name).unwrap().len().unwrap();
+    for cut in (starts[2] + 1..len).rev().step_by(50) {
+        disk.edit(&name, |bytes| bytes.truncate(cut as usize));
+        assert_eq!(damages(&disk, None), [], "cut at {cut}");
+        assert_eq!(read_all(&disk), Some(first_two), "cut at {cut}");
+    }
+}
+
 #[test]
 fn recovery_6_and_7_a_hole_is_kept_and_a_step_back_is_not() {
     let (disk, _, name) = one_segment();
     let last = read_all(&disk).unwrap();
-    let append = |disk: &FaultDisk, first_seq: Seq| {
-        let frame = frame(first_seq);
-        let envelope = crate::format::Envelope {
-            frame_bytes: frame.bytes().len() as u64,
-            first_seq,
-            durable: None,
-        };
-        disk.edit(&name, |bytes| {
-            bytes.extend_from_slice(&envelope.encode());
-            bytes.extend_from_slice(frame.bytes());
-        });
-        frame.last_seq()
-    };
     let back = disk.after_power_loss(&mut Random(1));
-    let after = append(&disk, last.plus(10));
+    let after = append_raw(&disk, &name, last.plus(10), None);
     assert_eq!(recover(&disk, STORE, None).unwrap().last, Some(after));
-    append(&back, last);
+    append_raw(&back, &name, last, None);
     assert!(matches!(
         recover(&back, STORE, None),
         Err(OpenError::Corrupt { .. })

@@ -134,7 +134,7 @@ impl StoreWriter {
         let index_rebuilt = parts.rebuilt.clone();
         let index_bytes = Arc::new(AtomicU64::new(0));
         let mut index = open_at(parts, &log_dir, &index_bytes, &lock);
-        catch_up(&mut index, &*disk, store.uuid)?;
+        catch_up(&mut index, &*disk, store.uuid, state.last)?;
         index.flush()?;
         let recovered = describe(&index, &*disk, &state, index_rebuilt, created)?;
         let limits = LogLimits {
@@ -201,9 +201,14 @@ impl From<ReadError> for CatchUpError {
     }
 }
 
-/// Applies what the log has and the index has not. Everything in the log is durable by now.
-fn catch_up(index: &mut IndexWriter, disk: &dyn Disk, store: Uuid) -> Result<(), OpenError> {
-    let mut tail = match (index.state().end, index.applied()) {
+/// Applies what the log has and the index has not. Everything in the log is durable by now: up to `last`.
+fn catch_up(
+    index: &mut IndexWriter,
+    disk: &dyn Disk,
+    store: Uuid,
+    last: Option<Seq>,
+) -> Result<(), OpenError> {
+    let tail = match (index.state().end, index.applied()) {
         (Some((segment, end)), Some(last)) => Tail::after(
             store,
             SegmentId(Seq::new(segment).unwrap_or(Seq::FIRST)),
@@ -212,7 +217,7 @@ fn catch_up(index: &mut IndexWriter, disk: &dyn Disk, store: Uuid) -> Result<(),
         ),
         _ => Tail::from_start(store),
     };
-    let followed = tail.follow(disk, |found| {
+    let followed = tail.vouched_until(last).follow(disk, |found| {
         index
             .apply_frame(&found.frame, &found.location)
             .map_err(CatchUpError::Index)
