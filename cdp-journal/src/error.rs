@@ -101,6 +101,16 @@ pub enum ReadError {
         /// First and last record of the frame that is damaged, where known.
         seqs: Option<(Seq, Seq)>,
     },
+    /// Written by a newer version of this program.
+    #[error("{path}: format {found}, this build reads up to {newest}; upgrade to read this store")]
+    TooNew {
+        /// The file that says so.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+        /// The newest format this build reads.
+        newest: u32,
+    },
     /// A range beyond the end of the volume.
     #[error("bytes {offset}..{} are beyond the end of the volume ({bytes} bytes)", offset + len)]
     OutOfRange {

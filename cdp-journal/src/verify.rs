@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::error::ReadError;
 use crate::format::SEGMENT_HEADER_BYTES;
-use crate::log::{Depth, Disk, Found, HeaderState, Segment, segments};
+use crate::log::{Depth, Disk, Found, HeaderState, Segment, header_error, segments};
 use crate::types::Seq;
 
 /// A stretch of the log that does not match its checksums.
@@ -58,7 +58,11 @@ pub(crate) fn verify_log(
         } else {
             Some(id.0.plus(u64::MAX))
         };
-        verify_segment(&segment, store, vouched, &mut report, progress).map_err(ReadError::io(&path))?;
+        let header = segment.header(store).map_err(ReadError::io(&path))?;
+        if matches!(header, HeaderState::TooNew(_)) {
+            return Err(header_error(&segment, &header));
+        }
+        verify_segment(&segment, &header, vouched, &mut report, progress).map_err(ReadError::io(&path))?;
         report.segments += 1;
     }
     Ok(report)
@@ -66,12 +70,12 @@ pub(crate) fn verify_log(
 
 fn verify_segment(
     segment: &Segment,
-    store: Uuid,
+    header: &HeaderState,
     vouched: Option<Seq>,
     report: &mut VerifyReport,
     progress: &mut dyn FnMut(u64),
 ) -> io::Result<()> {
-    if segment.header(store)? != HeaderState::Good {
+    if *header != HeaderState::Good {
         // A segment without frames is still being made.
         if vouched < Some(segment.id.0) && segment.resync(0)?.is_none() {
             return Ok(());

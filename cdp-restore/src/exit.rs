@@ -126,9 +126,15 @@ mod tests {
             len: 1,
             source: io::ErrorKind::StorageFull.into(),
         };
-        let cases: [(anyhow::Error, Exit); 9] = [
+        let segment_too_new = ReadError::TooNew {
+            path: "x.seg".into(),
+            found: 9,
+            newest: 1,
+        };
+        let cases: [(anyhow::Error, Exit); 10] = [
             (anyhow!("anything"), Exit::Failed),
             (too_new.into(), Exit::Failed),
+            (segment_too_new.into(), Exit::Failed),
             (write.into(), Exit::Failed),
             (
                 WhenError::NoBookmark {

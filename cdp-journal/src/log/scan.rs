@@ -270,7 +270,7 @@ impl Tail {
                     HeaderState::Good => at.1 = SEGMENT_HEADER_BYTES as u64,
                     // The newest segment is being made just now.
                     HeaderState::Bad if next.is_none() => return Ok(()),
-                    state => return Err(header_damage(&segment, &state).into()),
+                    state => return Err(header_error(&segment, &state).into()),
                 }
             }
             self.at = Some(at);
@@ -364,18 +364,21 @@ fn damage(segment: &Segment, offset: u64, what: String) -> ReadError {
     }
 }
 
-fn header_damage(segment: &Segment, state: &HeaderState) -> ReadError {
-    damage(
-        segment,
-        0,
-        match state {
-            HeaderState::TooNew(format) => {
-                format!("segment format {format}, this build reads up to {FORMAT}; upgrade")
-            }
-            HeaderState::Stranger => "a segment of another store or another name".to_owned(),
-            _ => "bad segment header".to_owned(),
+/// What a segment's header that is not [`HeaderState::Good`] keeps from being read.
+pub(crate) fn header_error(segment: &Segment, state: &HeaderState) -> ReadError {
+    match state {
+        HeaderState::TooNew(found) => ReadError::TooNew {
+            path: segment.path.clone(),
+            found: *found,
+            newest: FORMAT,
         },
-    )
+        HeaderState::Stranger => damage(
+            segment,
+            0,
+            "a segment of another store or another name".to_owned(),
+        ),
+        _ => damage(segment, 0, "bad segment header".to_owned()),
+    }
 }
 
 /// Damage met while opening, as an error of opening.
@@ -389,6 +392,7 @@ pub(crate) fn open_error(error: ReadError, last_good: Option<Seq>) -> OpenError 
             what,
             last_good,
         },
+        ReadError::TooNew { path, found, newest } => OpenError::TooNew { path, found, newest },
         ReadError::Io { path, source } => OpenError::Io {
             action: "read",
             path,

@@ -4,16 +4,16 @@
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use cdp_journal::store::StoreReader;
+use cdp_journal::store::{StoreReader, StoreWriter, WriterOptions};
 use cdp_journal::view::{CopyError, CopyOptions};
-use cdp_journal::{ReadError, Seq};
+use cdp_journal::{OpenError, ReadError, Seq};
 
 use crate::kit::{MemorySink, Writer, bytes_of, volume};
 
 const VOLUME_BYTES: usize = 1 << 20;
 
-/// A store with an applied part and a tail, the images it must show, and its only segment.
-fn store(dir: &std::path::Path, flushed: bool) -> (Vec<(Seq, Vec<u8>)>, PathBuf) {
+/// A store with an index or without one, the images it must show, and its only segment.
+fn store(dir: &std::path::Path, indexed: bool) -> (Vec<(Seq, Vec<u8>)>, PathBuf) {
     let mut writer = Writer::open(dir);
     writer.declare(VOLUME_BYTES as u64);
     let mut image = vec![0; VOLUME_BYTES];
@@ -31,17 +31,19 @@ fn store(dir: &std::path::Path, flushed: bool) -> (Vec<(Seq, Vec<u8>)>, PathBuf)
         }
         writer.apply();
     }
-    if flushed {
-        writer.flush();
+    writer.flush();
+    drop(writer);
+    if !indexed {
+        std::fs::remove_dir_all(dir.join("index")).unwrap();
     }
     (images, dir.join("log/00000000000000000001.seg"))
 }
 
 #[test]
 fn a_damaged_byte_anywhere_is_named_and_never_returned() {
-    for flushed in [true, false] {
+    for indexed in [true, false] {
         let dir = tempfile::tempdir().unwrap();
-        let (images, segment) = store(dir.path(), flushed);
+        let (images, segment) = store(dir.path(), indexed);
         let file = std::fs::OpenOptions::new()
             .read(true)
             .write(true)
@@ -62,8 +64,8 @@ fn a_damaged_byte_anywhere_is_named_and_never_returned() {
             }
             file.write_all_at(&byte, at).unwrap();
         }
-        assert!(seen > 0, "flushed {flushed}: no damage was seen");
-        assert!(!flushed || refused == 0, "an index spares the reader the log");
+        assert!(seen > 0, "indexed {indexed}: no damage was seen");
+        assert_eq!(indexed, refused == 0, "an index spares the reader the log");
         let reader = StoreReader::open(dir.path()).unwrap();
         assert_eq!(
             read_everything(&reader, &images, 0, &segment),
@@ -159,24 +161,45 @@ fn verify_names_every_damage() {
 }
 
 #[test]
-fn a_segment_of_a_newer_format_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let (_, segment) = store(dir.path(), true);
-    let file = std::fs::OpenOptions::new().write(true).open(&segment).unwrap();
-    file.write_all_at(&[9], 4).unwrap();
-    let options = cdp_journal::store::WriterOptions::default();
-    let error = cdp_journal::store::StoreWriter::open(dir.path(), &options).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            cdp_journal::OpenError::TooNew {
-                found: 9,
-                newest: 1,
-                ..
-            }
-        ),
-        "{error}"
-    );
+fn a_segment_of_a_newer_format_is_refused_and_is_not_damage() {
+    for indexed in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, segment) = store(dir.path(), indexed);
+        let reader = StoreReader::open(dir.path()).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&segment).unwrap();
+        file.write_all_at(&[9], 4).unwrap();
+        let error = reader.verify_log(&mut |_| ()).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ReadError::TooNew {
+                    found: 9,
+                    newest: 1,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        assert!(!error.is_damage());
+        // With an index, a reader has no need of the segment's header.
+        let mut errors: Vec<_> = StoreReader::open(dir.path()).err().into_iter().collect();
+        assert_eq!(errors.is_empty(), indexed);
+        errors.push(StoreWriter::open(dir.path(), &WriterOptions::default()).unwrap_err());
+        for error in errors {
+            assert!(
+                matches!(
+                    error,
+                    OpenError::TooNew {
+                        found: 9,
+                        newest: 1,
+                        ..
+                    }
+                ),
+                "{error}"
+            );
+            assert!(error.to_string().contains("upgrade"), "{error}");
+        }
+    }
 }
 
 #[test]

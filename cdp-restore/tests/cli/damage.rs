@@ -127,3 +127,19 @@ fn a_store_of_a_newer_format_is_left_alone() {
     store.image("latest").unwrap_err().exits(1).says(&["format 99"]);
     assert_eq!(names_in(&store.beside("")), ["store"]);
 }
+
+#[test]
+fn a_segment_of_a_newer_format_asks_for_an_upgrade() {
+    let store = Store::known();
+    let mut bytes = fs::read(store.segment()).unwrap();
+    bytes[4] = 99;
+    fs::write(store.segment(), bytes).unwrap();
+    let told = [".seg", "format 99", "up to 1", "upgrade"];
+    store.run("verify", &[]).exits(1).says(&told);
+    // Without an index, every command has to read the log.
+    fs::remove_dir_all(store.path().join("index")).unwrap();
+    for arguments in [&["ls"][..], &["points", "pg"], &["verify"], &["verify", "pg"]] {
+        store.run(arguments[0], &arguments[1..]).exits(1).says(&told);
+    }
+    store.image("latest").unwrap_err().exits(1).says(&told);
+}
