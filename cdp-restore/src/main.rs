@@ -17,7 +17,6 @@ mod cmd;
 mod digest;
 mod exit;
 mod interrupt;
-mod records;
 mod report;
 mod source;
 mod target;

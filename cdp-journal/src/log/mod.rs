@@ -26,7 +26,9 @@ use crate::types::{SegmentId, Seq};
 
 pub(crate) use disk::{Disk, RealDisk};
 pub(crate) use recover::{LogState, recover};
-pub(crate) use scan::{Depth, Found, HeaderState, Segment, Tail, header_error, open_error, segments};
+pub(crate) use scan::{
+    Depth, Found, FoundFrame, HeaderState, Segment, Tail, header_error, open_error, segments,
+};
 pub(crate) use writer::LogLimits;
 pub use writer::LogWriter;
 

@@ -13,6 +13,7 @@
 
 mod lock;
 mod reader;
+mod records;
 mod timeline;
 mod writer;
 
@@ -27,6 +28,7 @@ use crate::error::OpenError;
 
 pub(crate) use lock::StoreLock;
 pub use reader::StoreReader;
+pub use records::{FrameRecords, Records};
 pub use writer::{Cut, Recovered, StoreWriter, VolumeState, WriterOptions};
 
 /// The format of the folder as a whole.

@@ -1,6 +1,7 @@
 //! Reading a store, also beside a live writer.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
+use super::records::Records;
 use super::timeline::Timeline;
 use super::{INDEX_DIR, LOCK_FILE, LOG_DIR, StoreFile, StoreLock};
 use crate::error::{OpenError, ReadError};
@@ -296,6 +298,16 @@ impl StoreReader {
             });
         let bytes = bytes.ok_or(ReadError::NoVolume { volume, seq })?;
         Ok(View::new(state, volume, seq, bytes))
+    }
+
+    /// The records of `seqs`, frame by frame in order, as far as the store was read. Only the frames' record tables
+    /// are read and checked; the data is left alone. Records that the log has lost (a gap `log-hole`) are left out;
+    /// damage is an error, and ends the walk.
+    pub fn records(&self, seqs: RangeInclusive<Seq>) -> Records<'_> {
+        // What lies behind the head may not be there for good.
+        let head = self.head().map_or(Seq::FIRST, |head| head.seq);
+        let seqs = *seqs.start()..=head.min(*seqs.end());
+        Records::new(self.state(), &self.disk, seqs)
     }
 
     /// Reads the whole log. `progress` is told how many more bytes were read.

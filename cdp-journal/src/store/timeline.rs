@@ -1,13 +1,12 @@
 //! From the index's events and frames to moments and stretches of history.
 
-use std::io;
-
+use super::records::read_frame;
 use crate::error::ReadError;
-use crate::format::{ENVELOPE_BYTES, Frame, GapCause};
+use crate::format::{Frame, GapCause};
 use crate::history::{Bookmark, ExactInterval, Gap, History, Note, Resize, VolumeInfo};
-use crate::index::{Event, EventBody, FrameEntry, IndexError};
-use crate::log::{Depth, Disk, Found, Segment};
-use crate::types::{SegmentId, Seq, VolumeId, WallNs};
+use crate::index::{Event, EventBody, FrameEntry};
+use crate::log::Disk;
+use crate::types::{Seq, VolumeId, WallNs};
 use crate::view::ViewStore;
 use crate::when::{Moment, NotExact, NotExactCause, Point};
 
@@ -20,28 +19,7 @@ pub(super) struct Timeline<'a> {
 
 impl Timeline<'_> {
     fn frame(&self, entry: &FrameEntry) -> Result<Frame, ReadError> {
-        let segment_seq = Seq::new(entry.segment).ok_or(IndexError::Corrupt("a frame in no segment"))?;
-        let id = SegmentId(segment_seq);
-        let path = self.disk.path(&id.file_name());
-        let damaged = |what: String| ReadError::Damaged {
-            path: path.clone(),
-            offset: entry.offset,
-            what,
-            seqs: Seq::new(entry.first_seq).zip(Seq::new(entry.last_seq)),
-        };
-        let segment = match Segment::open(self.disk, id) {
-            Ok(segment) => segment,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(damaged("the segment is missing".to_owned()));
-            }
-            Err(source) => return Err(ReadError::Io { path, source }),
-        };
-        let at = entry.offset - ENVELOPE_BYTES as u64;
-        match segment.read(at, Depth::Table).map_err(ReadError::io(&path))? {
-            Found::Frame(found) => Ok(found.frame),
-            Found::End => Err(damaged("the segment is cut short".to_owned())),
-            Found::Bad(what) => Err(damaged(what)),
-        }
+        read_frame(self.disk, entry).map(|(_, found)| found.frame)
     }
 
     fn before(&self, entry: &FrameEntry) -> Result<Option<FrameEntry>, ReadError> {

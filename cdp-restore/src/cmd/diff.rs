@@ -11,7 +11,6 @@ use super::{Instant, find_volume, open_store, require_block, resolve, table};
 use crate::args::Diff;
 use crate::changes::{Changes, Kind, Range};
 use crate::exit::UsageError;
-use crate::records;
 use crate::report::Report;
 use crate::time::Time;
 use crate::units::{Bytes, Elapsed, count};
@@ -77,11 +76,12 @@ pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
         return Err(UsageError(message).into());
     }
     let mut changes = Changes::default();
-    records::between(args.source.from.folder()?, since.seq, until.seq, &mut |record| {
-        if record.record.volume == Some(volume.id) {
-            note(&mut changes, record);
+    for frame in store.records(since.seq.next()..=until.seq) {
+        let of_volume = |placed: &&PlacedRecord| placed.record.volume == Some(volume.id);
+        for placed in frame?.records.iter().filter(of_volume) {
+            note(&mut changes, placed);
         }
-    })?;
+    }
     let (bytes_before, bytes_after) = (
         store.view(volume.id, since.seq)?.bytes(),
         store.view(volume.id, until.seq)?.bytes(),

@@ -1,0 +1,119 @@
+//! Walking the records of the log in order.
+
+use std::io;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use crate::error::ReadError;
+use crate::format::{ENVELOPE_BYTES, FrameHeader, PlacedRecord};
+use crate::index::{FrameEntry, IndexError};
+use crate::log::{Depth, Disk, Found, FoundFrame, Segment};
+use crate::types::{SegmentId, Seq};
+use crate::view::ViewStore;
+
+/// Records that lie in one frame.
+#[derive(Clone, Debug)]
+pub struct FrameRecords {
+    /// The frame: its boot, its clock and its times, also of records that were not asked for.
+    pub header: FrameHeader,
+    /// Those of its records that were asked for, in order, never none.
+    pub records: Vec<PlacedRecord>,
+}
+
+/// A walk over records; see [`StoreReader::records`](super::StoreReader::records).
+#[derive(Debug)]
+pub struct Records<'a> {
+    store: Arc<ViewStore>,
+    disk: &'a dyn Disk,
+    /// What is still to come; `None` at the end or after an error.
+    rest: Option<RangeInclusive<Seq>>,
+    /// Where the last frame ended: the next one usually begins there.
+    end: Option<(Segment, u64)>,
+}
+
+impl<'a> Records<'a> {
+    pub(super) fn new(store: Arc<ViewStore>, disk: &'a dyn Disk, seqs: RangeInclusive<Seq>) -> Self {
+        Self {
+            store,
+            disk,
+            rest: Some(seqs),
+            end: None,
+        }
+    }
+
+    fn advance(&mut self) -> Result<Option<FrameRecords>, ReadError> {
+        let Some(rest) = self.rest.take().filter(|rest| !rest.is_empty()) else {
+            return Ok(None);
+        };
+        let Some((segment, found)) = self.frame_from(*rest.start())? else {
+            return Ok(None);
+        };
+        let FoundFrame { frame, end, .. } = found;
+        if frame.header.first_seq > *rest.end() {
+            return Ok(None);
+        }
+        let mut records = frame.records;
+        records.retain(|placed| rest.contains(&placed.record.seq));
+        self.end = Some((segment, end));
+        self.rest = Some(frame.header.last_seq().next()..=*rest.end());
+        Ok(Some(FrameRecords {
+            header: frame.header,
+            records,
+        }))
+    }
+
+    /// The frame that holds `seq`, or the first one after it.
+    fn frame_from(&mut self, seq: Seq) -> Result<Option<(Segment, FoundFrame)>, ReadError> {
+        if let Some((segment, end)) = self.end.take() {
+            let found = segment.read(end, Depth::Table);
+            match found.map_err(ReadError::io(&segment.path))? {
+                Found::Frame(found) if found.frame.header.first_seq == seq => {
+                    return Ok(Some((segment, *found)));
+                }
+                _ => {}
+            }
+        }
+        let entry = self
+            .store
+            .ask(|lookup| match lookup.frame_at_or_before(seq.get())? {
+                Some(entry) if entry.last_seq >= seq.get() => Ok(Some(entry)),
+                _ => lookup.frame_at_or_after(seq.get()),
+            })?;
+        entry.map(|entry| read_frame(self.disk, &entry)).transpose()
+    }
+}
+
+impl Iterator for Records<'_> {
+    type Item = Result<FrameRecords, ReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.advance().transpose()
+    }
+}
+
+/// Header and record table of a frame that the index knows.
+pub(super) fn read_frame(disk: &dyn Disk, entry: &FrameEntry) -> Result<(Segment, FoundFrame), ReadError> {
+    let segment_seq = Seq::new(entry.segment).ok_or(IndexError::Corrupt("a frame in no segment"))?;
+    let id = SegmentId(segment_seq);
+    let path = disk.path(&id.file_name());
+    let damaged = |what: &str| ReadError::Damaged {
+        path: path.clone(),
+        offset: entry.offset,
+        what: what.to_owned(),
+        seqs: Seq::new(entry.first_seq).zip(Seq::new(entry.last_seq)),
+    };
+    let segment = match Segment::open(disk, id) {
+        Ok(segment) => segment,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(damaged("the segment is missing"));
+        }
+        Err(source) => return Err(ReadError::Io { path, source }),
+    };
+    let at = entry.offset - ENVELOPE_BYTES as u64;
+    match segment.read(at, Depth::Table).map_err(ReadError::io(&path))? {
+        Found::Frame(found) if found.frame.header.first_seq.get() == entry.first_seq => Ok((segment, *found)),
+        Found::Frame(_) => Err(damaged("another frame than the index says")),
+        Found::End => Err(damaged("the segment is cut short")),
+        Found::Bad(what) => Err(damaged(&what)),
+    }
+}
