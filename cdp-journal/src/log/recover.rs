@@ -3,9 +3,10 @@
 //! | # | where                               | found                                   | case        | done                                     |
 //! |--:|-------------------------------------|-----------------------------------------|-------------|------------------------------------------|
 //! | 1 | no segment                          |                                         | new         | starts at the Seq after the index's last |
-//! | 2 | newest segment                      | short or bad header, nothing durable    | torn birth  | removed, the one before is the newest    |
+//! | 2 | newest segment                      | short or bad header, no frame           | torn birth  | removed, the one before is the newest    |
 //! | 3 | newest segment                      | short or bad frame, never durable       | torn tail   | cut to the last good frame               |
-//! | 4 | newest segment                      | bad header or table of a durable frame  | corrupt     | stop, name it, cut nothing               |
+//! | 4 | newest segment                      | bad header or table of a durable frame, | corrupt     | stop, name it, cut nothing               |
+//! |   |                                     | or header of a segment with frames      |             |                                          |
 //! | 5 | newest segment                      | bad data of a durable frame             | damaged     | kept, named; reads of that data fail     |
 //! | 6 | newest segment                      | Seq is not the last + 1, but later      | hole        | both sides kept; a gap `log-hole`        |
 //! | 7 | newest segment                      | Seq goes back                           | corrupt     | stop                                     |
@@ -71,14 +72,9 @@ pub(crate) fn recover(disk: &dyn Disk, store: Uuid, indexed: Option<Seq>) -> Res
                 });
             }
             HeaderState::Stranger => return Err(corrupt("a segment of another store or another name")),
-            HeaderState::Bad => {
-                let vouched = indexed >= Some(id.0)
-                    || segment
-                        .later_frame_vouches_for(id.0, 0)
-                        .map_err(OpenError::io("read", &path))?;
-                if vouched {
-                    return Err(corrupt("bad segment header"));
-                }
+            HeaderState::Bad => return Err(corrupt("bad segment header")),
+            HeaderState::Unmade if indexed >= Some(id.0) => return Err(corrupt("bad segment header")),
+            HeaderState::Unmade => {
                 let bytes = segment.file.len().map_err(OpenError::io("read", &path))?;
                 tracing::info!(path = %path.display(), bytes, "removed a segment whose making was interrupted");
                 disk.remove(&id.file_name())
@@ -119,7 +115,12 @@ fn recover_newest(segment: Segment, indexed: Option<Seq>, cut: Option<Cut>) -> R
             .map_err(OpenError::io("read", &path))?
         {
             Found::End => break None,
-            Found::Bad(what) => break Some(what),
+            Found::Bad(what) => {
+                // Torn or not, it was begun after the frames that its envelope vouches for.
+                let envelope = segment.envelope(at).map_err(OpenError::io("read", &path))?;
+                vouched = vouched.max(envelope.and_then(|envelope| envelope.durable));
+                break Some(what);
+            }
             Found::Frame(found) if found.frame.header.first_seq < expected => {
                 return Err(corrupt(
                     at,

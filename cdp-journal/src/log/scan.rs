@@ -63,7 +63,10 @@ pub(crate) struct Segment {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum HeaderState {
     Good,
-    /// Short, or its checksum fails.
+    /// Short, or its checksum fails, and no frame follows: the making of the segment is not finished, or was
+    /// interrupted. Frames are appended only once the header is durable.
+    Unmade,
+    /// The same with frames behind it: damaged.
     Bad,
     TooNew(u32),
     /// It belongs to another store, or under another name.
@@ -81,6 +84,18 @@ impl Segment {
     }
 
     pub(crate) fn header(&self, store: Uuid) -> io::Result<HeaderState> {
+        let header = self.header_itself(store)?;
+        if header != HeaderState::Bad {
+            return Ok(header);
+        }
+        if self.resync(0)?.is_none() {
+            return Ok(HeaderState::Unmade);
+        }
+        // The writer may have made it and gone on while we looked.
+        self.header_itself(store)
+    }
+
+    fn header_itself(&self, store: Uuid) -> io::Result<HeaderState> {
         let mut bytes = [0; SEGMENT_HEADER_BYTES];
         let filled = self.file.read_at(0, &mut bytes)?;
         Ok(match SegmentHeader::decode(&bytes[..filled]) {
@@ -172,7 +187,7 @@ impl Segment {
 
     /// The envelope at `at`, whatever follows it. It was written after what it vouches for, so it counts even where
     /// its own frame is torn.
-    fn envelope(&self, at: u64) -> io::Result<Option<Envelope>> {
+    pub(crate) fn envelope(&self, at: u64) -> io::Result<Option<Envelope>> {
         let mut bytes = [0; ENVELOPE_BYTES];
         let filled = self.file.read_at(at, &mut bytes)?;
         Ok(Envelope::decode(&bytes[..filled]))
@@ -269,7 +284,7 @@ impl Tail {
                 match segment.header(self.store).map_err(io)? {
                     HeaderState::Good => at.1 = SEGMENT_HEADER_BYTES as u64,
                     // The newest segment is being made just now.
-                    HeaderState::Bad if next.is_none() => return Ok(()),
+                    HeaderState::Unmade if next.is_none() => return Ok(()),
                     state => return Err(header_error(&segment, &state).into()),
                 }
             }

@@ -238,6 +238,20 @@ fn recovery_4_damage_to_a_durable_frame_stops_and_cuts_nothing() {
         Err(OpenError::Corrupt { .. })
     ));
     assert!(recover(&disk, STORE, None).is_ok());
+    // A header is durable before there is a frame, even a single one that nobody vouches for.
+    disk.edit(&name, |bytes| {
+        bytes.truncate(starts[1] as usize);
+        bytes[40] ^= 1;
+    });
+    match recover(&disk, STORE, None) {
+        Err(OpenError::Corrupt { offset: 0, .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(disk.open(&name).unwrap().len().unwrap(), starts[1]);
+    let mut tail = Tail::from_start(STORE);
+    let followed = tail.follow(&disk, |_| -> Result<(), crate::ReadError> { Ok(()) });
+    assert!(followed.unwrap_err().is_damage());
+    assert_eq!(damages(&disk, None).len(), 1);
 }
 
 #[test]
@@ -250,6 +264,18 @@ fn recovery_5_damaged_data_of_a_durable_frame_is_kept_and_named() {
     let first = frame(Seq::FIRST).last_seq().next();
     assert_eq!(state.damages.len(), 1);
     assert_eq!(state.damages[0].seqs, Some((first, frame(first).last_seq())));
+    // The frame that vouches for it may itself be torn.
+    disk.edit(&name, |bytes| {
+        bytes.truncate(starts[2] as usize + ENVELOPE_BYTES + 40)
+    });
+    assert_eq!(visited(&mut Tail::from_start(STORE), &disk), [Seq::FIRST, first]);
+    assert_eq!(damages(&disk, None), state.damages);
+    let torn = recover(&disk, STORE, None).unwrap();
+    assert_eq!(
+        (torn.last, torn.damages),
+        (Some(frame(first).last_seq()), state.damages)
+    );
+    assert_eq!(torn.cut.unwrap().offset, starts[2]);
 }
 
 /// Appends the frame of `first_seq` with an envelope that says that everything up to `durable` was.
