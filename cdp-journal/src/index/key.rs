@@ -8,6 +8,8 @@
 //! | `h` volume(2) Seq(8) kind(1)                    | an event of history, JSON                     |
 //! | `m` name                                        | the index's own state                         |
 
+use std::cmp::Ordering;
+
 use crate::types::{BLOCK_BYTES, UNIT_BYTES};
 
 /// The sizes of range that one key can speak of. Data uses the first two, zeroes all.
@@ -58,7 +60,7 @@ const _: () = assert!(Level::Span.blocks() == CHUNK_BLOCKS);
 pub(crate) const CHUNK_BLOCKS: u64 = 4096;
 
 /// Names a version of a unit. Sorts the newest version first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct VersionKey {
     pub(crate) volume: u16,
     pub(crate) level: Level,
@@ -68,6 +70,7 @@ pub(crate) struct VersionKey {
 
 impl VersionKey {
     pub(crate) const BYTES: usize = 20;
+    pub(crate) const PREFIX: u8 = b'v';
 
     /// `seq` 0 is the version before everything.
     pub(crate) fn new(volume: u16, level: Level, unit: u64, seq: u64) -> Self {
@@ -94,7 +97,7 @@ impl VersionKey {
 
     pub(crate) fn encode(&self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
-        bytes[0] = b'v';
+        bytes[0] = Self::PREFIX;
         bytes[1..3].copy_from_slice(&self.volume.to_be_bytes());
         bytes[3] = self.level as u8;
         bytes[4..12].copy_from_slice(&self.unit.to_be_bytes());
@@ -102,9 +105,14 @@ impl VersionKey {
         bytes
     }
 
+    /// All but the Seq, as one number that sorts as the parts do one by one.
+    fn place(&self) -> u128 {
+        u128::from(self.volume) << 72 | u128::from(self.level as u8) << 64 | u128::from(self.unit)
+    }
+
     /// `None` if it is a key of another kind.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-        if bytes.len() != Self::BYTES || bytes[0] != b'v' {
+        if bytes.len() != Self::BYTES || bytes[0] != Self::PREFIX {
             return None;
         }
         Some(Self {
@@ -113,6 +121,19 @@ impl VersionKey {
             unit: be_u64(&bytes[4..12])?,
             inverted_seq: be_u64(&bytes[12..20])?,
         })
+    }
+}
+
+/// The order of the encoded keys; compared as numbers, since memory is searched for them all the time.
+impl Ord for VersionKey {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.place(), self.inverted_seq).cmp(&(other.place(), other.inverted_seq))
+    }
+}
+
+impl PartialOrd for VersionKey {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 

@@ -1,11 +1,12 @@
 //! From (volume, block, Seq) to where the bytes lie.
 //!
-//! Only durable frames are applied, and what was applied is written in the same batch, so the index on disk is
-//! always the exact state after some frame; the rest is replayed from the log. It is never repaired: an index
+//! Only durable frames are applied. What they give is kept in memory and added to RocksDB as one sorted file, together
+//! with how far it reaches, so the index on disk is always the exact state after some frame; the rest is replayed from
+//! the log. It is never repaired: an index
 //! that is damaged, of another format or ahead of the log is made anew.
 //!
-//! The same code serves the writer, whose overlay empties into RocksDB frame by frame, and a
-//! reader, who keeps the log's tail in the overlay.
+//! The same code serves the writer, whose overlay empties into RocksDB from time to time, and a reader, who keeps the
+//! log's tail in the overlay.
 
 mod apply;
 mod db;

@@ -5,14 +5,14 @@ use std::collections::btree_map;
 use std::ops::Range;
 
 use super::IndexError;
-use super::db::Db;
+use super::db::{Db, PutPair};
 use super::key::{Level, VersionKey};
 use super::version::Version;
 
 /// Steps to the next key before a seek is thought cheaper.
 const STEPS_BEFORE_SEEK: usize = 8;
 
-/// What was applied and is not in RocksDB (yet, or ever: a reader keeps the log's tail here).
+/// What was applied and is not in RocksDB: yet, or, in a reader, ever.
 #[derive(Debug, Default)]
 pub(crate) struct Overlay {
     pub(crate) versions: BTreeMap<VersionKey, Version>,
@@ -30,6 +30,35 @@ impl Overlay {
 
     pub(crate) fn len(&self) -> usize {
         self.versions.len() + self.others.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.versions.clear();
+        self.others.clear();
+    }
+
+    /// Every pair as RocksDB holds it, sorted by key.
+    pub(crate) fn for_each_encoded(&self, visit: &mut PutPair<'_>) -> Result<(), IndexError> {
+        let is_version = |key: &Vec<u8>| key.first() == Some(&VersionKey::PREFIX);
+        debug_assert!(!self.others.keys().any(is_version));
+        let middle = vec![VersionKey::PREFIX];
+        for (key, value) in self.others.range(..middle.clone()) {
+            visit(key, value)?;
+        }
+        let mut value = Vec::with_capacity(64);
+        for (key, version) in &self.versions {
+            value.clear();
+            version.encode(&mut value);
+            visit(&key.encode(), &value)?;
+        }
+        for (key, value) in self.others.range(middle..) {
+            visit(key, value)?;
+        }
+        Ok(())
     }
 }
 
@@ -67,7 +96,7 @@ impl<'d> DbCursor<'d> {
         match iterator.key() {
             Some(bytes) => match VersionKey::decode(bytes) {
                 Some(key) => Ok(Some(key)),
-                None if bytes.first() == Some(&b'v') => {
+                None if bytes.first() == Some(&VersionKey::PREFIX) => {
                     Err(IndexError::Corrupt("a version key that makes no sense"))
                 }
                 None => Ok(None),
@@ -223,4 +252,35 @@ pub(crate) fn since(
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::key::{META_APPLIED, event_key, frame_key, wall_key};
+    use super::super::version::Source;
+    use super::*;
+
+    /// RocksDB takes a file only if its keys are sorted.
+    #[test]
+    fn pairs_of_every_kind_come_sorted_by_key() {
+        let mut overlay = Overlay::default();
+        overlay.put_other(&wall_key(5, 1), Vec::new());
+        overlay.put_other(META_APPLIED, vec![1]);
+        overlay.put_other(&event_key(1, 1, 1), vec![2]);
+        overlay.put_other(&frame_key(1), vec![3]);
+        for (unit, seq) in [(9, 4), (1, 7), (1, 300), (256, 5)] {
+            for level in [Level::Unit, Level::Block] {
+                overlay.put(VersionKey::new(1, level, unit, seq), Version::Whole(Source::Zero));
+            }
+        }
+        let mut keys = Vec::new();
+        overlay
+            .for_each_encoded(&mut |key, _| {
+                keys.push(key.to_vec());
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(keys.len(), overlay.len());
+        assert!(keys.is_sorted_by(|a, b| a < b), "{keys:?}");
+    }
 }

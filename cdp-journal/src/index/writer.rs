@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::IndexError;
 use super::apply::{Applied, Applier, HeadCache};
 use super::db::{self, Db};
-use super::overlay::{DbCursor, Overlay};
+use super::overlay::DbCursor;
 use crate::error::ReadError;
 use crate::format::Frame;
 use crate::log::FrameLocation;
@@ -19,9 +19,11 @@ use crate::types::{Seq, VolumeId};
 use crate::view::{View, ViewStore};
 
 /// Log bytes after which the index is flushed, so that a reader has no more than that to replay.
-const FLUSH_LOG_BYTES: u64 = 64 << 20;
+const FLUSH_LOG_BYTES: u64 = 128 << 20;
 /// The same in time.
 const FLUSH_EVERY: Duration = Duration::from_secs(10);
+/// The same in keys, which are in memory until then: some 100 bytes each.
+const FLUSH_KEYS: usize = 1 << 17;
 
 /// An index that was opened.
 #[derive(Debug)]
@@ -70,10 +72,11 @@ pub(crate) fn rebuild_index(dir: &Path, store: Uuid, reason: String) -> Result<I
 pub struct IndexWriter {
     db: Arc<Db>,
     applied: Applied,
-    /// Empty between frames.
-    overlay: Overlay,
     heads: HeadCache,
+    /// Its overlay holds what was applied since the last flush.
     views: Arc<ViewStore>,
+    /// A frame was applied in part: nothing of it may reach the disk.
+    failed: bool,
     index_bytes: Arc<AtomicU64>,
     flushed_at: Instant,
     unflushed_log_bytes: u64,
@@ -96,8 +99,8 @@ impl IndexWriter {
             db,
             segment: parts.applied.end.map(|(segment, _)| segment),
             applied: parts.applied,
-            overlay: Overlay::default(),
             heads: HeadCache::default(),
+            failed: false,
             index_bytes,
             flushed_at: Instant::now(),
             unflushed_log_bytes: 0,
@@ -112,46 +115,65 @@ impl IndexWriter {
     }
 
     pub(crate) fn apply_frame(&mut self, frame: &Frame, location: &FrameLocation) -> Result<(), IndexError> {
-        let mut applier = Applier {
-            applied: &mut self.applied,
-            overlay: &mut self.overlay,
-            db: DbCursor::new(Some(&self.db)),
-            heads: &mut self.heads,
-        };
-        applier.apply(frame, location)?;
-        drop(applier);
-        let mut batch = rocksdb::WriteBatch::default();
-        let mut value = Vec::with_capacity(64);
-        for (key, version) in std::mem::take(&mut self.overlay.versions) {
-            value.clear();
-            version.encode(&mut value);
-            batch.put(key.encode(), &value);
-        }
-        for (key, value) in std::mem::take(&mut self.overlay.others) {
-            batch.put(key, value);
-        }
-        self.db.db.write_without_wal(batch)?;
+        self.refuse_if_failed()?;
+        let Self {
+            views,
+            applied,
+            heads,
+            ..
+        } = self;
+        let (result, keys) = views.change(|overlay, db| {
+            let mut applier = Applier {
+                applied,
+                overlay,
+                db: DbCursor::new(db),
+                heads,
+            };
+            let result = applier.apply(frame, location);
+            drop(applier);
+            (result, overlay.len())
+        });
+        self.failed = result.is_err();
+        result?;
         self.unflushed_log_bytes += frame.header.frame_bytes as u64;
         let segment = Some(location.segment.0.get());
         let rolled = self.segment.replace(location.segment.0.get()) != segment;
-        if rolled || self.unflushed_log_bytes >= FLUSH_LOG_BYTES || self.flushed_at.elapsed() >= FLUSH_EVERY {
-            self.start_flush(false)?;
+        if rolled
+            || keys >= FLUSH_KEYS
+            || self.unflushed_log_bytes >= FLUSH_LOG_BYTES
+            || self.flushed_at.elapsed() >= FLUSH_EVERY
+        {
+            self.flush()?;
         }
         Ok(())
     }
 
     /// Writes what is in memory to disk, so that readers have less to replay.
     pub fn flush(&mut self) -> Result<(), IndexError> {
-        self.start_flush(true)
-    }
-
-    fn start_flush(&mut self, wait: bool) -> Result<(), IndexError> {
-        let mut options = rocksdb::FlushOptions::default();
-        options.set_wait(wait);
-        self.db.db.flush_opt(&options)?;
-        self.index_bytes.store(self.db.file_bytes(), Ordering::Relaxed);
+        self.refuse_if_failed()?;
+        // Views go on meanwhile. Until memory is cleared they find the same in both layers.
+        let flushed = self.views.ask(|lookup| match lookup.overlay.is_empty() {
+            true => Ok(false),
+            false => self
+                .db
+                .add_run(|put| lookup.overlay.for_each_encoded(put))
+                .map(|()| true),
+        })?;
+        if flushed {
+            self.views.change(|overlay, _| overlay.clear());
+            self.index_bytes.store(self.db.file_bytes(), Ordering::Relaxed);
+        }
         self.flushed_at = Instant::now();
         self.unflushed_log_bytes = 0;
+        Ok(())
+    }
+
+    fn refuse_if_failed(&self) -> Result<(), IndexError> {
+        if self.failed {
+            return Err(IndexError::Frame(
+                "an earlier frame failed; open the store again".to_owned(),
+            ));
+        }
         Ok(())
     }
 
