@@ -1,14 +1,17 @@
 //! From records to a frame.
 //!
-//! [`FrameBuilder::push`] runs on the thread that drains the ring: it copies the data once and computes
-//! where parts fall. Compression and checksums wait for [`FrameBuilder::seal`], on another thread.
+//! [`FrameBuilder::push`] runs on the thread that drains the ring: it copies the data once, to where it will lie in
+//! the frame unless something before it gets shorter. Compression and checksums wait for [`FrameBuilder::seal`], on
+//! another thread, which moves only what compression has made room for.
+
+use std::cell::RefCell;
 
 use uuid::Uuid;
 
 use super::{
     Body, CODEC_LZ4, CODEC_PLAIN, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX, FRAME_DATA_BYTES_MAX,
     FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, GROUP_BYTES_MAX,
-    GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, Origin, Record, RecordFlags, TAIL_BYTES_MAX,
+    GROUP_HEADER_BYTES, Origin, Record, RecordFlags, TAIL_BYTES_MAX,
 };
 use crate::types::{BLOCK_BYTES, BootNs, Seq, UNIT_BYTES, VolumeId};
 
@@ -81,6 +84,9 @@ impl Placement {
 
 /// Memory that a frame with data begins with: what a caller that seals at 1 MiB fills.
 const FRAME_DATA_RESERVE: usize = FRAME_DATA_BYTES_MAX / 2 + FRAME_DATA_BYTES_MAX / 8;
+/// Room for header and table before the groups: enough for those of 1 MiB in records of 4 KiB. A longer head costs
+/// a copy.
+const HEAD_ROOM: usize = 20 << 10;
 
 /// Collects records into a frame.
 #[derive(Debug)]
@@ -90,8 +96,10 @@ pub struct FrameBuilder {
     /// Fixed entries of the records pushed.
     entries: Vec<u8>,
     tails: Vec<u8>,
-    /// Data of the records, in order: the groups are consecutive ranges of it.
-    data: Vec<u8>,
+    /// Room for the head, then the groups as they would be stored plain, each with room for its header. Empty
+    /// while no record has data.
+    groups: Vec<u8>,
+    raw_bytes: usize,
     placement: Placement,
     boot_ns: Option<(BootNs, BootNs)>,
 }
@@ -104,7 +112,8 @@ impl FrameBuilder {
             record_count: 0,
             entries: Vec::new(),
             tails: Vec::new(),
-            data: Vec::new(),
+            groups: Vec::new(),
+            raw_bytes: 0,
             placement: Placement::default(),
             boot_ns: None,
         }
@@ -135,23 +144,13 @@ impl FrameBuilder {
             return Err(PushError::Invalid("a name, path or label is too long"));
         }
         if self.record_count == FRAME_RECORDS_MAX
-            || self.data.len() as u64 + expected > FRAME_DATA_BYTES_MAX as u64
+            || self.raw_bytes as u64 + expected > FRAME_DATA_BYTES_MAX as u64
             || self.tails.len() + tail.len() > FRAME_TAIL_BYTES_MAX
         {
             return Err(PushError::Full);
         }
-        for (_, part_bytes) in parts(body.data_offset(), expected) {
-            self.placement.place(part_bytes);
-        }
-        if self.data.capacity() == 0 && expected > 0 {
-            self.data.reserve(FRAME_DATA_BYTES_MAX); // or it would be copied each time it grows
-        }
-        if self.data.capacity() == 0 && expected > 0 {
-            // Once, so that a busy frame does not grow by copying.
-            self.data.reserve_exact(FRAME_DATA_RESERVE);
-        }
-        for slice in data {
-            self.data.extend_from_slice(slice);
+        if expected > 0 {
+            self.push_data(body.data_offset(), data);
         }
         let record = Record {
             seq: self.next_seq(),
@@ -169,6 +168,35 @@ impl FrameBuilder {
         Ok(record.seq)
     }
 
+    fn push_data(&mut self, offset: u64, data: &[&[u8]]) {
+        if self.groups.is_empty() {
+            // Once, so that a busy frame does not grow by copying.
+            self.groups.reserve_exact(HEAD_ROOM + FRAME_DATA_RESERVE);
+            self.groups.resize(HEAD_ROOM, 0);
+        }
+        let len = data.iter().map(|slice| slice.len()).sum::<usize>();
+        self.raw_bytes += len;
+        let mut slices = data.iter().copied();
+        let mut slice: &[u8] = &[];
+        for (_, mut part_bytes) in parts(offset, len as u64) {
+            let (_, at) = self.placement.place(part_bytes);
+            if at == 0 {
+                self.groups.extend_from_slice(&[0; GROUP_HEADER_BYTES]);
+            }
+            while part_bytes > 0 {
+                let Some((taken, rest)) = slice.split_at_checked(part_bytes) else {
+                    self.groups.extend_from_slice(slice);
+                    part_bytes -= slice.len();
+                    slice = slices.next().unwrap_or_default();
+                    continue;
+                };
+                self.groups.extend_from_slice(taken);
+                part_bytes = 0;
+                slice = rest;
+            }
+        }
+    }
+
     /// The Seq that the next record gets.
     pub fn next_seq(&self) -> Seq {
         self.first_seq.plus(self.record_count as u64)
@@ -176,7 +204,7 @@ impl FrameBuilder {
 
     /// Data pushed so far.
     pub fn raw_bytes(&self) -> usize {
-        self.data.len()
+        self.raw_bytes
     }
 
     /// Records pushed so far.
@@ -191,33 +219,46 @@ impl FrameBuilder {
 
     /// Would one more record with `data_bytes` of data and no tail fit?
     pub fn fits(&self, data_bytes: usize) -> bool {
-        self.record_count < FRAME_RECORDS_MAX && self.data.len() + data_bytes <= FRAME_DATA_BYTES_MAX
+        self.record_count < FRAME_RECORDS_MAX && self.raw_bytes + data_bytes <= FRAME_DATA_BYTES_MAX
     }
 
     /// Compresses and checksums. `None` if nothing was pushed: a frame holds a record at least.
     pub fn seal(self, boot_id: Uuid, wall_offset_ns: i64) -> Option<SealedFrame> {
         let (boot_ns_min, boot_ns_max) = self.boot_ns?;
         let last_seq = self.first_seq.plus(self.record_count as u64 - 1);
-        let has_data = !self.data.is_empty();
+        let has_data = self.raw_bytes > 0;
         let placed = self.placement.finish();
         debug_assert!(placed.len() <= FRAME_GROUPS_MAX);
+        let mut bytes = self.groups;
         let mut table = self.entries;
-        let table_bytes = table.len() + placed.len() * GROUP_ENTRY_BYTES + self.tails.len();
-        // How long the table is as stored is known last: the groups are laid down behind room for the
-        // longest, and header and table are put right before them, so nothing is copied twice.
-        let mut stored_table = vec![0; lz4_flex::block::get_maximum_output_size(table_bytes)];
-        let groups_at = FRAME_HEADER_BYTES + stored_table.len();
-        let mut bytes = Vec::with_capacity(
-            groups_at + self.data.len() + placed.len() * GROUP_HEADER_BYTES + FRAME_ALIGN_BYTES,
-        );
-        bytes.resize(groups_at, 0);
-        encode_groups(self.first_seq, &self.data, &placed, &mut bytes, &mut table);
-        table.extend_from_slice(&self.tails);
-        let (codec, stored_table) = match lz4_flex::block::compress_into(&table, &mut stored_table) {
-            Ok(bytes) if bytes < table.len() => (CODEC_LZ4, &stored_table[..bytes]),
-            _ => (CODEC_PLAIN, &table[..]),
+        let mut groups_at = HEAD_ROOM.min(bytes.len());
+        let stored_table = SCRATCH.with_borrow_mut(|scratch| {
+            encode_groups(
+                self.first_seq,
+                &placed,
+                &mut bytes,
+                groups_at,
+                scratch,
+                &mut table,
+            );
+            table.extend_from_slice(&self.tails);
+            let shorter = compress(&table, scratch).map(|stored| stored.to_vec());
+            if scratch.len() > SCRATCH_KEPT_BYTES {
+                *scratch = Vec::new();
+            }
+            shorter
+        });
+        let (codec, stored_table) = match &stored_table {
+            Some(stored) => (CODEC_LZ4, &stored[..]),
+            None => (CODEC_PLAIN, &table[..]),
         };
-        let start = groups_at - stored_table.len() - FRAME_HEADER_BYTES;
+        let head_bytes = FRAME_HEADER_BYTES + stored_table.len();
+        if head_bytes > groups_at {
+            let longer = head_bytes - groups_at;
+            bytes.splice(..0, std::iter::repeat_n(0, longer));
+            groups_at += longer;
+        }
+        let start = groups_at - head_bytes;
         let frame_bytes = (bytes.len() - start).next_multiple_of(FRAME_ALIGN_BYTES);
         debug_assert!(frame_bytes <= FRAME_BYTES_MAX);
         bytes.resize(start + frame_bytes, 0);
@@ -246,7 +287,7 @@ impl FrameBuilder {
         Some(SealedFrame {
             bytes,
             start,
-            head_bytes: groups_at - start,
+            head_bytes,
             first_seq: self.first_seq,
             last_seq,
             has_data,
@@ -256,42 +297,72 @@ impl FrameBuilder {
 
 /// What is tried of a group before all of it is compressed.
 const SAMPLE_BYTES: usize = 4096;
+/// What a thread keeps at most to compress into: enough for a group.
+const SCRATCH_KEPT_BYTES: usize = 2 * GROUP_BYTES_MAX;
 
-/// LZ4, if it makes the group shorter. Two samples tell noise (encrypted or compressed data) from the rest, so
-/// that it costs a fraction of the time to find that nothing is gained.
-fn compress(raw: &[u8], out: &mut [u8]) -> Option<usize> {
-    let saves = |bytes: &[u8], out: &mut [u8]| {
-        lz4_flex::block::compress_into(bytes, out)
-            .is_ok_and(|shorter| shorter < bytes.len() - bytes.len() / 32)
-    };
-    if raw.len() >= 4 * SAMPLE_BYTES {
-        let middle = raw.len() / 2;
-        if !saves(&raw[..SAMPLE_BYTES], out) && !saves(&raw[middle..middle + SAMPLE_BYTES], out) {
-            return None;
-        }
-    }
-    let bytes = lz4_flex::block::compress_into(raw, out).ok()?;
-    (bytes < raw.len()).then_some(bytes)
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Appends the groups to `bytes` and their entries to `table`.
+/// LZ4 of `raw` at the start of `scratch`, if it is shorter.
+fn compress<'s>(raw: &[u8], scratch: &'s mut Vec<u8>) -> Option<&'s [u8]> {
+    let bytes_max = lz4::block::compress_bound(raw.len()).ok()?;
+    if scratch.len() < bytes_max {
+        scratch.resize(bytes_max, 0);
+    }
+    // The C encoder takes about half the time of a safe one in Rust.
+    let bytes = lz4::block::compress_to_buffer(raw, None, false, scratch).ok()?;
+    (bytes < raw.len()).then(|| &scratch[..bytes])
+}
+
+/// Is it worth while to compress a group? Two samples tell noise (encrypted or compressed data) from the rest, so
+/// that it costs a fraction of the time to find that nothing is gained.
+fn is_noise(raw: &[u8], scratch: &mut Vec<u8>) -> bool {
+    let mut saves = |sample: &[u8]| {
+        compress(sample, scratch).is_some_and(|shorter| shorter.len() < sample.len() - sample.len() / 32)
+    };
+    let middle = raw.len() / 2;
+    raw.len() >= 4 * SAMPLE_BYTES
+        && !saves(&raw[..SAMPLE_BYTES])
+        && !saves(&raw[middle..middle + SAMPLE_BYTES])
+}
+
+/// Turns the groups that begin at `at` in `bytes`, each with room for its header, into what is stored, and appends
+/// their entries to `table`.
 fn encode_groups(
     first_seq: Seq,
-    data: &[u8],
     raw_bytes_of_groups: &[u32],
     bytes: &mut Vec<u8>,
+    at: usize,
+    scratch: &mut Vec<u8>,
     table: &mut Vec<u8>,
 ) {
-    let mut compressed = vec![0; lz4_flex::block::get_maximum_output_size(GROUP_BYTES_MAX)];
-    let mut at = 0;
+    // What is stored is never longer than what was there, so the end never overtakes what is still to be done.
+    let (mut from, mut end) = (at, at);
     for (number, raw_bytes) in raw_bytes_of_groups.iter().enumerate() {
-        let raw = &data[at..at + *raw_bytes as usize];
-        at += raw.len();
-        let (codec, stored) = match compress(raw, &mut compressed) {
-            Some(bytes) => (CODEC_LZ4, &compressed[..bytes]),
-            None => (CODEC_PLAIN, raw),
+        let raw = from + GROUP_HEADER_BYTES..from + GROUP_HEADER_BYTES + *raw_bytes as usize;
+        from = raw.end;
+        let stored_at = end + GROUP_HEADER_BYTES;
+        let shorter = match is_noise(&bytes[raw.clone()], scratch) {
+            true => None,
+            false => compress(&bytes[raw.clone()], scratch),
         };
-        let mut header = [0; GROUP_HEADER_BYTES];
+        let codec = match shorter {
+            Some(stored) => {
+                bytes[stored_at..stored_at + stored.len()].copy_from_slice(stored);
+                end = stored_at + stored.len();
+                CODEC_LZ4
+            }
+            None => {
+                end = stored_at + raw.len();
+                if stored_at != raw.start {
+                    bytes.copy_within(raw, stored_at);
+                }
+                CODEC_PLAIN
+            }
+        };
+        let (header, stored) = bytes[stored_at - GROUP_HEADER_BYTES..end].split_at_mut(GROUP_HEADER_BYTES);
+        header.fill(0);
         header[4..8].copy_from_slice(&(stored.len() as u32).to_le_bytes());
         header[8..12].copy_from_slice(&raw_bytes.to_le_bytes());
         header[12..14].copy_from_slice(&(number as u16).to_le_bytes());
@@ -299,11 +370,10 @@ fn encode_groups(
         header[16..24].copy_from_slice(&first_seq.get().to_le_bytes());
         let crc = crc32c::crc32c_append(crc32c::crc32c(&header[4..]), stored);
         header[..4].copy_from_slice(&crc.to_le_bytes());
-        bytes.extend_from_slice(&header);
-        bytes.extend_from_slice(stored);
         table.extend_from_slice(&(stored.len() as u32).to_le_bytes());
         table.extend_from_slice(&crc.to_le_bytes());
     }
+    bytes.truncate(end);
 }
 
 /// A frame as it lies in a log and travels on a wire. Only [`FrameBuilder::seal`] makes one.

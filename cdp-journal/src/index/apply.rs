@@ -409,22 +409,24 @@ struct FrameSources<'a> {
 
 impl FrameSources<'_> {
     fn of<'p>(&'p self, placed: &'p PlacedRecord) -> impl Iterator<Item = (Cell, Source)> + 'p {
-        placed.parts.iter().flat_map(move |part| {
-            let level = if part.len as u64 == UNIT_BYTES {
-                Level::Unit
-            } else {
-                Level::Block
-            };
-            let group = &self.frame.groups[part.group];
-            let sector_in_cell = part.offset % level.bytes() / SECTOR_BYTES;
-            let place = Place {
-                segment: self.location.segment.0.get(),
-                group_offset: (self.location.offset + group.offset_in_frame as u64) as u32,
-                group_crc: group.crc,
-                first_sector: (part.in_group as u64 / SECTOR_BYTES) as i16 - sector_in_cell as i16,
-            };
-            cells(part.offset, part.len as u64, level).map(move |cell| (cell, Source::Data(place)))
-        })
+        self.frame.parts[placed.parts.clone()]
+            .iter()
+            .flat_map(move |part| {
+                let level = if part.len as u64 == UNIT_BYTES {
+                    Level::Unit
+                } else {
+                    Level::Block
+                };
+                let group = &self.frame.groups[part.group];
+                let sector_in_cell = part.offset % level.bytes() / SECTOR_BYTES;
+                let place = Place {
+                    segment: self.location.segment.0.get(),
+                    group_offset: (self.location.offset + group.offset_in_frame as u64) as u32,
+                    group_crc: group.crc,
+                    first_sector: (part.in_group as u64 / SECTOR_BYTES) as i16 - sector_in_cell as i16,
+                };
+                cells(part.offset, part.len as u64, level).map(move |cell| (cell, Source::Data(place)))
+            })
     }
 }
 
