@@ -1,7 +1,7 @@
 //! The log: frames in segments, the only truth.
 //!
 //! Always true:
-//! - L1: a frame is appended by one write, after the frame before it.
+//! - L1: a frame is appended after the frame before it, its beginning last: who follows the log finds all of it or none.
 //! - L2: a segment is durable before its successor exists.
 //! - L3: what [`LogWriter::sync`] reported is found by every later recovery, whatever the disk did with the
 //!   rest (`a_crash_at_any_disk_operation_keeps_what_was_durable`).

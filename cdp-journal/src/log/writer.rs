@@ -85,7 +85,7 @@ impl LogWriter {
         })
     }
 
-    /// Appends a frame with a single write. It is durable after the next [`LogWriter::sync`].
+    /// Appends a frame. It is durable after the next [`LogWriter::sync`].
     pub fn append(&mut self, frame: &SealedFrame) -> Result<FrameLocation, LogError> {
         self.refuse_if_poisoned()?;
         if frame.first_seq() != self.next_seq() {
