@@ -208,19 +208,34 @@ impl InFlight {
         short.into_iter().chain(long).min()
     }
 
-    /// Is a write up to `last` to this range still in flight?
-    pub(crate) fn any(&self, range: Sectors, last: Option<Seq>) -> bool {
-        let Some(last) = last else { return false };
+    /// A write up to `last` to this range that is still in flight, or what is left of it.
+    pub(crate) fn find(&self, range: Sectors, last: Option<Seq>) -> Option<(Sectors, Seq)> {
+        let last = last?;
         let from = (range.start.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
         let short = self
             .short
             .range(from..(range.end, Seq::FIRST))
-            .any(|(&(_, seq), &end)| seq <= last && end > range.start);
-        short
-            || self
-                .long
-                .iter()
-                .any(|&(ours, seq)| seq <= last && ours.overlaps(range))
+            .find(|&(&(_, seq), &end)| seq <= last && end > range.start)
+            .map(|(&(start, seq), &end)| (Sectors { start, end }, seq));
+        let mut long = self.long.iter().copied();
+        short.or_else(|| long.find(|&(ours, seq)| seq <= last && ours.overlaps(range)))
+    }
+
+    /// Is a write up to `last` to this range still in flight?
+    pub(crate) fn any(&self, range: Sectors, last: Option<Seq>) -> bool {
+        self.find(range, last).is_some()
+    }
+
+    /// Forgets writes up to `last`: they have ended, but nobody saw it. If one has not ended after all, its
+    /// completion is a stranger's, and its place is read again.
+    pub(crate) fn forget(&mut self, last: Option<Seq>) {
+        let Some(last) = last else { return };
+        self.short.retain(|&(_, seq), _| seq > last);
+        self.long.retain(|&(_, seq)| seq > last);
+        self.bios.retain(|_, chunks| {
+            chunks.retain(|&(_, seq)| seq > last);
+            !chunks.is_empty()
+        });
     }
 
     /// How many writes (or rests of writes) are in flight.

@@ -23,7 +23,7 @@ use crate::clock;
 use crate::device::BlockDevice;
 use crate::pipeline::{IndexRequest, Shared};
 use crate::priority;
-use crate::recorder::{Run, Suspicion};
+use crate::recorder::{PLUG_TIME, Run, Suspicion};
 
 /// Read under one note of `s`.
 const RUN_BYTES_MAX: u64 = 32 << 20;
@@ -35,6 +35,8 @@ const ALIGN_BYTES: usize = 4096;
 const IDLE: Duration = Duration::from_millis(10);
 /// How long to wait before a device that failed a read is read again.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long a write is waited for whose end was not seen.
+const FLIGHT_TIME_MAX: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(1);
 
 /// The devices of the volumes, by volume; shared with who adds and removes them.
@@ -180,7 +182,7 @@ impl ReadBack {
             })
             .collect();
         for run in &runs {
-            self.wait_until(run, || !self.shared.recorder.lock().in_flight(run, as_of))?;
+            self.wait_until_ended(run, as_of, device)?;
         }
         let Some(first) = runs.first() else { return Ok(()) };
         let view = self.head_view(first, as_of)?;
@@ -244,7 +246,7 @@ impl ReadBack {
         let device = self.device(run.volume)?;
         let file = device.open_direct()?;
         let as_of = self.shared.drained().ok_or(Stopping)?;
-        self.wait_until(run, || !self.shared.recorder.lock().in_flight(run, as_of))?;
+        self.wait_until_ended(run, as_of, &device)?;
         let known = if run.blank {
             None
         } else {
@@ -333,6 +335,25 @@ impl ReadBack {
                 .recorder
                 .lock()
                 .read_back(run, place.clone(), as_of, data, clock::boot_ns())
+        })
+    }
+
+    /// Waits until every write up to `as_of` to this run has ended. A kernel may skip the probe now and then
+    /// without counting that, and a completion goes unseen: what the disk itself no longer counts has ended,
+    /// and so has, as far as we wait, what takes longer than [`FLIGHT_TIME_MAX`].
+    fn wait_until_ended(&self, run: &Run, as_of: Option<Seq>, device: &BlockDevice) -> anyhow::Result<()> {
+        let began = Instant::now();
+        self.wait_until(run, || {
+            let Some((sectors, seq)) = self.shared.recorder.lock().in_flight(run, as_of) else {
+                return true;
+            };
+            let idle = began.elapsed() > PLUG_TIME && device.writes_in_flight() == Some(0);
+            if !idle && began.elapsed() <= FLIGHT_TIME_MAX {
+                return false;
+            }
+            tracing::debug!(seq = seq.get(), ?sectors, idle, "the end of a write was not seen");
+            self.shared.recorder.lock().ended(run, as_of);
+            true
         })
     }
 

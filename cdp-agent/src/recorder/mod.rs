@@ -46,7 +46,7 @@ const RECENT_TIME: Duration = Duration::from_secs(1);
 const STRANGER_QUIET: Duration = Duration::from_secs(3);
 /// The disk's own count of writes in flight says nothing about bios that wait in a task's plug; those are
 /// handed on within this time.
-const PLUG_TIME: Duration = Duration::from_millis(100);
+pub(crate) const PLUG_TIME: Duration = Duration::from_millis(100);
 
 /// Idle times are covered by ticks: after a write at least this long apart, then ever more seldom, so that
 /// what is not covered yet is at most a quarter of the idle time.
@@ -719,18 +719,28 @@ impl Recorder {
         })
     }
 
-    /// Is any write up to `last` to these bytes of a volume still in flight?
-    pub(crate) fn in_flight(&self, run: &Run, last: Option<Seq>) -> bool {
-        let Some(volume) = self.volumes.iter().find(|volume| volume.id == run.volume) else {
-            return false;
-        };
+    /// A write up to `last` to these bytes of a volume that is still in flight.
+    pub(crate) fn in_flight(&self, run: &Run, last: Option<Seq>) -> Option<(Sectors, Seq)> {
+        let volume = self.volumes.iter().find(|volume| volume.id == run.volume)?;
         let range = Sectors {
             start: volume.start_sector + run.bytes.start / SECTOR_BYTES,
             end: volume.start_sector + run.bytes.end.div_ceil(SECTOR_BYTES),
         };
         self.disks
             .iter()
-            .any(|disk| disk.number == volume.disk && disk.in_flight.any(range, last))
+            .find_map(|disk| disk.in_flight.find(range, last).filter(|_| disk.number == volume.disk))
+    }
+
+    /// Writes up to `last` to the disk of this run have ended, whatever the probe saw: see
+    /// [`InFlight::forget`].
+    pub(crate) fn ended(&mut self, run: &Run, last: Option<Seq>) {
+        let Some(volume) = self.volumes.iter().find(|volume| volume.id == run.volume) else {
+            return;
+        };
+        let disk = volume.disk;
+        for disk in self.disks.iter_mut().filter(|known| known.number == disk) {
+            disk.in_flight.forget(last);
+        }
     }
 
     /// Adds what was read of the device: `None` for zeroes. False if there is no room just now.
