@@ -2,8 +2,7 @@
 //!
 //! The view is planned window by window; a window's pieces are sorted by where they lie in the log, so that
 //! every group is read and unpacked once, in runs of neighbours. Workers read, check, unpack and write; two jobs
-//! for each of them wait at most and their buffers share [`BUFFERS_BYTES`], so memory is bounded whatever the
-//! size of the volume.
+//! for each of them wait at most, of [`JOB_BYTES`] each, so memory is bounded whatever the size of the volume.
 //!
 //! Workers write one at a time. Those of one file would otherwise wait for each other in the kernel, spinning,
 //! and for blocks written at random that costs more than it gains; so one writes while the others read and unpack.
@@ -25,20 +24,15 @@ use crate::error::ReadError;
 use crate::format::{GROUP_BYTES_MAX, decode_group};
 use crate::types::BLOCK_BYTES;
 
-/// Bytes of all buffers together, roughly: each thread has [`BUFFERS_PER_THREAD`].
-const BUFFERS_BYTES: usize = 64 << 20;
-/// Stored bytes, raw bytes, and raw bytes put in order.
-const BUFFERS_PER_THREAD: usize = 3;
-/// One buffer at most.
-const BUFFER_BYTES_MAX: usize = 8 << 20;
-/// One buffer at least.
-const BUFFER_BYTES_MIN: usize = 1 << 20;
+/// One read of the log, and what is unpacked before it is written. A worker's three buffers (stored, unpacked, put
+/// in order) stay in its processor's own cache: copies through memory cost more than all else that it does.
+const JOB_BYTES: usize = 512 << 10;
 /// Bytes between two groups that are read along rather than skipped.
 const JOB_HOLE_BYTES: u32 = 128 << 10;
 /// Bytes at the begin of a stretch that the kernel is asked to read before a worker does.
 const STRETCH_AHEAD_BYTES: u64 = 2 << 20;
 
-const _: () = assert!(BUFFER_BYTES_MIN >= 2 * GROUP_BYTES_MAX);
+const _: () = assert!(JOB_BYTES >= 2 * GROUP_STORED_BYTES_MAX);
 
 /// What a block is compared with.
 static ZERO_BLOCK: [u8; BLOCK_BYTES as usize] = [0; BLOCK_BYTES as usize];
@@ -54,8 +48,6 @@ struct Shared<'a> {
     view: &'a View,
     sink: &'a dyn Sink,
     progress: &'a (dyn Fn(u64) + Sync),
-    /// Of each buffer.
-    buffer_bytes: usize,
     /// Held by the worker that writes.
     writing: Mutex<()>,
     stop: AtomicBool,
@@ -71,12 +63,10 @@ pub(super) fn copy(
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<CopyReport, CopyError> {
     let threads = options.threads.max(1);
-    let buffer_bytes = BUFFERS_BYTES / BUFFERS_PER_THREAD / threads;
     let shared = Shared {
         view,
         sink,
         progress,
-        buffer_bytes: buffer_bytes.clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX),
         writing: Mutex::new(()),
         stop: AtomicBool::new(false),
         error: Mutex::new(None),
@@ -130,7 +120,7 @@ impl Shared<'_> {
             if !zeroes.is_empty() && jobs.send(Job::Zero(zeroes)).is_err() {
                 return Ok(());
             }
-            for run in data.chunk_by(run_together(&data, self.buffer_bytes as u32)) {
+            for run in data.chunk_by(run_together(&data)) {
                 let file = ahead.file(&self.view.store, run)?;
                 // A closed channel means that every worker has stopped, and the reason is known.
                 if self.stop.load(Ordering::Relaxed) || jobs.send(Job::Data(file, run.to_vec())).is_err() {
@@ -220,12 +210,12 @@ impl ReadAhead {
 }
 
 /// Do two neighbours belong to one job? Remembers where the current job began.
-fn run_together(items: &[Item], job_bytes: u32) -> impl FnMut(&Item, &Item) -> bool + use<> {
+fn run_together(items: &[Item]) -> impl FnMut(&Item, &Item) -> bool + use<> {
     let mut first = items.first().map_or((0, 0, 0), place_of);
     move |one, next| {
         let (one, next) = (place_of(one), place_of(next));
         let together = one.0 == next.0
-            && next.1 - first.1 <= job_bytes - GROUP_STORED_BYTES_MAX as u32
+            && next.1 - first.1 <= (JOB_BYTES - GROUP_STORED_BYTES_MAX) as u32
             && next.1 - one.1 <= GROUP_STORED_BYTES_MAX as u32 + JOB_HOLE_BYTES;
         if !together {
             first = next;
@@ -276,10 +266,8 @@ impl Worker {
         let ((segment, start, _), (_, last_start, _)) = (place_of(first), place_of(last));
         let store = &shared.view.store;
         let wanted = (last_start - start) as usize + GROUP_STORED_BYTES_MAX;
-        if self.stored.len() < wanted {
-            self.stored.resize(wanted, 0);
-        }
-        self.raw.resize(shared.buffer_bytes, 0);
+        self.stored.resize(JOB_BYTES, 0);
+        self.raw.resize(JOB_BYTES, 0);
         let filled = store.read(file, segment, u64::from(start), &mut self.stored[..wanted])?;
         for group in items.chunk_by(|one, next| place_of(one).1 == place_of(next).1) {
             let Some(data) = group[0].data else { continue };

@@ -20,7 +20,7 @@ use rustix::fs::{Advice, fadvise};
 /// Bytes between two flushes. Smaller steps cost more than they save: pages are flushed half filled.
 const STEP_BYTES: u64 = 1 << 30;
 /// A run that is worth a way of its own to the disk.
-const RUN_BYTES_MIN: u64 = 1 << 20;
+const RUN_BYTES_MIN: u64 = 256 << 10;
 /// Runs that wait to be sent.
 const RUNS_MAX: usize = 4;
 
