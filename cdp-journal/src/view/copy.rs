@@ -7,6 +7,7 @@
 //! Workers write one at a time. Those of one file would otherwise wait for each other in the kernel, spinning,
 //! and for blocks written at random that costs more than it gains; so one writes while the others read and unpack.
 
+use std::cmp::Reverse;
 use std::fs::File;
 use std::num::NonZeroU64;
 use std::ops::Range;
@@ -31,6 +32,10 @@ const JOB_BYTES: usize = 512 << 10;
 const JOB_HOLE_BYTES: u32 = 128 << 10;
 /// Bytes at the begin of a stretch that the kernel is asked to read before a worker does.
 const STRETCH_AHEAD_BYTES: u64 = 2 << 20;
+/// A range is scattered if its pieces are smaller than this on average...
+const SCATTERED_PIECE_BYTES: u64 = 32 << 10;
+/// ... and it is at least this long.
+const SCATTERED_BYTES_MIN: u64 = 1 << 20;
 
 const _: () = assert!(JOB_BYTES >= 2 * GROUP_STORED_BYTES_MAX);
 
@@ -116,7 +121,13 @@ impl Shared<'_> {
                     None => zeroes.push(item.offset..item.offset + item.len),
                 },
             )?;
-            data.sort_unstable_by_key(place_of);
+            self.tell_scattered(&data);
+            // Newer segments first: what was overwritten here and there comes before the long runs that it lies in,
+            // so that these are complete as they are written.
+            data.sort_unstable_by_key(|item| {
+                let (segment, group, in_group) = place_of(item);
+                (Reverse(segment), group, in_group)
+            });
             if !zeroes.is_empty() && jobs.send(Job::Zero(zeroes)).is_err() {
                 return Ok(());
             }
@@ -129,6 +140,16 @@ impl Shared<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Tells the sink of ranges that will come in small pieces. `data` is in the order of the volume.
+    fn tell_scattered(&self, data: &[Item]) {
+        for range in data.chunk_by(|one, next| one.offset + one.len == next.offset) {
+            let bytes = range.iter().map(|item| item.len).sum::<u64>();
+            if bytes >= SCATTERED_BYTES_MIN && bytes / (range.len() as u64) < SCATTERED_PIECE_BYTES {
+                self.sink.scattered(range[0].offset, bytes);
+            }
+        }
     }
 
     fn run(&self, jobs: &Receiver<Job>) {

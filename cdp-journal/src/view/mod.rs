@@ -39,6 +39,9 @@ pub trait Sink: Sync {
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Zeroes at an offset. May do nothing where the target is known to be zero.
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Told before a long range is given to the others in small pieces and in no order, so that room can be made at
+    /// once.
+    fn scattered(&self, _offset: u64, _len: u64) {}
 }
 
 /// Bounds of [`View::copy_to`].

@@ -2,10 +2,13 @@
 //! folder, some applied to RocksDB and flushed, some only in the log, with reopenings in between; then every
 //! moment is read in several ways and compared. proptest prints the failing case and keeps its seed.
 
+use std::io;
+
 use cdp_journal::Seq;
 use cdp_journal::format::Body;
 use cdp_journal::store::StoreReader;
-use cdp_journal::view::{CopyOptions, ExtentKind};
+use cdp_journal::view::{CopyOptions, ExtentKind, Sink};
+use parking_lot::Mutex;
 use proptest::prelude::*;
 
 use crate::kit::{MemorySink, Writer, bytes_of, volume};
@@ -327,4 +330,39 @@ proptest! {
     fn the_view_at_every_seq_equals_a_naive_replay(ops in prop::collection::vec(op(), 1..40)) {
         run(&ops)?;
     }
+}
+
+/// Goal: a sink hears of what will come in small pieces, and of nothing else. Method: 2 MiB of blocks in no order,
+/// and 1 MiB in a row further on.
+#[test]
+fn a_sink_is_told_of_scattered_ranges() {
+    const BLOCK: usize = 4096;
+    #[derive(Default)]
+    struct Told(Mutex<Vec<(u64, u64)>>);
+    impl Sink for Told {
+        fn write_at(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
+            Ok(())
+        }
+        fn zero(&self, _offset: u64, _len: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn scattered(&self, offset: u64, len: u64) {
+            self.0.lock().push((offset, len));
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = Writer::open(dir.path());
+    writer.declare(8 << 20);
+    for block in (0..512).step_by(2).chain((1..512).step_by(2)) {
+        writer.write(block * BLOCK as u64, &bytes_of(block, BLOCK));
+    }
+    let last = writer.write(4 << 20, &bytes_of(7, 1 << 20));
+    writer.apply();
+    let view = StoreReader::open(dir.path())
+        .unwrap()
+        .view(volume(), last)
+        .unwrap();
+    let told = Told::default();
+    view.copy_to(&told, &CopyOptions::default(), &|_| ()).unwrap();
+    assert_eq!(told.0.into_inner(), [(0, 2 << 20)]);
 }

@@ -300,8 +300,13 @@ impl Sink for FileSink<'_> {
         self.file.write_at(offset, data)
     }
 
-    fn zero(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        self.interrupt.check()
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.interrupt.check()?;
+        self.file.leave_hole(offset, len)
+    }
+
+    fn scattered(&self, offset: u64, len: u64) {
+        self.file.reserve(offset, len);
     }
 }
 

@@ -102,7 +102,7 @@ impl DeviceTarget {
     /// Opens the device for writing; it stays ours alone until it is dropped.
     pub(crate) fn open(self) -> Result<DeviceInProgress, TargetError> {
         let device = open_exclusively(&self.path, OpenOptions::new().write(true))?;
-        let device = Flushed::new(device).map_err(TargetError::io("write", &self.path))?;
+        let device = Flushed::new(device, self.bytes).map_err(TargetError::io("write", &self.path))?;
         Ok(DeviceInProgress {
             path: self.path,
             device,
@@ -126,7 +126,8 @@ impl DeviceInProgress {
 
     /// Makes a range read as zero.
     pub(crate) fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        zero_device_range(self.device.file(), offset, len)
+        zero_device_range(self.device.file(), offset, len)?;
+        self.device.left_out(offset, len)
     }
 
     /// Waits until everything is on the device.
