@@ -504,7 +504,10 @@ fn check_all(
     agent.wait_and_check()?;
     for volume in agent.status()?.volumes {
         let (compared, corrected) = (volume.compared_blocks, volume.corrected_blocks);
-        println!("{}: {compared} blocks were compared, {corrected} corrected", volume.name);
+        println!(
+            "{}: {compared} blocks were compared, {corrected} corrected",
+            volume.name
+        );
     }
     let restore = Restore::from(store)?;
     let image: PathBuf = scene.path("image");

@@ -405,7 +405,10 @@ impl Recorder {
 
     /// What is suspect now, to be waited for with [`Recorder::is_clear`].
     pub(crate) fn suspicions(&self) -> SuspicionMark {
-        let marks = self.volumes.iter().map(|volume| (volume.id, volume.suspects.raised()));
+        let marks = self
+            .volumes
+            .iter()
+            .map(|volume| (volume.id, volume.suspects.raised()));
         SuspicionMark(marks.collect())
     }
 
@@ -726,9 +729,11 @@ impl Recorder {
             start: volume.start_sector + run.bytes.start / SECTOR_BYTES,
             end: volume.start_sector + run.bytes.end.div_ceil(SECTOR_BYTES),
         };
-        self.disks
-            .iter()
-            .find_map(|disk| disk.in_flight.find(range, last).filter(|_| disk.number == volume.disk))
+        self.disks.iter().find_map(|disk| {
+            disk.in_flight
+                .find(range, last)
+                .filter(|_| disk.number == volume.disk)
+        })
     }
 
     /// Writes up to `last` to the disk of this run have ended, whatever the probe saw: see

@@ -278,15 +278,122 @@ fn reading_back_waits_for_writes_that_are_older_than_the_note() {
     let noted = recorder.last_seq();
     recorder.everything_unknown(noted, BootNs(21 * SECOND));
     let run = recorder.take_run(BYTES).unwrap();
-    assert!(recorder.in_flight(&run, noted));
+    assert!(recorder.in_flight(&run, noted).is_some());
     write(&mut recorder, 0, 22 * SECOND);
     complete(&mut recorder, 0, 4096, false, 23 * SECOND);
     assert!(
-        recorder.in_flight(&run, noted),
+        recorder.in_flight(&run, noted).is_some(),
         "the completion may be the younger one's"
     );
     complete(&mut recorder, 0, 4096, false, 24 * SECOND);
-    assert!(!recorder.in_flight(&run, noted));
+    assert!(recorder.in_flight(&run, noted).is_none());
+}
+
+fn changed(recorder: &mut Recorder, sector: u64, bytes: u32, boot_ns: u64) {
+    recorder.event(&Event::Changed(CompleteEvent {
+        kind: EventKind::Changed as u8,
+        op: Op::Write as u8,
+        failed: 0,
+        whole_bio: 0,
+        disk: DISK.0,
+        bio: 0,
+        boot_ns,
+        sector,
+        bytes,
+        reserved: 0,
+    }));
+}
+
+fn block_run(suspicion: &Suspicion, block: u64) -> Run {
+    Run {
+        volume: suspicion.volume,
+        bytes: block * BLOCK_BYTES..(block + 1) * BLOCK_BYTES,
+        blank: false,
+        epoch: suspicion.epoch,
+    }
+}
+
+#[test]
+fn what_changed_in_flight_corrects_the_record_that_wrote_it() {
+    let mut recorder = protected();
+    write(&mut recorder, 8, 20 * SECOND);
+    let written_by = recorder.last_seq();
+    changed(&mut recorder, 8, 4096, 21 * SECOND);
+    complete(&mut recorder, 8, 4096, false, 21 * SECOND);
+    let mark = recorder.suspicions();
+    let suspicion = recorder.take_suspects().unwrap();
+    assert_eq!(suspicion.ranges, vec![BLOCK_BYTES..2 * BLOCK_BYTES]);
+    records(&mut recorder);
+    let run = block_run(&suspicion, 1);
+    assert!(recorder.correct(&run, written_by, Some(&[9; 4096]), BootNs(22 * SECOND)));
+    assert!(!recorder.is_clear(&mark));
+    recorder.suspects_done(suspicion.volume, true);
+    assert!(recorder.is_clear(&mark));
+    let (_, body) = records(&mut recorder).pop().unwrap();
+    assert!(
+        matches!(body, Body::ReadBack { offset, as_of, .. } if offset == BLOCK_BYTES && as_of == written_by),
+        "{body:?}"
+    );
+    assert!(matches!(state(&recorder), State::Exact { .. }));
+}
+
+#[test]
+fn a_block_that_is_written_or_lost_while_it_is_compared_is_not_corrected() {
+    for lost in [false, true] {
+        let mut recorder = protected();
+        write(&mut recorder, 8, 20 * SECOND);
+        changed(&mut recorder, 8, 4096, 21 * SECOND);
+        complete(&mut recorder, 8, 4096, false, 21 * SECOND);
+        let suspicion = recorder.take_suspects().unwrap();
+        if lost {
+            lose(&mut recorder, 1, 21 * SECOND, 22 * SECOND, 1, 0);
+        } else {
+            write(&mut recorder, 8, 22 * SECOND);
+        }
+        records(&mut recorder);
+        let run = block_run(&suspicion, 1);
+        assert!(recorder.correct(&run, None, Some(&[9; 4096]), BootNs(23 * SECOND)));
+        assert!(records(&mut recorder).is_empty(), "lost: {lost}");
+        recorder.suspects_done(suspicion.volume, true);
+        assert_eq!(recorder.take_suspects().is_some(), lost);
+    }
+}
+
+#[test]
+fn of_writes_in_flight_to_one_place_the_overlap_is_compared() {
+    let mut recorder = protected();
+    write(&mut recorder, 8, 20 * SECOND);
+    assert_eq!(recorder.take_suspects(), None);
+    write(&mut recorder, 12, 20 * SECOND);
+    let suspicion = recorder.take_suspects().unwrap();
+    assert_eq!(suspicion.ranges, vec![BLOCK_BYTES..3 * BLOCK_BYTES]);
+}
+
+#[test]
+fn more_changes_in_flight_than_can_be_compared_are_a_gap() {
+    let mut recorder = recorder();
+    let bytes = (suspects::SUSPECT_BLOCKS_MAX as u64 + 1) * BLOCK_BYTES;
+    recorder.resized(volume_id(), bytes, BootNs(1));
+    recorder.attached(DISK, BootNs(1));
+    read_everything(&mut recorder);
+    assert!(recorder.try_close(volume_id(), None, BootNs(10 * SECOND)));
+    changed(&mut recorder, 0, bytes as u32, 20 * SECOND);
+    assert_eq!(state(&recorder), State::Resyncing(GapCause::ChangedInFlight));
+    assert_eq!(recorder.take_suspects(), None);
+    assert!(recorder.take_run(REGION).is_some());
+}
+
+#[test]
+fn a_write_whose_end_was_not_seen_can_be_given_up() {
+    let mut recorder = protected();
+    write(&mut recorder, 0, 20 * SECOND);
+    let noted = recorder.last_seq();
+    recorder.everything_unknown(noted, BootNs(21 * SECOND));
+    let run = recorder.take_run(BYTES).unwrap();
+    write(&mut recorder, 0, 22 * SECOND);
+    recorder.ended(&run, noted);
+    assert!(recorder.in_flight(&run, noted).is_none());
+    assert!(recorder.in_flight(&run, recorder.last_seq()).is_some());
 }
 
 /// A full store: Seqs are given anew, the gap is recorded, reads of before are void, and when there is room

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use cdp_journal::format::GapCause;
 use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 
+use super::suspects::Suspects;
 use crate::capture::DiskNumber;
 use crate::inflight::Sectors;
-use super::suspects::Suspects;
 use crate::regions::Regions;
 
 /// How exact a volume's history is at the moment.

@@ -187,7 +187,13 @@ impl View {
         let mut versions = Vec::new();
         self.store.ask(|lookup| {
             let mut cursor = lookup.cursor();
-            lookup.blocks(&mut cursor, self.volume, block..block + 1, self.seq.get(), &mut versions)
+            lookup.blocks(
+                &mut cursor,
+                self.volume,
+                block..block + 1,
+                self.seq.get(),
+                &mut versions,
+            )
         })?;
         Ok(versions.first().and_then(|version| Seq::new(version.seq)))
     }

@@ -178,7 +178,9 @@ fn explain(cause: GapCause) -> &'static str {
         GapCause::SpoolFull => "the store was full",
         GapCause::LogHole => "records are missing from the log",
         GapCause::Resized => "the volume grew, and what it gained was not read yet",
-        GapCause::ChangedInFlight => "more was changed while it was written than could be compared with the device",
+        GapCause::ChangedInFlight => {
+            "more was changed while it was written than could be compared with the device"
+        }
     }
 }
 
