@@ -19,7 +19,7 @@ const NOTICE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Goal: a full ring loses nothing silently. Method: stop the agent's process while fio writes far more
 /// than the ring holds; the loss must be counted, be a gap, refuse its moments with exit code 3 and name
-/// exact ones, and leave earlier moments exact; a restart ends the gap.
+/// exact ones, and leave earlier moments exact; the gap ends by itself, and a restart keeps all of that.
 #[test]
 fn a_full_ring_is_a_gap_that_is_counted_named_and_refused() {
     system_test("honest: ring full", &["fio"], |scene| {
@@ -42,13 +42,17 @@ fn a_full_ring_is_a_gap_that_is_counted_named_and_refused() {
         ensure!(agent.volume("v")?.gaps >= 1, "status counts no gap");
         expect_refused(scene, &restore, inside, "ring-overflow", &before)?;
         before.check(&restore, &mut scene.rng(), &scene.path("image"))?;
-        // A restart reads the device back; from then on history is exact again.
+        // It reads back what it lost, by itself; from then on history is exact again.
+        agent.wait_protected(PROTECT_TIMEOUT)?;
+        let repaired = QuietMoment::of_raw("v", device.path())?;
+        agent.wait_synced()?;
+        repaired.check_at(&restore, "latest", &scene.path("image"))?;
         agent.stop()?;
         let mut agent = plan.protect()?;
         write(scene, &device, "after", 512 << 10)?;
         let after = QuietMoment::of_raw("v", device.path())?;
         agent.wait_synced()?;
-        for moment in [&before, &after] {
+        for moment in [&before, &repaired, &after] {
             moment.check(&restore, &mut scene.rng(), &scene.path("image"))?;
         }
         after.check_at(&restore, "latest", &scene.path("image"))?;
@@ -143,6 +147,57 @@ fn kills_under_load_never_cost_an_exact_moment() {
     });
 }
 
+/// Goal: a write that the device fails is a gap that ends by itself. Method: the loop device's file lies on a
+/// tmpfs that has no room, so that new blocks fail with a real error; with room again the state returns to
+/// protected and `latest` equals the device.
+#[test]
+fn a_failed_write_is_a_gap_and_converges() {
+    system_test("honest: write failed", &["fio"], |scene| {
+        let disk = Mount::with_options(Path::new("none"), "tmpfs", &scene.path("small"), "size=48m")?;
+        let device = LoopDevice::create(&disk.dir().join("disk"), LoopOptions::of_bytes(32 * MIB))?;
+        let plan = plan(scene, &device)?;
+        let mut agent = plan.protect()?;
+        let restore = Restore::from(plan.store())?;
+        write_at(&device, 0, MIB)?;
+        let before = QuietMoment::of_raw("v", device.path())?;
+        agent.wait_and_check()?;
+        let filler = disk.dir().join("filler");
+        let full = std::fs::write(&filler, vec![1; 64 << 20]);
+        ensure!(full.is_err(), "the tmpfs took more than it holds");
+        ensure!(
+            write_at(&device, 16 * MIB, MIB).is_err(),
+            "a write without room did not fail"
+        );
+        let inside = WallNs::now();
+        wait_for_gap(&restore, "io-error")?;
+        std::fs::remove_file(&filler)?;
+        agent.wait_protected(PROTECT_TIMEOUT)?;
+        write_at(&device, 24 * MIB, MIB)?;
+        let after = QuietMoment::of_raw("v", device.path())?;
+        agent.wait_synced()?;
+        for moment in [&before, &after] {
+            moment.check(&restore, &mut scene.rng(), &scene.path("image"))?;
+        }
+        after.check_at(&restore, "latest", &scene.path("image"))?;
+        ensure!(inside < after.from, "the moments are in order");
+        agent.stop()?;
+        drop(device);
+        disk.unmount()
+    });
+}
+
+/// Writes `bytes` past the page cache, so that the error is the writer's own.
+fn write_at(device: &LoopDevice, offset: u64, bytes: u64) -> Result<()> {
+    cdp_tests::process::cmd("dd")
+        .args(["if=/dev/urandom", "bs=64k", "oflag=direct", "conv=notrunc"])
+        .arg(format!("of={}", device.path().display()))
+        .arg(format!("count={}", bytes >> 16))
+        .arg(format!("seek={}", offset >> 16))
+        .run()?
+        .success()
+        .map(drop)
+}
+
 /// Goal: a full store disk costs history, never the host's writes, and is told. Method: the store lies on
 /// a small tmpfs; write more than it holds: fio succeeds, the gap is `spool-full`, earlier moments stay
 /// exact and readable from the full disk.
@@ -164,10 +219,18 @@ fn a_full_store_disk_is_a_gap_and_harms_nobody() {
         before.check(&restore, &mut scene.rng(), &scene.path("image"))?;
         write(scene, &device, "later", 4 * MIB)?;
         restore.verify()?.success()?;
-        // It still ends in peace, and says so if it ended by itself.
-        if agent.check_alive().is_ok() {
-            agent.stop()?;
-        }
+        // With room again it goes on by itself.
+        cdp_tests::process::cmd("mount")
+            .args(["-o", "remount,size=512m"])
+            .arg(disk.dir())
+            .run()?
+            .success()?;
+        agent.wait_protected(PROTECT_TIMEOUT)?;
+        let after = QuietMoment::of_raw("v", device.path())?;
+        agent.wait_synced()?;
+        after.check_at(&restore, "latest", &scene.path("image"))?;
+        before.check(&restore, &mut scene.rng(), &scene.path("image"))?;
+        agent.stop()?;
         disk.unmount()
     });
 }
