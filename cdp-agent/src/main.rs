@@ -19,6 +19,7 @@ mod readback;
 mod recorder;
 mod regions;
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
@@ -79,6 +80,9 @@ fn start_log(output: Output) {
         .with_writer(std::io::stderr);
     match output.log_format {
         LogFormat::Json => builder.json().init(),
-        LogFormat::Text => builder.with_target(false).init(),
+        LogFormat::Text => builder
+            .with_target(false)
+            .with_ansi(std::io::stderr().is_terminal())
+            .init(),
     }
 }

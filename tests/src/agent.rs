@@ -288,6 +288,8 @@ impl Agent {
             "the agent's exit code on SIGTERM was {code}\n{}",
             tail(&self.plan.log, 40)
         );
+        let log = std::fs::read(&self.plan.log).context("read the agent's log")?;
+        ensure!(!log.contains(&0x1b), "the log in a file has colours");
         Ok(())
     }
 
