@@ -340,7 +340,7 @@ impl Recorder {
                 continue;
             }
             let Some(bytes) = volume.clip(range) else { continue };
-            if volume.suspects.raise(&bytes) {
+            if volume.is_dirty(&bytes) || volume.suspects.raise(&bytes) {
                 continue;
             }
             volume.mark(bytes);
@@ -490,7 +490,7 @@ impl Recorder {
         }
         self.full = false;
         for volume in &mut self.volumes {
-            volume.dirty.insert_all();
+            volume.mark_all();
             volume.dirty_at_start = volume.dirty.len();
             volume.unknown_since = now;
         }
@@ -591,7 +591,6 @@ impl Recorder {
                 continue;
             }
             volume.dropped_writes += dropped;
-            volume.suspects.put_back();
             volume.unknown_since = volume.unknown_since.max(now);
             volume.last_cause = GapCause::RingOverflow;
             if matches!(volume.state, State::Exact { .. }) && volume.pending.is_none() {
@@ -608,7 +607,7 @@ impl Recorder {
     pub(crate) fn everything_unknown(&mut self, since: Option<Seq>, now: BootNs) {
         for i in 0..self.volumes.len() {
             let volume = &mut self.volumes[i];
-            volume.dirty.insert_all();
+            volume.mark_all();
             volume.unknown_since = now;
             volume.dropped_writes += 1;
             self.open_gap(i, GapCause::RingOverflow, since, now);
@@ -620,7 +619,7 @@ impl Recorder {
         for i in 0..self.volumes.len() {
             let volume = &mut self.volumes[i];
             if volume.disk == disk {
-                volume.dirty.insert_all();
+                volume.mark_all();
                 volume.unknown_since = now;
                 let last_exact = self.last_seq;
                 self.open_gap(i, GapCause::RingOverflow, last_exact, now);
@@ -785,13 +784,7 @@ impl Recorder {
         if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == run.volume) {
             volume.reading = None;
             if failed || run.epoch != self.epoch {
-                let bytes = run.bytes.clone();
-                volume.mark(bytes.clone());
-                if run.blank {
-                    for region in bytes.start / volume.region_bytes..bytes.end.div_ceil(volume.region_bytes) {
-                        volume.blank.insert(region);
-                    }
-                }
+                volume.mark(run.bytes.clone());
             }
         }
     }

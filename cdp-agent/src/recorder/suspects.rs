@@ -4,7 +4,8 @@
 //! They are read back and compared. Where a block differs and was not written meanwhile, what was read
 //! corrects the record that wrote it last, so that every moment since then is right.
 //!
-//! Always true: a block that was raised is waiting or being checked until it was compared or written anew.
+//! Always true: a block that was raised is waiting or being checked until it was compared, written anew, or became
+//! part of a dirty region.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -111,6 +112,13 @@ impl Suspects {
     pub(super) fn put_back(&mut self) {
         let mut checking = std::mem::take(&mut self.checking);
         self.waiting.append(&mut checking);
+    }
+
+    /// What these blocks held is not known any more, and they will be read.
+    pub(super) fn forget(&mut self, bytes: &Range<u64>) {
+        let blocks = blocks_around(bytes);
+        self.waiting.retain(|block| !blocks.contains(block));
+        self.checking.retain(|block| !blocks.contains(block));
     }
 
     /// Forgets everything: all of the volume will be read.

@@ -355,7 +355,47 @@ fn a_block_that_is_written_or_lost_while_it_is_compared_is_not_corrected() {
         assert!(recorder.correct(&run, None, Some(&[9; 4096]), BootNs(23 * SECOND)));
         assert!(records(&mut recorder).is_empty(), "lost: {lost}");
         recorder.suspects_done(suspicion.volume, true);
-        assert_eq!(recorder.take_suspects().is_some(), lost);
+        assert_eq!(recorder.take_suspects(), None);
+        recorder.drained_to(1, BootNs(23 * SECOND));
+        assert_eq!(
+            recorder.take_run(BYTES).is_some(),
+            lost,
+            "what was lost is read back"
+        );
+    }
+}
+
+/// A dropped write of zeroes over a captured one leaves zeroes that the log does not know.
+#[test]
+fn what_was_lost_during_the_first_copy_is_compared() {
+    let mut recorder = recorder();
+    write(&mut recorder, 0, 2);
+    lose(&mut recorder, 1, 3, 4, 1, 0);
+    recorder.drained_to(1, BootNs(4));
+    let run = recorder.take_run(BYTES).unwrap();
+    assert!(!run.blank && run.bytes == (0..REGION), "{run:?}");
+    recorder.run_done(&run, false);
+    assert!(recorder.take_run(BYTES).unwrap().blank, "the rest is");
+}
+
+/// What the device holds after a write that nobody captured must not correct a record of before: its moments are
+/// exact.
+#[test]
+fn a_suspect_in_a_region_that_became_dirty_is_read_back_and_not_compared() {
+    for stranger in [false, true] {
+        let mut recorder = protected();
+        write(&mut recorder, 8, 20 * SECOND);
+        complete(&mut recorder, 8, 4096, false, 20 * SECOND);
+        if stranger {
+            changed(&mut recorder, 8, 4096, 21 * SECOND);
+            complete(&mut recorder, 8, 4096, false, 21 * SECOND);
+        } else {
+            lose(&mut recorder, 1, 21 * SECOND, 22 * SECOND, 1, 0);
+            changed(&mut recorder, 8, 4096, 22 * SECOND);
+        }
+        recorder.drained_to(1, BootNs(22 * SECOND));
+        assert_eq!(recorder.take_suspects(), None, "stranger: {stranger}");
+        assert_eq!(recorder.take_run(BYTES).unwrap().bytes, 0..REGION);
     }
 }
 

@@ -83,10 +83,30 @@ impl VolumeRun {
         (start < end).then(|| (start - own.start) * SECTOR_BYTES..(end - own.start) * SECTOR_BYTES)
     }
 
+    /// What lies there is not known any more. What the device holds now says nothing of the records that wrote
+    /// there last, so suspects are not compared: they are read back with the rest.
     pub(super) fn mark(&mut self, bytes: Range<u64>) {
-        for region in bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes) {
+        let regions = bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes);
+        self.suspects
+            .forget(&(regions.start * self.region_bytes..regions.end * self.region_bytes));
+        for region in regions {
             self.dirty.insert(region);
+            // Zeroes may lie over a captured write now: what is read gets compared.
+            self.blank.remove(region);
         }
+    }
+
+    /// As [`VolumeRun::mark`], of everything.
+    pub(super) fn mark_all(&mut self) {
+        self.suspects.clear();
+        self.dirty.insert_all();
+        self.blank = Regions::new(self.bytes.div_ceil(self.region_bytes));
+    }
+
+    /// Will all of this be read back and compared, after every write that came up to now?
+    pub(super) fn is_dirty(&self, bytes: &Range<u64>) -> bool {
+        (bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes))
+            .all(|region| self.dirty.contains(region) && !self.blank.contains(region))
     }
 
     /// How much of the first copy or of the resync is done.
