@@ -12,6 +12,8 @@
 //! - R4: a gap closes only when nothing of the volume is dirty or being read, and no write that we did not
 //!   capture can still be on its way.
 
+#[cfg(test)]
+mod sim;
 mod suspects;
 #[cfg(test)]
 mod tests;
@@ -130,6 +132,9 @@ pub(crate) struct Recorder {
     last_write: BootNs,
     /// How often the probe's counters were looked at.
     polls: u64,
+    /// Every record with its data, for the simulator.
+    #[cfg(test)]
+    tap: Vec<(Seq, Body, Vec<u8>)>,
 }
 
 impl Recorder {
@@ -149,6 +154,8 @@ impl Recorder {
             full: false,
             last_write: BootNs(0),
             polls: 0,
+            #[cfg(test)]
+            tap: Vec::new(),
         }
     }
 
@@ -884,6 +891,9 @@ impl Recorder {
         if !self.builder.fits(data.len()) {
             self.seal();
         }
+        #[cfg(test)]
+        self.tap
+            .push((self.builder.next_seq(), body.clone(), data.to_vec()));
         let pushed = self
             .builder
             .push(at, volume, origin, flags, body.clone(), &[data])

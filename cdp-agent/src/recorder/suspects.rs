@@ -128,6 +128,12 @@ impl Suspects {
         self.cleared = self.raised;
     }
 
+    /// Every block that is waiting or being checked.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> impl Iterator<Item = u64> {
+        self.waiting.iter().chain(&self.checking).copied()
+    }
+
     /// A mark to wait for with [`Suspects::is_clear`].
     pub(super) fn raised(&self) -> u64 {
         self.raised

@@ -1,0 +1,799 @@
+//! The agent's threads, one small step at a time: what `pipeline` and `readback` do between two holds of the
+//! recorder's lock is one step here. A change there needs its change here.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use cdp_journal::format::VolumeKind;
+
+use super::super::*;
+use super::kernel::{Counters, Kernel, RingEvent};
+use super::model::{Content, Model};
+use super::{DISK, Profile, REGION_SECTORS, Rng, SECTORS, SLOT, START, volume_id};
+
+/// As in `readback`, but for a device of a few blocks.
+const RUN_BYTES_MAX: u64 = 32 << 10;
+const READ_BYTES: u64 = 16 << 10;
+const UNIT_BYTES: u64 = 8 << 10;
+const FLIGHT_NS_MAX: u64 = 10_000_000_000;
+const RETRY_NS: u64 = 1_000_000_000;
+const IDLE_NS: u64 = 10_000_000;
+const MISSES_INTERVAL_NS: u64 = 1_000_000_000;
+/// Frames before the log.
+const QUEUE_FRAMES: usize = 4;
+
+#[derive(Debug)]
+enum Capture {
+    Top,
+    /// The counters were read; the recorder is locked until `Marks` is done.
+    Counters(BootNs, Counters),
+    Marks(BootNs, Counters),
+    Drain {
+        now: BootNs,
+        target: u64,
+    },
+    Forward(BootNs, bool),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Phase {
+    Drain,
+    Ended(usize),
+    Head,
+    Read(usize),
+    Polls(u64),
+    DrainAgain(u64),
+    Emit,
+}
+
+/// What the read-back thread is at.
+#[derive(Debug)]
+struct Job {
+    volume: VolumeId,
+    /// Of `take_run`; else suspects are compared.
+    run: Option<Run>,
+    epoch: Epoch,
+    /// Runs under one note of `s`, and those after them.
+    batch: Vec<Run>,
+    later: VecDeque<Vec<Run>>,
+    phase: Phase,
+    target: u64,
+    as_of: Option<Seq>,
+    began_ns: u64,
+    applied: u64,
+    read: Vec<Content>,
+    to_record: VecDeque<(Run, Option<Seq>, Vec<Content>)>,
+}
+
+#[derive(Debug)]
+enum ReadBack {
+    Suspects,
+    Run,
+    Job(Box<Job>),
+    Closing { target: u64, drained_ns: u64 },
+    Sleep(u64),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum StoreChange {
+    Full { next: Seq, epoch: Epoch },
+    Room,
+}
+
+#[derive(Debug)]
+struct Frame {
+    next_seq: u64,
+    has_data: bool,
+    epoch: Epoch,
+}
+
+/// The store's side: what of the log is where.
+#[derive(Debug, Default)]
+struct Store {
+    queue: VecDeque<Frame>,
+    appended: u64,
+    durable: u64,
+    applied: u64,
+    epoch: Epoch,
+    is_full: bool,
+    change: Option<StoreChange>,
+    /// Ends of frames that were appended and are not durable.
+    ends: Vec<u64>,
+}
+
+#[derive(Debug)]
+pub(super) struct Agent {
+    pub(super) recorder: Recorder,
+    capture: Capture,
+    readback: ReadBack,
+    store: Store,
+    seen: Counters,
+    misses: u64,
+    misses_at_ns: u64,
+    misses_seq: Option<Seq>,
+    idle_at: Option<BootNs>,
+    drained_ns: u64,
+    sealed_next: u64,
+}
+
+fn sectors_of(bytes: &Range<u64>) -> Range<usize> {
+    (bytes.start / SECTOR_BYTES) as usize..(bytes.end / SECTOR_BYTES) as usize
+}
+
+/// Blocks of the volume that a range of the disk touches, a bit for each.
+fn blocks_of(start: u64, sectors: u64) -> u64 {
+    let own = (start..start + sectors).filter(|sector| (START..START + SECTORS as u64).contains(sector));
+    own.fold(0, |bits, sector| bits | 1 << ((sector - START) / 8))
+}
+
+fn bytes_of(contents: &[Content]) -> Vec<u8> {
+    let mut bytes = vec![0; contents.len() * SECTOR_BYTES as usize];
+    for (sector, content) in bytes.chunks_mut(SECTOR_BYTES as usize).zip(contents) {
+        sector[..8].copy_from_slice(&content.to_le_bytes());
+    }
+    bytes
+}
+
+impl Agent {
+    /// Starts on what the store holds, as `agent::protect` does.
+    pub(super) fn start(kernel: &mut Kernel, model: &mut Model, profile: &Profile) -> Self {
+        let durable = model.last_seq();
+        let now = BootNs(kernel.instant());
+        let known = model.is_declared();
+        let mut recorder = Recorder::new(Seq::new(durable), 0);
+        let ids = (uuid::Uuid::nil(), uuid::Uuid::nil());
+        recorder.note(
+            now,
+            None,
+            Body::Start {
+                agent: ids.0,
+                boot_id: ids.1,
+            },
+        );
+        let id = Some(volume_id());
+        if known && model.is_exact() {
+            recorder.note(
+                now,
+                id,
+                Body::GapOpen {
+                    cause: GapCause::AgentDown,
+                    last_exact: Seq::new(durable),
+                },
+            );
+        }
+        let bytes = SECTORS as u64 * SECTOR_BYTES;
+        let declared = Body::Volume {
+            kind: VolumeKind::Block,
+            bytes,
+            name: "v".into(),
+            path: "/dev/v".into(),
+        };
+        recorder.note(now, id, declared);
+        recorder.add_disk(DISK, SLOT, profile.bio_based);
+        recorder.add_volume(
+            NewVolume {
+                id: volume_id(),
+                name: "v".into(),
+                path: "/dev/v".into(),
+                disk: DISK,
+                start_sector: START,
+                bytes,
+                region_bytes: REGION_SECTORS * SECTOR_BYTES,
+                blank: !known,
+                gaps: 0,
+                cause: known.then_some(GapCause::AgentDown),
+            },
+            now,
+        );
+        let mut agent = Self {
+            recorder,
+            capture: Capture::Top,
+            readback: ReadBack::Suspects,
+            store: Store {
+                appended: durable,
+                durable,
+                applied: durable,
+                ..Store::default()
+            },
+            seen: Counters::default(),
+            misses: 0,
+            misses_at_ns: now.0,
+            misses_seq: None,
+            idle_at: None,
+            drained_ns: 0,
+            sealed_next: durable + 1,
+        };
+        agent.tapped(model, None);
+        agent
+    }
+
+    /// The probe watches.
+    pub(super) fn attach(&mut self, kernel: &mut Kernel) {
+        if kernel.is_watched {
+            let now_ns = kernel.instant();
+            self.recorder.attached(DISK, BootNs(now_ns));
+            kernel.all_unseen_known(now_ns);
+        } else {
+            kernel.is_watched = true;
+        }
+    }
+
+    pub(super) fn is_attached(&self) -> bool {
+        self.recorder.volumes[0].attached
+    }
+
+    /// Nothing is left to do.
+    pub(super) fn is_settled(&self, kernel: &Kernel) -> bool {
+        let volume = &self.recorder.volumes[0];
+        kernel.ring.is_empty()
+            && matches!(volume.state, State::Exact { .. })
+            && volume.dirty.is_empty()
+            && volume.suspects.held().next().is_none()
+            && matches!(self.readback, ReadBack::Sleep(_))
+    }
+
+    /// The blocks that wait to be compared, a bit for each.
+    pub(super) fn suspects(&self) -> u64 {
+        self.recorder.volumes[0]
+            .suspects
+            .held()
+            .fold(0, |bits, block| bits | 1 << block)
+    }
+
+    /// Which frames survive a crash: the Seq after the last record.
+    pub(super) fn survives(&self, rng: &mut Rng) -> u64 {
+        let unsynced = &self.store.ends;
+        match rng.below(unsynced.len() as u64 + 1) as usize {
+            0 => self.store.durable,
+            n => unsynced[n - 1],
+        }
+    }
+
+    /// Hands new records to the model.
+    fn tapped(&mut self, model: &mut Model, bio: Option<usize>) {
+        for (seq, body, data) in std::mem::take(&mut self.recorder.tap) {
+            let is_written = matches!(
+                body,
+                Body::Write { .. } | Body::Zero { .. } | Body::Discard { .. }
+            );
+            model.record(seq.get(), body, &data, self.drained_ns);
+            if let Some(bio) = bio.filter(|_| is_written) {
+                model.captured(bio, seq.get());
+            }
+        }
+    }
+
+    /// After a call of the recorder: what is no longer suspect although nobody compared it stays as it was issued.
+    fn forgotten(&self, model: &mut Model, before: u64, touched: u64, at_ns: u64) {
+        let lost = before & (!self.suspects() | touched);
+        for block in (0..SECTORS / 8).filter(|block| lost >> block & 1 == 1) {
+            model.exempt(block * 8..block * 8 + 8, at_ns);
+        }
+    }
+
+    /// One step of the capture thread.
+    pub(super) fn capture_step(&mut self, rng: &mut Rng, kernel: &mut Kernel, model: &mut Model) {
+        let now_ns = kernel.instant();
+        let state = std::mem::replace(&mut self.capture, Capture::Top);
+        self.capture = match state {
+            Capture::Top => {
+                let now = BootNs(now_ns);
+                match self.store.change.take() {
+                    Some(StoreChange::Full { next, epoch }) => {
+                        model.interrupted(now_ns, next.get());
+                        kernel.forget_captured(|_| true);
+                        self.recorder.store_full(next, epoch, now);
+                        self.sealed_next = next.get();
+                    }
+                    Some(StoreChange::Room) => {
+                        self.recorder.room_again(now);
+                        kernel.all_unseen_known(now_ns);
+                    }
+                    None => {}
+                }
+                self.tapped(model, None);
+                if kernel.is_watched {
+                    Capture::Counters(now, kernel.counters.clone())
+                } else {
+                    Capture::Forward(now, true)
+                }
+            }
+            Capture::Counters(now, mut found) => {
+                let is_new = found.dropped != self.seen.dropped
+                    || found.lost_completions != self.seen.lost_completions;
+                if is_new {
+                    found.first_drop_ns = std::mem::take(&mut kernel.counters.first_drop_ns);
+                    Capture::Marks(now, found)
+                } else {
+                    self.recorder.no_loss();
+                    self.polled(kernel, model, now);
+                    Capture::Drain {
+                        now,
+                        target: kernel.produced,
+                    }
+                }
+            }
+            Capture::Marks(now, found) => {
+                let before = self.suspects();
+                let region_bytes = REGION_SECTORS * SECTOR_BYTES;
+                let marks: Vec<Range<u64>> = std::mem::take(&mut kernel.counters.marks)
+                    .into_iter()
+                    .map(|region| region * region_bytes..(region + 1) * region_bytes)
+                    .collect();
+                let losses = Losses {
+                    dropped: found.dropped,
+                    lost_completions: found.lost_completions,
+                };
+                let first_at = (found.first_drop_ns != 0).then_some(BootNs(found.first_drop_ns));
+                self.recorder
+                    .losses(SLOT, losses, first_at, now, kernel.produced, &marks);
+                self.forgotten(model, before, 0, now_ns);
+                let counted = (found.dropped + found.lost_completions)
+                    - (self.seen.dropped + self.seen.lost_completions);
+                self.seen = found;
+                // In the order in which they were counted.
+                let last_ns = kernel.losses_ns.drain(..counted as usize).next_back();
+                kernel.dropped_known(last_ns, now.0);
+                self.polled(kernel, model, now);
+                Capture::Drain {
+                    now,
+                    target: kernel.produced,
+                }
+            }
+            Capture::Drain { now, target } => self.drain(rng, kernel, model, now, target),
+            Capture::Forward(now, empty) => {
+                if self.forward() {
+                    self.recorder.drained_to(kernel.consumed, now);
+                    if empty {
+                        self.recorder.tick(now);
+                    }
+                    self.recorder
+                        .seal_if_older(BootNs(now_ns), Duration::from_millis(5));
+                    self.tapped(model, None);
+                    let _ = self.forward();
+                    Capture::Top
+                } else {
+                    Capture::Forward(now, empty)
+                }
+            }
+        };
+    }
+
+    fn polled(&mut self, kernel: &mut Kernel, model: &mut Model, now: BootNs) {
+        if kernel.now_ns - self.misses_at_ns >= MISSES_INTERVAL_NS {
+            self.misses_at_ns = kernel.now_ns;
+            if kernel.counters.misses > self.misses {
+                let before = self.suspects();
+                self.recorder.everything_unknown(self.misses_seq, now);
+                self.tapped(model, None);
+                self.forgotten(model, before, 0, kernel.now_ns);
+                kernel.missed_known(now.0);
+            }
+            self.misses = kernel.counters.misses;
+            kernel.misses_ns.clear();
+            self.misses_seq = self.recorder.last_seq();
+        }
+        self.recorder.polled();
+    }
+
+    fn drain(
+        &mut self,
+        rng: &mut Rng,
+        kernel: &mut Kernel,
+        model: &mut Model,
+        now: BootNs,
+        target: u64,
+    ) -> Capture {
+        for _ in 0..1 + rng.below(6) {
+            if !self.recorder.has_room() {
+                break;
+            }
+            let Some(next) = kernel.ring.pop_front() else {
+                return Capture::Forward(now, true);
+            };
+            kernel.consumed += next.cost;
+            let before = self.suspects();
+            let (mut touched, mut raised) = (0, 0);
+            match next.event {
+                RingEvent::Write(event, content, number) => {
+                    let sectors = u64::from(event.bytes) / SECTOR_BYTES;
+                    touched = blocks_of(event.sector, sectors);
+                    let data = if event.op == Op::Write as u8 {
+                        bytes_of(&vec![content; sectors as usize])
+                    } else {
+                        Vec::new()
+                    };
+                    let was_full = self.recorder.is_full();
+                    self.recorder.event(&Event::Write(event, &data));
+                    self.tapped(model, Some(number));
+                    if was_full {
+                        kernel.never_captured(number);
+                    }
+                }
+                RingEvent::Complete(event) => {
+                    raised = blocks_of(event.sector, u64::from(event.bytes) / SECTOR_BYTES);
+                    self.recorder.event(&Event::Complete(event));
+                }
+                RingEvent::Changed(event) => {
+                    raised = blocks_of(event.sector, u64::from(event.bytes) / SECTOR_BYTES);
+                    self.recorder.event(&Event::Changed(event));
+                }
+            }
+            self.tapped(model, None);
+            self.forgotten(model, before, touched, next.at_ns);
+            // What is dirty is not compared.
+            let unheld = (touched | raised) & !self.suspects();
+            let volume = &self.recorder.volumes[0];
+            for block in (0..SECTORS / 8).filter(|block| unheld >> block & 1 == 1) {
+                let at = block as u64 * BLOCK_BYTES;
+                if volume.is_dirty(&(at..at + BLOCK_BYTES)) {
+                    model.exempt(block * 8..block * 8 + 8, kernel.now_ns);
+                }
+            }
+        }
+        if !self.forward() {
+            return Capture::Drain { now, target };
+        }
+        if kernel.consumed >= target {
+            return Capture::Forward(now, false);
+        }
+        Capture::Drain { now, target }
+    }
+
+    /// Hands sealed frames on; false while there is no room for them.
+    fn forward(&mut self) -> bool {
+        while self.store.queue.len() < QUEUE_FRAMES {
+            let Some(sealed) = self.recorder.take_sealed() else {
+                return true;
+            };
+            let next_seq = sealed.builder.next_seq().get();
+            assert_eq!(
+                next_seq - sealed.builder.record_count() as u64,
+                self.sealed_next,
+                "frames follow one another"
+            );
+            self.sealed_next = next_seq;
+            self.store.queue.push_back(Frame {
+                next_seq,
+                has_data: sealed.builder.raw_bytes() > 0,
+                epoch: sealed.epoch,
+            });
+        }
+        self.recorder.sealed.is_empty()
+    }
+
+    /// One step of the threads behind the recorder.
+    pub(super) fn store_step(&mut self, rng: &mut Rng, has_room: bool) {
+        let store = &mut self.store;
+        match rng.below(3) {
+            0 => {
+                let Some(frame) = store.queue.pop_front() else {
+                    return;
+                };
+                if frame.epoch < store.epoch {
+                    return;
+                }
+                if !has_room && frame.has_data {
+                    store.durable = store.appended;
+                    store.ends.clear();
+                    store.epoch = Epoch(store.epoch.0 + 1);
+                    store.is_full = true;
+                    store.change = Some(StoreChange::Full {
+                        next: Seq::after(Seq::new(store.appended)),
+                        epoch: store.epoch,
+                    });
+                    return;
+                }
+                store.appended = frame.next_seq - 1;
+                store.ends.push(store.appended);
+            }
+            1 => {
+                store.durable = store.appended;
+                store.ends.clear();
+                if store.is_full && has_room && store.change.is_none() {
+                    store.is_full = false;
+                    store.change = Some(StoreChange::Room);
+                }
+            }
+            _ => store.applied = store.durable,
+        }
+    }
+
+    /// One step of the read-back thread.
+    pub(super) fn readback_step(
+        &mut self,
+        rng: &mut Rng,
+        kernel: &mut Kernel,
+        model: &mut Model,
+        errors: bool,
+    ) {
+        if matches!(self.capture, Capture::Counters(..) | Capture::Marks(..)) {
+            return; // the recorder is locked
+        }
+        let now_ns = kernel.instant();
+        let state = std::mem::replace(&mut self.readback, ReadBack::Suspects);
+        self.readback = match state {
+            ReadBack::Sleep(until_ns) if now_ns < until_ns => ReadBack::Sleep(until_ns),
+            ReadBack::Sleep(_) => ReadBack::Suspects,
+            ReadBack::Suspects => match self.recorder.take_suspects() {
+                Some(suspicion) => ReadBack::Job(Box::new(Job::compare(&suspicion))),
+                None => ReadBack::Run,
+            },
+            ReadBack::Run => match self.recorder.take_run(RUN_BYTES_MAX) {
+                Some(run) => ReadBack::Job(Box::new(Job::read(run))),
+                None if self.recorder.waiting_to_close().is_empty() => ReadBack::Sleep(now_ns + IDLE_NS),
+                None => {
+                    if kernel.writes_in_flight() == 0 {
+                        self.idle_at = Some(BootNs(now_ns));
+                    }
+                    ReadBack::Closing {
+                        target: kernel.produced,
+                        drained_ns: now_ns,
+                    }
+                }
+            },
+            ReadBack::Closing { target, drained_ns } if kernel.consumed < target => {
+                ReadBack::Closing { target, drained_ns }
+            }
+            ReadBack::Closing { drained_ns, .. } => {
+                self.drained_ns = drained_ns;
+                if self.recorder.try_close(volume_id(), self.idle_at, BootNs(now_ns)) {
+                    let quiet_ns = STRANGER_QUIET.as_nanos() as u64;
+                    for since_ns in kernel.unseen() {
+                        assert!(
+                            since_ns == u64::MAX || now_ns > since_ns + quiet_ns,
+                            "R4: closed at {now_ns} while a write is on its way that was not seen, as the \
+                             recorder knows since {since_ns}"
+                        );
+                    }
+                }
+                self.tapped(model, None);
+                ReadBack::Sleep(now_ns + IDLE_NS)
+            }
+            ReadBack::Job(mut job) => {
+                let has_failed = errors && rng.one_in(50);
+                match self.job_step(&mut job, kernel, model, has_failed) {
+                    None => ReadBack::Job(job),
+                    Some(result) => {
+                        let before = self.suspects();
+                        match &job.run {
+                            Some(run) => self.recorder.run_done(run, result.is_err()),
+                            None => self.recorder.suspects_done(job.volume, result.is_ok()),
+                        }
+                        let after = self.suspects();
+                        for block in (0..SECTORS / 8).filter(|block| before & !after & 1 << block != 0) {
+                            model.settled(block * 8..block * 8 + 8);
+                        }
+                        if result.is_err() {
+                            ReadBack::Sleep(now_ns + RETRY_NS)
+                        } else if job.run.is_none() {
+                            ReadBack::Run
+                        } else {
+                            ReadBack::Suspects
+                        }
+                    }
+                }
+            }
+        };
+    }
+
+    fn job_step(
+        &mut self,
+        job: &mut Job,
+        kernel: &mut Kernel,
+        model: &mut Model,
+        has_failed: bool,
+    ) -> Option<Result<(), ()>> {
+        let is_void = self.recorder.epoch() != job.epoch;
+        match job.phase {
+            Phase::Drain => {
+                if kernel.consumed >= job.target.min(kernel.produced) && job.target != u64::MAX {
+                    job.as_of = self.recorder.last_seq();
+                    job.began_ns = kernel.now_ns;
+                    job.phase = Phase::Ended(0);
+                } else if job.target == u64::MAX {
+                    job.target = kernel.produced;
+                }
+            }
+            Phase::Ended(i) => {
+                let Some(run) = job.batch.get(i) else {
+                    job.phase = Phase::Head;
+                    return None;
+                };
+                let waited_ns = kernel.now_ns - job.began_ns;
+                let is_idle = waited_ns > PLUG_TIME.as_nanos() as u64 && kernel.writes_in_flight() == 0;
+                if self.recorder.in_flight(run, job.as_of).is_some() {
+                    if !is_idle && waited_ns <= FLIGHT_NS_MAX {
+                        return is_void.then_some(Err(()));
+                    }
+                    self.recorder.ended(run, job.as_of);
+                }
+                job.phase = Phase::Ended(i + 1);
+                job.began_ns = kernel.now_ns;
+            }
+            Phase::Head => {
+                let is_blank = job.run.as_ref().is_some_and(|run| run.blank);
+                if !is_blank && self.store.applied < job.as_of.map_or(0, Seq::get) {
+                    return is_void.then_some(Err(()));
+                }
+                job.applied = self.store.applied;
+                job.phase = Phase::Read(0);
+            }
+            Phase::Read(i) => {
+                if has_failed {
+                    return Some(Err(()));
+                }
+                let Some(run) = job.batch.get(i) else {
+                    if job.run.is_some() {
+                        return Some(Ok(()));
+                    }
+                    job.phase = Phase::Polls(self.recorder.polls() + 2);
+                    return None;
+                };
+                let contents = &kernel.volume()[sectors_of(&run.bytes)];
+                if job.run.is_some() {
+                    job.record_changed(i, contents.to_vec(), model);
+                    job.phase = Phase::Emit;
+                } else {
+                    job.read.extend_from_slice(contents);
+                    job.phase = Phase::Read(i + 1);
+                }
+            }
+            Phase::Polls(polls) => {
+                if self.recorder.polls() >= polls {
+                    job.phase = Phase::DrainAgain(kernel.produced);
+                }
+            }
+            Phase::DrainAgain(target) => {
+                if kernel.consumed >= target {
+                    job.correct_changed(model);
+                    job.phase = Phase::Emit;
+                }
+            }
+            Phase::Emit => {
+                let Some((run, as_of, contents)) = job.to_record.front() else {
+                    return job.go_on();
+                };
+                let data = bytes_of(contents);
+                let data = contents.iter().any(|&content| content != 0).then_some(&data[..]);
+                let now = BootNs(kernel.now_ns);
+                let is_done = if job.run.is_some() {
+                    self.recorder.read_back(run, run.bytes.clone(), *as_of, data, now)
+                } else {
+                    self.recorder.correct(run, *as_of, data, now)
+                };
+                self.tapped(model, None);
+                if is_done {
+                    job.to_record.pop_front();
+                } else if is_void {
+                    return Some(Err(()));
+                }
+            }
+        }
+        None
+    }
+}
+
+impl Job {
+    fn new(volume: VolumeId, epoch: Epoch, run: Option<Run>, mut later: VecDeque<Vec<Run>>) -> Self {
+        Self {
+            volume,
+            run,
+            epoch,
+            batch: later.pop_front().unwrap_or_default(),
+            later,
+            phase: Phase::Drain,
+            target: u64::MAX,
+            as_of: None,
+            began_ns: 0,
+            applied: 0,
+            read: Vec::new(),
+            to_record: VecDeque::new(),
+        }
+    }
+
+    fn compare(suspicion: &Suspicion) -> Self {
+        let mut batches: VecDeque<Vec<Run>> = VecDeque::new();
+        let mut bytes = u64::MAX;
+        for piece in suspicion.ranges.iter().flat_map(pieces_of) {
+            let length = piece.end - piece.start;
+            let run = Run {
+                volume: suspicion.volume,
+                bytes: piece,
+                blank: false,
+                epoch: suspicion.epoch,
+            };
+            match batches.back_mut() {
+                Some(batch) if bytes + length <= READ_BYTES => batch.push(run),
+                _ => {
+                    batches.push_back(vec![run]);
+                    bytes = 0;
+                }
+            }
+            bytes += length;
+        }
+        Self::new(suspicion.volume, suspicion.epoch, None, batches)
+    }
+
+    fn read(run: Run) -> Self {
+        // All pieces are read under one note of `s`.
+        let pieces = pieces_of(&run.bytes)
+            .map(|bytes| Run { bytes, ..run.clone() })
+            .collect();
+        Self::new(run.volume, run.epoch, Some(run), VecDeque::from([pieces]))
+    }
+
+    fn record_changed(&mut self, piece: usize, read: Vec<Content>, model: &Model) {
+        let run = self.batch.remove(piece);
+        let step = if run.blank { UNIT_BYTES } else { BLOCK_BYTES } / SECTOR_BYTES;
+        let first = sectors_of(&run.bytes).start;
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for start in (0..read.len()).step_by(step as usize) {
+            let end = read.len().min(start + step as usize);
+            let differs = (start..end).any(|at| {
+                let known = if run.blank {
+                    0
+                } else {
+                    model.head(first + at, self.applied).0
+                };
+                read[at] != known
+            });
+            match runs.last_mut() {
+                _ if !differs => {}
+                Some(last) if last.end == start => last.end = end,
+                _ => runs.push(start..end),
+            }
+        }
+        for range in runs {
+            let offset = |at: usize| run.bytes.start + at as u64 * SECTOR_BYTES;
+            let bytes = offset(range.start)..offset(range.end);
+            self.to_record
+                .push_back((Run { bytes, ..run.clone() }, self.as_of, read[range].to_vec()));
+        }
+    }
+
+    fn correct_changed(&mut self, model: &Model) {
+        let read = std::mem::take(&mut self.read);
+        let mut read = &read[..];
+        for run in &self.batch {
+            for at in run.bytes.clone().step_by(BLOCK_BYTES as usize) {
+                let (block, rest) = read.split_at(8);
+                read = rest;
+                let bytes = at..at + BLOCK_BYTES;
+                let head: Vec<(Content, u64)> = sectors_of(&bytes)
+                    .map(|sector| model.head(sector, self.applied))
+                    .collect();
+                if head.iter().zip(block).all(|((known, _), now)| known == now) {
+                    continue;
+                }
+                let written_by = head.iter().map(|(_, seq)| *seq).max().and_then(Seq::new);
+                self.to_record
+                    .push_back((Run { bytes, ..run.clone() }, written_by, block.to_vec()));
+            }
+        }
+    }
+
+    fn go_on(&mut self) -> Option<Result<(), ()>> {
+        if self.run.is_some() {
+            if self.batch.is_empty() {
+                return Some(Ok(()));
+            }
+            self.phase = Phase::Read(0);
+            return None;
+        }
+        let Some(next) = self.later.pop_front() else {
+            return Some(Ok(()));
+        };
+        self.batch = next;
+        self.target = u64::MAX;
+        self.phase = Phase::Drain;
+        None
+    }
+}
+
+fn pieces_of(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+    let end = range.end;
+    (range.start..end)
+        .step_by(READ_BYTES as usize)
+        .map(move |at| at..end.min(at + READ_BYTES))
+}

@@ -1,0 +1,469 @@
+//! The host: writers, a driver that takes bytes and ends writes in any order, and the probe with its ring.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use cdp_ebpf::event::{CompleteEvent, EventKind, Op, WriteEvent};
+use cdp_journal::SECTOR_BYTES;
+
+use super::model::{Content, Model};
+use super::{DISK, PLUG_NS, Profile, REGION_SECTORS, Rng, SECTORS, START};
+
+const DISK_SECTORS: u64 = START + SECTORS as u64 + 8;
+
+#[derive(Debug)]
+pub(super) enum RingEvent {
+    /// With the content of every sector, and the number of the write.
+    Write(WriteEvent, Content, usize),
+    Complete(CompleteEvent),
+    Changed(CompleteEvent),
+}
+
+#[derive(Debug)]
+pub(super) struct InRing {
+    pub(super) event: RingEvent,
+    pub(super) at_ns: u64,
+    pub(super) cost: u64,
+}
+
+/// A write on its way.
+#[derive(Debug)]
+struct Bio {
+    number: usize,
+    queued_ns: u64,
+    address: u64,
+    range: Range<u64>,
+    op: Op,
+    content: Content,
+    is_stable: bool,
+    /// Before, it waits in its task's plug, and the disk does not count it.
+    counted_from_ns: u64,
+    /// Not before, if it is one of the slow ones.
+    ends_from_ns: u64,
+    /// Sectors that the device has taken: a prefix is ended first, but bytes are taken in any order.
+    taken: Vec<bool>,
+    was_changed: bool,
+    /// The kernel skipped the probe.
+    is_missed: bool,
+    /// Since when the agent knows of it as of a write that it did not see; `u64::MAX`: not yet.
+    pub(super) unseen_since_ns: Option<u64>,
+}
+
+/// What the probe counts.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Counters {
+    pub(super) dropped: u64,
+    pub(super) lost_completions: u64,
+    pub(super) first_drop_ns: u64,
+    pub(super) marks: Vec<u64>,
+    pub(super) misses: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Kernel {
+    pub(super) now_ns: u64,
+    pub(super) device: Vec<Content>,
+    issued: Vec<Content>,
+    on_its_way: Vec<u32>,
+    bios: Vec<Bio>,
+    next_content: Content,
+    pub(super) is_watched: bool,
+    pub(super) ring: VecDeque<InRing>,
+    pub(super) produced: u64,
+    pub(super) consumed: u64,
+    pub(super) counters: Counters,
+    /// Times of losses that the agent may not have read the counters for.
+    pub(super) losses_ns: VecDeque<u64>,
+    pub(super) misses_ns: VecDeque<u64>,
+}
+
+impl Kernel {
+    pub(super) fn new(rng: &mut Rng) -> Self {
+        let device: Vec<Content> = (0..DISK_SECTORS)
+            .map(|at| if rng.one_in(3) { 0 } else { 1 + at })
+            .collect();
+        Self {
+            now_ns: 1,
+            issued: device.clone(),
+            on_its_way: vec![0; device.len()],
+            device,
+            bios: Vec::new(),
+            next_content: 10_000,
+            is_watched: false,
+            ring: VecDeque::new(),
+            produced: 0,
+            consumed: 0,
+            counters: Counters::default(),
+            losses_ns: VecDeque::new(),
+            misses_ns: VecDeque::new(),
+        }
+    }
+
+    /// Every instant is another.
+    pub(super) fn instant(&mut self) -> u64 {
+        self.now_ns += 1;
+        self.now_ns
+    }
+
+    pub(super) fn volume(&self) -> &[Content] {
+        &self.device[START as usize..START as usize + SECTORS]
+    }
+
+    pub(super) fn writes_in_flight(&self) -> usize {
+        let counted = |bio: &&Bio| bio.counted_from_ns <= self.now_ns;
+        self.bios.iter().filter(counted).count()
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.bios.is_empty()
+    }
+
+    /// Up to when the agent has been told everything.
+    pub(super) fn known_ns(&self) -> u64 {
+        let oldest = self.ring.front().map(|event| event.at_ns);
+        let losses = self.losses_ns.front().copied();
+        let misses = self.misses_ns.front().copied();
+        [oldest, losses, misses]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(self.now_ns + 1)
+    }
+
+    /// The probe is gone, and what it had with it.
+    pub(super) fn unwatch(&mut self) {
+        self.is_watched = false;
+        self.ring.clear();
+        self.consumed = self.produced;
+        self.counters = Counters::default();
+        self.losses_ns.clear();
+        self.misses_ns.clear();
+        for bio in &mut self.bios {
+            bio.unseen_since_ns = Some(u64::MAX);
+        }
+    }
+
+    fn known(&mut self, now_ns: u64, which: impl Fn(&Bio) -> bool) {
+        for bio in self.bios.iter_mut().filter(|bio| which(bio)) {
+            if bio.unseen_since_ns == Some(u64::MAX) {
+                bio.unseen_since_ns = Some(now_ns);
+            }
+        }
+    }
+
+    /// The agent knows that it does not know what is on its way.
+    pub(super) fn all_unseen_known(&mut self, now_ns: u64) {
+        self.known(now_ns, |_| true);
+    }
+
+    /// It was told of drops up to then.
+    pub(super) fn dropped_known(&mut self, last_ns: Option<u64>, now_ns: u64) {
+        self.known(now_ns, |bio| !bio.is_missed && Some(bio.queued_ns) <= last_ns);
+    }
+
+    /// It was told of skipped events.
+    pub(super) fn missed_known(&mut self, now_ns: u64) {
+        self.known(now_ns, |bio| bio.is_missed);
+    }
+
+    /// What was captured of these writes is lost.
+    pub(super) fn forget_captured(&mut self, is_lost: impl Fn(usize) -> bool) {
+        for bio in &mut self.bios {
+            if is_lost(bio.number) {
+                bio.unseen_since_ns = Some(u64::MAX);
+            }
+        }
+    }
+
+    pub(super) fn never_captured(&mut self, number: usize) {
+        self.forget_captured(|other| other == number);
+    }
+
+    /// A write that the agent knows it did not see, and since when.
+    pub(super) fn unseen(&self) -> impl Iterator<Item = u64> {
+        let touches = |bio: &&Bio| bio.range.start < START + SECTORS as u64 && bio.range.end > START;
+        self.bios
+            .iter()
+            .filter(touches)
+            .filter_map(|bio| bio.unseen_since_ns)
+    }
+
+    fn put(&mut self, profile: &Profile, event: RingEvent, at_ns: u64, cost: u64) -> bool {
+        if self.produced - self.consumed + cost > profile.ring_units {
+            return false;
+        }
+        self.produced += cost;
+        self.ring.push_back(InRing { event, at_ns, cost });
+        true
+    }
+
+    fn mark(&mut self, range: &Range<u64>) {
+        let regions = range.start / REGION_SECTORS..range.end.div_ceil(REGION_SECTORS);
+        for region in regions {
+            if !self.counters.marks.contains(&region) {
+                self.counters.marks.push(region);
+            }
+        }
+    }
+
+    fn drop_write(&mut self, range: &Range<u64>, at_ns: u64) {
+        self.mark(range);
+        if self.counters.first_drop_ns == 0 {
+            self.counters.first_drop_ns = at_ns;
+        }
+        self.counters.dropped += 1;
+        self.losses_ns.push_back(at_ns);
+    }
+
+    /// Somebody writes.
+    pub(super) fn queue(&mut self, rng: &mut Rng, profile: &Profile, model: &mut Model) {
+        let at_ns = self.instant();
+        let hot = rng.one_in(2);
+        let length = match rng.below(8) {
+            0 => 1 + rng.below(7),
+            1 => 8 * (1 + rng.below(6)),
+            2 => 1 + rng.below(40),
+            _ => 8,
+        };
+        let place = if hot {
+            rng.below(48)
+        } else {
+            rng.below(DISK_SECTORS)
+        };
+        let start = if length.is_multiple_of(8) {
+            place / 8 * 8
+        } else {
+            place
+        };
+        let range = start..(start + length).min(DISK_SECTORS);
+        let op = match rng.below(16) {
+            0 => Op::Zero,
+            1 => Op::Discard,
+            _ => Op::Write,
+        };
+        self.next_content += 1;
+        let is_blank = op != Op::Write || rng.one_in(16);
+        let content = if is_blank { 0 } else { self.next_content };
+        let number = model.queued(at_ns);
+        let address = (1..).find(|&free| self.bios.iter().all(|bio| bio.address != free));
+        let slow = profile.slow && rng.one_in(40);
+        let mut bio = Bio {
+            number,
+            queued_ns: at_ns,
+            address: address.unwrap_or(0),
+            range: range.clone(),
+            op,
+            content,
+            is_stable: op != Op::Write || !rng.one_in(4),
+            counted_from_ns: at_ns + if rng.one_in(4) { rng.below(PLUG_NS) } else { 0 },
+            ends_from_ns: at_ns + if slow { rng.below(13_000_000_000) } else { 0 },
+            taken: vec![false; (range.end - range.start) as usize],
+            was_changed: false,
+            is_missed: false,
+            unseen_since_ns: None,
+        };
+        for sector in range.clone() {
+            if self.on_its_way[sector as usize] == 0
+                && let Some(sector) = of_volume(sector)
+            {
+                model.busy(sector, at_ns);
+            }
+            self.on_its_way[sector as usize] += 1;
+            self.issued[sector as usize] = content;
+        }
+        if !self.is_watched {
+            bio.unseen_since_ns = Some(u64::MAX);
+        } else if profile.misses && rng.one_in(200) {
+            self.counters.misses += 1;
+            self.misses_ns.push_back(at_ns);
+            bio.is_missed = true;
+            bio.unseen_since_ns = Some(u64::MAX);
+        } else if range.end > START
+            && range.start < START + SECTORS as u64
+            && !self.capture(rng, profile, &bio, at_ns)
+        {
+            self.drop_write(&range, at_ns);
+            model.tear(number);
+            bio.unseen_since_ns = Some(u64::MAX);
+        }
+        self.bios.push(bio);
+    }
+
+    fn capture(&mut self, rng: &mut Rng, profile: &Profile, bio: &Bio, at_ns: u64) -> bool {
+        let chunk = if bio.op == Op::Write && rng.one_in(2) {
+            8
+        } else {
+            u64::MAX
+        };
+        let mut at = bio.range.start;
+        while at < bio.range.end {
+            let end = bio.range.end.min((at / 8 * 8).saturating_add(chunk));
+            let event = WriteEvent {
+                kind: EventKind::Write as u8,
+                op: bio.op as u8,
+                flags: 0,
+                last: u8::from(end == bio.range.end),
+                disk: DISK.0,
+                bio: bio.address,
+                boot_ns: at_ns,
+                sector: at,
+                bytes: ((end - at) * SECTOR_BYTES) as u32,
+                pid: 1,
+                comm: [0; 16],
+            };
+            let cost = if bio.op == Op::Write { 1 + end - at } else { 1 };
+            if !self.put(
+                profile,
+                RingEvent::Write(event, bio.content, bio.number),
+                at_ns,
+                cost,
+            ) {
+                return false;
+            }
+            at = end;
+        }
+        true
+    }
+
+    fn pick(&self, rng: &mut Rng, may: impl Fn(&Bio) -> bool) -> Option<usize> {
+        let able: Vec<usize> = (0..self.bios.len()).filter(|&i| may(&self.bios[i])).collect();
+        (!able.is_empty()).then(|| able[rng.below(able.len() as u64) as usize])
+    }
+
+    /// The device takes some bytes of some write.
+    pub(super) fn take(&mut self, rng: &mut Rng) {
+        let now_ns = self.instant();
+        let Some(i) = self.pick(rng, |bio| {
+            bio.counted_from_ns <= now_ns && bio.taken.contains(&false)
+        }) else {
+            return;
+        };
+        let bio = &mut self.bios[i];
+        // The page was changed since the bio was queued; or is changed only after it was taken.
+        let changed = !bio.is_stable && rng.one_in(2);
+        bio.was_changed |= changed || !bio.is_stable && rng.one_in(4);
+        if changed {
+            self.next_content += 1;
+        }
+        let content = if changed { self.next_content } else { bio.content };
+        let from = if rng.one_in(4) {
+            rng.below(bio.taken.len() as u64) as usize
+        } else {
+            0
+        };
+        for at in from..bio.taken.len() {
+            if !std::mem::replace(&mut bio.taken[at], true) {
+                self.device[bio.range.start as usize + at] = content;
+            }
+        }
+    }
+
+    /// Some write ends, in part or with its neighbour.
+    pub(super) fn complete(&mut self, rng: &mut Rng, profile: &Profile, model: &mut Model) {
+        let at_ns = self.instant();
+        let may = |bio: &Bio| bio.counted_from_ns.max(bio.ends_from_ns) <= at_ns;
+        let Some(i) = self.pick(rng, may) else { return };
+        let failed = profile.failures && rng.one_in(30);
+        let whole = self.bios[i].range.clone();
+        let mut piece = whole.clone();
+        if !profile.bio_based && rng.one_in(6) {
+            piece.end = whole.start + 1 + rng.below(whole.end - whole.start);
+        }
+        let length = (piece.end - piece.start) as usize;
+        if !failed && self.bios[i].taken[..length].contains(&false) {
+            return;
+        }
+        let mut ended = vec![(i, length)];
+        if !profile.bio_based && piece.end == whole.end && !failed {
+            let op = self.bios[i].op;
+            let neighbour = self.bios.iter().position(|bio| {
+                bio.range.start == whole.end
+                    && bio.op as u8 == op as u8
+                    && may(bio)
+                    && !bio.taken.contains(&false)
+            });
+            if let Some(neighbour) = neighbour
+                && rng.one_in(2)
+            {
+                piece.end = self.bios[neighbour].range.end;
+                ended.push((neighbour, (piece.end - whole.end) as usize));
+            }
+        }
+        if failed {
+            for at in 0..length {
+                let fill = std::mem::replace(&mut self.bios[i].taken[at], true);
+                if !fill && rng.one_in(2) {
+                    self.device[(whole.start + at as u64) as usize] = self.bios[i].content;
+                }
+            }
+        }
+        for sector in piece.clone() {
+            let at = sector as usize;
+            self.on_its_way[at] -= 1;
+            if self.on_its_way[at] == 0
+                && let Some(sector) = of_volume(sector)
+            {
+                model.quiet(sector, at_ns, self.device[at], self.device[at] != self.issued[at]);
+            }
+        }
+        let was_changed = !failed && ended.iter().any(|&(i, _)| self.bios[i].was_changed);
+        let event = CompleteEvent {
+            kind: EventKind::Complete as u8,
+            op: self.bios[i].op as u8,
+            failed: u8::from(failed),
+            whole_bio: u8::from(profile.bio_based),
+            disk: DISK.0,
+            bio: if profile.bio_based {
+                self.bios[i].address
+            } else {
+                0
+            },
+            boot_ns: at_ns,
+            sector: piece.start,
+            bytes: ((piece.end - piece.start) * SECTOR_BYTES) as u32,
+            reserved: 0,
+        };
+        // Only of writes that were seen, and only of drivers that tell where a request was: see the head of
+        // `sim`.
+        let is_skipped = profile.skips
+            && !profile.bio_based
+            && !was_changed
+            && !failed
+            && ended.iter().all(|&(i, _)| self.bios[i].unseen_since_ns.is_none())
+            && rng.one_in(40);
+        ended.sort_unstable();
+        for (i, length) in ended.into_iter().rev() {
+            let bio = &mut self.bios[i];
+            bio.range.start += length as u64;
+            bio.taken.drain(..length);
+            if bio.range.is_empty() {
+                self.bios.swap_remove(i);
+            }
+        }
+        if !self.is_watched || is_skipped {
+            return;
+        }
+        if was_changed {
+            let changed = CompleteEvent {
+                kind: EventKind::Changed as u8,
+                ..event
+            };
+            if !self.put(profile, RingEvent::Changed(changed), at_ns, 1) {
+                self.drop_write(&piece, at_ns);
+                model.queued(at_ns);
+            }
+        }
+        if !self.put(profile, RingEvent::Complete(event), at_ns, 1) {
+            self.mark(&piece);
+            self.counters.lost_completions += 1;
+            self.losses_ns.push_back(at_ns);
+            model.queued(at_ns);
+        }
+    }
+}
+
+/// A sector of the disk, counted from the volume's start.
+fn of_volume(sector: u64) -> Option<usize> {
+    let own = sector.checked_sub(START)? as usize;
+    (own < SECTORS).then_some(own)
+}
