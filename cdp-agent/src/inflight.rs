@@ -34,6 +34,9 @@ pub(crate) struct Ended {
     pub(crate) writes: Vec<Seq>,
     /// Parts that no captured write explains: somebody wrote there, and we do not know what.
     pub(crate) strangers: Vec<Sectors>,
+    /// A part of a bio of ours that is still in flight ended under an unknown address: a split of it by its
+    /// driver, or a stranger.
+    pub(crate) doubtful: Option<Sectors>,
 }
 
 /// Writes in flight on one disk.
@@ -103,22 +106,27 @@ impl InFlight {
         if let Some(chunks) = self.forget_bio(bio) {
             return Ended {
                 writes: chunks.into_iter().map(|(_, seq)| seq).collect(),
-                strangers: Vec::new(),
+                ..Ended::default()
             };
         }
-        // A driver's own split of a bio that is still in flight says nothing new, and a bio whose iterator
-        // the driver has moved to its end does not tell where it was.
+        // A bio whose iterator the driver has moved to its end does not tell where it was.
+        if range.start >= range.end {
+            return Ended::default();
+        }
         let part_of_ours = self
             .bios
             .values()
             .flatten()
             .any(|(ours, _)| ours.start <= range.start && range.end <= ours.end);
-        if part_of_ours || range.start >= range.end {
-            return Ended::default();
+        if part_of_ours {
+            return Ended {
+                doubtful: Some(range),
+                ..Ended::default()
+            };
         }
         Ended {
-            writes: Vec::new(),
             strangers: vec![range],
+            ..Ended::default()
         }
     }
 
@@ -273,7 +281,7 @@ mod tests {
             ended,
             Ended {
                 writes: vec![seq(1), seq(2)],
-                strangers: vec![]
+                ..Ended::default()
             }
         );
         assert_eq!(flight.len(), 0);
@@ -333,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bio_ends_as_a_whole_and_its_splits_say_nothing() {
+    fn a_bio_ends_as_a_whole_and_its_splits_are_doubtful() {
         let mut flight = InFlight::default();
         flight.queued(
             range(0, 512),
@@ -351,7 +359,8 @@ mod tests {
                 first: false,
             }),
         );
-        assert_eq!(flight.bio_ended(8, range(0, 128)), Ended::default());
+        let split = flight.bio_ended(8, range(0, 128));
+        assert_eq!((split.doubtful, split.strangers), (Some(range(0, 128)), vec![]));
         assert_eq!(flight.bio_ended(7, range(600, 600)).writes, vec![seq(1), seq(2)]);
         assert_eq!(flight.bio_ended(9, range(0, 8)).strangers, vec![range(0, 8)]);
     }

@@ -50,6 +50,9 @@ const STRANGER_QUIET: Duration = Duration::from_secs(3);
 /// handed on within this time.
 pub(crate) const PLUG_TIME: Duration = Duration::from_millis(100);
 
+/// For this long after the last sign of a write that we did not capture, a split of a bio is taken for another.
+const DOUBT_TIME: Duration = Duration::from_secs(30);
+
 /// Idle times are covered by ticks: after a write at least this long apart, then ever more seldom, so that
 /// what is not covered yet is at most a quarter of the idle time.
 const TICK_MIN: Duration = Duration::from_millis(50);
@@ -522,9 +525,25 @@ impl Recorder {
         for stranger in ended.strangers {
             self.unknown(number, stranger, at);
         }
+        if let Some(range) = ended.doubtful {
+            self.doubt(number, range, at);
+        }
         if complete.failed != 0 {
             let last_exact = ended.writes.iter().min().and_then(|first| first.prev());
             self.write_failed(number, range, last_exact, at);
+        }
+    }
+
+    /// A split of a bio of ours has ended, or a stranger over it: while there may be strangers, it is compared.
+    fn doubt(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
+        let doubt_ns = DOUBT_TIME.as_nanos() as u64;
+        let may_be_stranger = |volume: &VolumeRun| {
+            volume.disk == disk
+                && (!matches!(volume.state, State::Exact { .. })
+                    || at.0 <= volume.unknown_since.0.saturating_add(doubt_ns))
+        };
+        if self.volumes.iter().any(may_be_stranger) {
+            self.suspect(disk, range, at);
         }
     }
 
