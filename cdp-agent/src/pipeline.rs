@@ -143,22 +143,31 @@ impl Shared {
         }
     }
 
+    /// Asks every millisecond until `done`; false after `deadline` or when the agent stops first.
+    fn poll(&self, deadline: Option<Instant>, mut done: impl FnMut() -> bool) -> bool {
+        while !done() {
+            if self.stop.load(Ordering::SeqCst) || deadline.is_some_and(|deadline| Instant::now() >= deadline)
+            {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
+    }
+
     /// Waits until the ring has been emptied of all that was in it at the call; the last Seq by then.
     /// None if the agent stops meanwhile.
     pub(crate) fn drained(&self) -> Option<Option<Seq>> {
         let target = self.positions.produced();
-        loop {
-            {
-                let recorder = self.recorder.lock();
-                if self.positions.consumed() >= target {
-                    return Some(recorder.last_seq());
-                }
+        let mut last = None;
+        self.poll(None, || {
+            let recorder = self.recorder.lock();
+            if self.positions.consumed() >= target {
+                last = Some(recorder.last_seq());
             }
-            if self.stop.load(Ordering::SeqCst) {
-                return None;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
+            last.is_some()
+        });
+        last
     }
 
     /// Waits until every loss of a write that was queued before the call is known to the recorder, and every
@@ -166,28 +175,17 @@ impl Shared {
     pub(crate) fn losses_known(&self) -> Option<()> {
         // The look that is under way may have begun before the call.
         let target = self.recorder.lock().polls() + 2;
-        while self.recorder.lock().polls() < target {
-            if self.stop.load(Ordering::SeqCst) {
-                return None;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        self.drained().map(drop)
+        self.poll(None, || self.recorder.lock().polls() >= target)
+            .then(|| self.drained().map(drop))
+            .flatten()
     }
 
     /// Waits until all that is suspect now is settled; false after `timeout` or when the agent ends first.
     pub(crate) fn wait_clear(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now() + timeout;
         let mark = self.recorder.lock().suspicions();
-        loop {
-            if self.recorder.lock().is_clear(&mark) {
-                return true;
-            }
-            if self.stop.load(Ordering::SeqCst) || Instant::now() >= deadline {
-                return false;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        self.poll(Some(Instant::now() + timeout), || {
+            self.recorder.lock().is_clear(&mark)
+        })
     }
 
     /// Waits until `seq` is durable; false after `timeout` or when the agent ends first.

@@ -12,6 +12,7 @@
 //! - R4: a gap closes only when nothing of the volume is dirty or being read, and no write that we did not
 //!   capture can still be on its way.
 
+mod compare;
 #[cfg(test)]
 mod sim;
 mod suspects;
@@ -25,7 +26,7 @@ use std::time::Duration;
 
 use cdp_ebpf::event::{CompleteEvent, FLAG_FUA, FLAG_PREFLUSH, FLAG_SYNC, Op, WriteEvent};
 use cdp_journal::format::{Body, FrameBuilder, GapCause, Origin, RecordFlags};
-use cdp_journal::{BLOCK_BYTES, BootNs, SECTOR_BYTES, Seq, VolumeId};
+use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 
 use crate::capture::{DiskNumber, Slot};
 use crate::event::Event;
@@ -49,9 +50,6 @@ const STRANGER_QUIET: Duration = Duration::from_secs(3);
 /// The disk's own count of writes in flight says nothing about bios that wait in a task's plug; those are
 /// handed on within this time.
 pub(crate) const PLUG_TIME: Duration = Duration::from_millis(100);
-
-/// For this long after the last sign of a write that we did not capture, a split of a bio is taken for another.
-const DOUBT_TIME: Duration = Duration::from_secs(30);
 
 /// Idle times are covered by ticks: after a write at least this long apart, then ever more seldom, so that
 /// what is not covered yet is at most a quarter of the idle time.
@@ -323,122 +321,6 @@ impl Recorder {
         }
     }
 
-    /// Pages were changed while they were written. The event stands before the one of their completion.
-    fn changed(&mut self, changed: &CompleteEvent) {
-        let Some(disk) = self.disks.iter().find(|disk| disk.number.0 == changed.disk) else {
-            return;
-        };
-        let number = disk.number;
-        let ranges = if changed.whole_bio != 0 {
-            disk.in_flight.ranges_of_bio(changed.bio)
-        } else {
-            vec![Sectors {
-                start: changed.sector,
-                end: changed.sector + u64::from(changed.bytes).div_ceil(SECTOR_BYTES),
-            }]
-        };
-        for range in ranges {
-            self.suspect(number, range, BootNs(changed.boot_ns));
-        }
-    }
-
-    /// The disk may hold other bytes here than were captured.
-    fn suspect(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
-        for i in 0..self.volumes.len() {
-            let volume = &mut self.volumes[i];
-            if volume.disk != disk {
-                continue;
-            }
-            let Some(bytes) = volume.clip(range) else { continue };
-            if volume.is_dirty(&bytes) || volume.suspects.raise(&bytes) {
-                continue;
-            }
-            volume.mark(bytes);
-            // What waits was not compared either: how far back it differs is not known.
-            let last_exact = match volume.state {
-                State::Exact { seq, .. } => Some(seq),
-                _ => self.last_seq,
-            };
-            self.open_gap(i, GapCause::ChangedInFlight, last_exact, at);
-        }
-    }
-
-    /// Chooses what to compare with the device next.
-    pub(crate) fn take_suspects(&mut self) -> Option<Suspicion> {
-        if self.full {
-            return None;
-        }
-        let epoch = self.epoch;
-        self.volumes.iter_mut().find_map(|volume| {
-            let ranges = volume.suspects.take();
-            (!ranges.is_empty()).then_some(Suspicion {
-                volume: volume.id,
-                ranges,
-                epoch,
-            })
-        })
-    }
-
-    /// What was taken by [`Recorder::take_suspects`] was compared, or could not be.
-    pub(crate) fn suspects_done(&mut self, volume: VolumeId, compared: bool) {
-        if let Some(volume) = self.volumes.iter_mut().find(|known| known.id == volume) {
-            if compared {
-                volume.compared_blocks += volume.suspects.checked();
-            } else {
-                volume.suspects.put_back();
-            }
-        }
-    }
-
-    /// Corrects what record `written_by` wrote: the device holds `data` there, and nothing was written since.
-    /// Does nothing if something was. False if there is no room just now.
-    pub(crate) fn correct(
-        &mut self,
-        run: &Run,
-        written_by: Option<Seq>,
-        data: Option<&[u8]>,
-        now: BootNs,
-    ) -> bool {
-        let block = run.bytes.start / BLOCK_BYTES;
-        let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == run.volume) else {
-            return true;
-        };
-        if !volume.suspects.is_untouched(block) {
-            return true;
-        }
-        let corrected = self.read_back(run, run.bytes.clone(), written_by, data, now);
-        if corrected && let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == run.volume) {
-            volume.corrected_blocks += 1;
-        }
-        corrected
-    }
-
-    /// What is suspect now, to be waited for with [`Recorder::is_clear`].
-    pub(crate) fn suspicions(&self) -> SuspicionMark {
-        let marks = self
-            .volumes
-            .iter()
-            .map(|volume| (volume.id, volume.suspects.raised()));
-        SuspicionMark(marks.collect())
-    }
-
-    /// Has all that was suspect at `mark` been settled?
-    pub(crate) fn is_clear(&self, mark: &SuspicionMark) -> bool {
-        mark.0.iter().all(|&(id, raised)| {
-            let volume = self.volumes.iter().find(|volume| volume.id == id);
-            volume.is_none_or(|volume| volume.suspects.is_clear(raised))
-        })
-    }
-
-    /// The probe's counters have been looked at; what they told is known.
-    pub(crate) fn polled(&mut self) {
-        self.polls += 1;
-    }
-
-    pub(crate) fn polls(&self) -> u64 {
-        self.polls
-    }
-
     fn drop_while_full(&mut self, write: &WriteEvent) {
         for volume in self
             .volumes
@@ -531,19 +413,6 @@ impl Recorder {
         if complete.failed != 0 {
             let last_exact = ended.writes.iter().min().and_then(|first| first.prev());
             self.write_failed(number, range, last_exact, at);
-        }
-    }
-
-    /// A split of a bio of ours has ended, or a stranger over it: while there may be strangers, it is compared.
-    fn doubt(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
-        let doubt_ns = DOUBT_TIME.as_nanos() as u64;
-        let may_be_stranger = |volume: &VolumeRun| {
-            volume.disk == disk
-                && (!matches!(volume.state, State::Exact { .. })
-                    || at.0 <= volume.unknown_since.0.saturating_add(doubt_ns))
-        };
-        if self.volumes.iter().any(may_be_stranger) {
-            self.suspect(disk, range, at);
         }
     }
 

@@ -1,6 +1,7 @@
 //! The recorder's decisions, driven event by event: no clock, no device.
 
 use cdp_ebpf::event::EventKind;
+use cdp_journal::BLOCK_BYTES;
 use cdp_journal::format::Frame;
 use proptest::prelude::*;
 
@@ -76,9 +77,9 @@ fn write(recorder: &mut Recorder, sector: u64, boot_ns: u64) {
     recorder.event(&Event::Write(write_event(sector, 4096, boot_ns), &[7; 4096]));
 }
 
-fn complete(recorder: &mut Recorder, sector: u64, bytes: u32, failed: bool, boot_ns: u64) {
-    recorder.event(&Event::Complete(CompleteEvent {
-        kind: EventKind::Complete as u8,
+fn completion(kind: EventKind, sector: u64, bytes: u32, failed: bool, boot_ns: u64) -> CompleteEvent {
+    CompleteEvent {
+        kind: kind as u8,
         op: Op::Write as u8,
         failed: u8::from(failed),
         whole_bio: 0,
@@ -88,7 +89,17 @@ fn complete(recorder: &mut Recorder, sector: u64, bytes: u32, failed: bool, boot
         sector,
         bytes,
         reserved: 0,
-    }));
+    }
+}
+
+fn complete(recorder: &mut Recorder, sector: u64, bytes: u32, failed: bool, boot_ns: u64) {
+    let event = completion(EventKind::Complete, sector, bytes, failed, boot_ns);
+    recorder.event(&Event::Complete(event));
+}
+
+fn changed(recorder: &mut Recorder, sector: u64, bytes: u32, boot_ns: u64) {
+    let event = completion(EventKind::Changed, sector, bytes, false, boot_ns);
+    recorder.event(&Event::Changed(event));
 }
 
 fn lose(recorder: &mut Recorder, dropped: u64, first_at: u64, now: u64, ring_position: u64, region: u64) {
@@ -287,21 +298,6 @@ fn reading_back_waits_for_writes_that_are_older_than_the_note() {
     );
     complete(&mut recorder, 0, 4096, false, 24 * SECOND);
     assert!(recorder.in_flight(&run, noted).is_none());
-}
-
-fn changed(recorder: &mut Recorder, sector: u64, bytes: u32, boot_ns: u64) {
-    recorder.event(&Event::Changed(CompleteEvent {
-        kind: EventKind::Changed as u8,
-        op: Op::Write as u8,
-        failed: 0,
-        whole_bio: 0,
-        disk: DISK.0,
-        bio: 0,
-        boot_ns,
-        sector,
-        bytes,
-        reserved: 0,
-    }));
 }
 
 fn block_run(suspicion: &Suspicion, block: u64) -> Run {

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use cdp_journal::BLOCK_BYTES;
 use cdp_journal::format::VolumeKind;
 
 use super::super::*;

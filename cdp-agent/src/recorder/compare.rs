@@ -1,0 +1,146 @@
+//! The recorder's part in comparing blocks with the device: what becomes a suspect, what is compared next, and
+//! what its outcome corrects. The set itself is in `suspects`, the reading in `readback`.
+
+use std::time::Duration;
+
+use cdp_ebpf::event::CompleteEvent;
+use cdp_journal::format::GapCause;
+use cdp_journal::{BLOCK_BYTES, BootNs, SECTOR_BYTES, Seq, VolumeId};
+
+use super::{Recorder, Run, State, Suspicion, SuspicionMark, VolumeRun};
+use crate::capture::DiskNumber;
+use crate::inflight::Sectors;
+
+/// For this long after the last sign of a write that we did not capture, a split of a bio is taken for another.
+const DOUBT_TIME: Duration = Duration::from_secs(30);
+
+impl Recorder {
+    /// Pages were changed while they were written. The event stands before the one of their completion.
+    pub(super) fn changed(&mut self, changed: &CompleteEvent) {
+        let Some(disk) = self.disks.iter().find(|disk| disk.number.0 == changed.disk) else {
+            return;
+        };
+        let number = disk.number;
+        let ranges = if changed.whole_bio != 0 {
+            disk.in_flight.ranges_of_bio(changed.bio)
+        } else {
+            vec![Sectors {
+                start: changed.sector,
+                end: changed.sector + u64::from(changed.bytes).div_ceil(SECTOR_BYTES),
+            }]
+        };
+        for range in ranges {
+            self.suspect(number, range, BootNs(changed.boot_ns));
+        }
+    }
+
+    /// The disk may hold other bytes here than were captured.
+    pub(super) fn suspect(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
+        for i in 0..self.volumes.len() {
+            let volume = &mut self.volumes[i];
+            if volume.disk != disk {
+                continue;
+            }
+            let Some(bytes) = volume.clip(range) else { continue };
+            if volume.is_dirty(&bytes) || volume.suspects.raise(&bytes) {
+                continue;
+            }
+            volume.mark(bytes);
+            // What waits was not compared either: how far back it differs is not known.
+            let last_exact = match volume.state {
+                State::Exact { seq, .. } => Some(seq),
+                _ => self.last_seq,
+            };
+            self.open_gap(i, GapCause::ChangedInFlight, last_exact, at);
+        }
+    }
+
+    /// Chooses what to compare with the device next.
+    pub(crate) fn take_suspects(&mut self) -> Option<Suspicion> {
+        if self.full {
+            return None;
+        }
+        let epoch = self.epoch;
+        self.volumes.iter_mut().find_map(|volume| {
+            let ranges = volume.suspects.take();
+            (!ranges.is_empty()).then_some(Suspicion {
+                volume: volume.id,
+                ranges,
+                epoch,
+            })
+        })
+    }
+
+    /// What was taken by [`Recorder::take_suspects`] was compared, or could not be.
+    pub(crate) fn suspects_done(&mut self, volume: VolumeId, compared: bool) {
+        if let Some(volume) = self.volumes.iter_mut().find(|known| known.id == volume) {
+            if compared {
+                volume.compared_blocks += volume.suspects.checked();
+            } else {
+                volume.suspects.put_back();
+            }
+        }
+    }
+
+    /// Corrects what record `written_by` wrote: the device holds `data` there, and nothing was written since.
+    /// Does nothing if something was. False if there is no room just now.
+    pub(crate) fn correct(
+        &mut self,
+        run: &Run,
+        written_by: Option<Seq>,
+        data: Option<&[u8]>,
+        now: BootNs,
+    ) -> bool {
+        let block = run.bytes.start / BLOCK_BYTES;
+        let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == run.volume) else {
+            return true;
+        };
+        if !volume.suspects.is_untouched(block) {
+            return true;
+        }
+        let corrected = self.read_back(run, run.bytes.clone(), written_by, data, now);
+        if corrected && let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == run.volume) {
+            volume.corrected_blocks += 1;
+        }
+        corrected
+    }
+
+    /// What is suspect now, to be waited for with [`Recorder::is_clear`].
+    pub(crate) fn suspicions(&self) -> SuspicionMark {
+        let marks = self
+            .volumes
+            .iter()
+            .map(|volume| (volume.id, volume.suspects.raised()));
+        SuspicionMark(marks.collect())
+    }
+
+    /// Has all that was suspect at `mark` been settled?
+    pub(crate) fn is_clear(&self, mark: &SuspicionMark) -> bool {
+        mark.0.iter().all(|&(id, raised)| {
+            let volume = self.volumes.iter().find(|volume| volume.id == id);
+            volume.is_none_or(|volume| volume.suspects.is_clear(raised))
+        })
+    }
+
+    /// The probe's counters have been looked at; what they told is known.
+    pub(crate) fn polled(&mut self) {
+        self.polls += 1;
+    }
+
+    pub(crate) fn polls(&self) -> u64 {
+        self.polls
+    }
+
+    /// A split of a bio of ours has ended, or a stranger over it: while there may be strangers, it is compared.
+    pub(super) fn doubt(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
+        let doubt_ns = DOUBT_TIME.as_nanos() as u64;
+        let may_be_stranger = |volume: &VolumeRun| {
+            volume.disk == disk
+                && (!matches!(volume.state, State::Exact { .. })
+                    || at.0 <= volume.unknown_since.0.saturating_add(doubt_ns))
+        };
+        if self.volumes.iter().any(may_be_stranger) {
+            self.suspect(disk, range, at);
+        }
+    }
+}
