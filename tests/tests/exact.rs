@@ -303,31 +303,46 @@ fn what_changes_while_it_is_written_is_exact() {
 }
 
 /// Goal: where two writes to one place are on their way at once, a view shows the one that the disk kept.
-/// Method: direct writers at depth fight for a few blocks of a raw device; hash whenever they have ended.
+/// Method: direct writers at depth fight for a few blocks of a raw device; hash whenever they have ended. Which
+/// write wins is up to the disk: rounds go on until it has taken two in the other order, if it ever does.
 #[test]
 fn writes_that_overtake_each_other_end_as_on_the_disk() {
+    const ROUNDS: u64 = 6;
+    const ROUNDS_MAX: u64 = 60;
     system_test("exact: overlapping writes", &["fio"], |scene| {
         let mut rng = scene.rng();
         let options = LoopOptions::of_bytes(16 * MIB).direct();
         let device = LoopDevice::create(&scene.path("disk"), options)?;
         cdp_tests::device::set_queue_depth(device.path(), 4)?;
         let plan = plan(scene)?.volume("v", device.path());
-        let agent = plan.protect()?;
+        let mut agent = plan.protect()?;
         let mut moments = Vec::new();
-        for round in 0..6 {
+        let mut corrected = 0;
+        for round in 0..ROUNDS_MAX {
             Fio::new(&format!("fight-{round}"), device.path(), "randwrite")
                 .option("bsrange", if round % 2 == 0 { "4k-4k" } else { "512-16k" })
                 .option("blocksize_unaligned", 0)
                 .option("size", "128k")
-                .option("io_size", "8m")
+                .option("io_size", if round < ROUNDS { "8m" } else { "1m" })
                 .option("numjobs", 4)
                 .option("norandommap", 1)
                 .direct(16)
                 .seed(rng.next_u64())
                 .run(scene.dir())?;
             moments.push(QuietMoment::of_raw("v", device.path())?);
+            agent.wait_synced()?;
+            corrected = agent.volume("v")?.corrected_blocks;
+            if corrected > 0 && round + 1 >= ROUNDS {
+                break;
+            }
         }
-        check_changed(scene, &mut rng, agent, plan.store(), moments)
+        if corrected == 0 {
+            skip_part(
+                "exact: overlapping writes",
+                "this disk took all of them in the order of their issue",
+            );
+        }
+        check_all(scene, &mut rng, agent, plan.store(), moments)
     });
 }
 
