@@ -48,6 +48,8 @@ pub(crate) struct InFlight {
     /// Bio-based drivers complete whole bios: their chunks by the bio's address. They are also in `short` or
     /// `long`.
     bios: HashMap<u64, Vec<(Sectors, Seq)>>,
+    /// The oldest write of those that are in flight and not known here any more.
+    unknown_from: Option<Seq>,
 }
 
 /// A bio of a driver that completes whole bios.
@@ -229,6 +231,22 @@ impl InFlight {
         short.or_else(|| long.find(|&(ours, seq)| seq <= last && ours.overlaps(range)))
     }
 
+    /// The oldest write to this range that may be in flight.
+    pub(crate) fn oldest(&self, range: Sectors) -> Option<Seq> {
+        let from = (range.start.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
+        let short = self
+            .short
+            .range(from..(range.end, Seq::FIRST))
+            .filter(|&(_, &end)| end > range.start)
+            .map(|(&(_, seq), _)| seq);
+        let long = self
+            .long
+            .iter()
+            .filter(|(ours, _)| ours.overlaps(range))
+            .map(|&(_, seq)| seq);
+        short.chain(long).chain(self.unknown_from).min()
+    }
+
     /// Is a write up to `last` to this range still in flight?
     pub(crate) fn any(&self, range: Sectors, last: Option<Seq>) -> bool {
         self.find(range, last).is_some()
@@ -238,6 +256,7 @@ impl InFlight {
     /// completion is a stranger's, and its place is read again.
     pub(crate) fn forget(&mut self, last: Option<Seq>) {
         let Some(last) = last else { return };
+        self.unknown_from = self.unknown_from.filter(|&from| from > last);
         self.short.retain(|&(_, seq), _| seq > last);
         self.long.retain(|&(_, seq)| seq > last);
         self.bios.retain(|_, chunks| {
@@ -254,7 +273,14 @@ impl InFlight {
 
     /// Forgets everything: completions were lost, so nothing here can be trusted to end.
     pub(crate) fn clear(&mut self) {
-        *self = Self::default();
+        let everywhere = Sectors {
+            start: 0,
+            end: u64::MAX,
+        };
+        *self = Self {
+            unknown_from: self.oldest(everywhere),
+            ..Self::default()
+        };
     }
 }
 
@@ -338,6 +364,21 @@ mod tests {
             }
             assert!(!flight.queued(range(8, 15), seq(5), whole(4)));
         }
+    }
+
+    #[test]
+    fn the_oldest_write_is_told_also_where_it_was_lost_sight_of() {
+        let mut flight = InFlight::default();
+        flight.queued(range(0, 8), seq(3), None);
+        flight.queued(range(4, 4 + 2 * SHORT_SECTORS_MAX), seq(4), None);
+        assert_eq!(flight.oldest(range(7, 9)), Some(seq(3)));
+        assert_eq!(flight.oldest(range(8, 9)), Some(seq(4)));
+        assert_eq!(flight.oldest(range(4 * SHORT_SECTORS_MAX, u64::MAX)), None);
+        flight.clear();
+        flight.queued(range(8, 9), seq(5), None);
+        assert_eq!(flight.oldest(range(8, 9)), Some(seq(3)));
+        flight.forget(Some(seq(4)));
+        assert_eq!(flight.oldest(range(8, 9)), Some(seq(5)));
     }
 
     #[test]

@@ -36,22 +36,25 @@ impl Recorder {
 
     /// The disk may hold other bytes here than were captured.
     pub(super) fn suspect(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
+        let known = self.disks.iter().find(|known| known.number == disk);
+        // A write that was never captured is in a dirty region, and no record is in doubt.
+        let Some(since) = known.and_then(|disk| disk.in_flight.oldest(range)) else {
+            return;
+        };
         for i in 0..self.volumes.len() {
             let volume = &mut self.volumes[i];
             if volume.disk != disk {
                 continue;
             }
             let Some(bytes) = volume.clip(range) else { continue };
-            if volume.is_dirty(&bytes) || volume.suspects.raise(&bytes) {
-                continue;
+            if volume.is_dirty(&bytes) {
+                volume.doubt_since(Some(since));
+                self.reach_back(i, at);
+            } else if !volume.suspects.raise(&bytes, since) {
+                volume.mark(bytes);
+                volume.doubt_since(Some(since));
+                self.open_gap(i, GapCause::ChangedInFlight, self.last_seq, at);
             }
-            volume.mark(bytes);
-            // What waits was not compared either: how far back it differs is not known.
-            let last_exact = match volume.state {
-                State::Exact { seq, .. } => Some(seq),
-                _ => self.last_seq,
-            };
-            self.open_gap(i, GapCause::ChangedInFlight, last_exact, at);
         }
     }
 
@@ -118,7 +121,8 @@ impl Recorder {
     pub(crate) fn is_clear(&self, mark: &SuspicionMark) -> bool {
         mark.0.iter().all(|&(id, raised)| {
             let volume = self.volumes.iter().find(|volume| volume.id == id);
-            volume.is_none_or(|volume| volume.suspects.is_clear(raised))
+            // What was forgotten is settled when the gap has its place.
+            volume.is_none_or(|volume| volume.suspects.is_clear(raised) && volume.in_doubt.is_none())
         })
     }
 

@@ -228,6 +228,8 @@ impl Recorder {
             attached: false,
             unknown_since: now,
             pending: None,
+            gap_from: None,
+            in_doubt: None,
             last_cause: new.cause.unwrap_or(GapCause::AgentDown),
         });
     }
@@ -346,7 +348,8 @@ impl Recorder {
             let volume = &mut self.volumes[i];
             volume.pending = None;
             // All of the volume will be read when there is room.
-            volume.suspects.clear();
+            let in_doubt = volume.suspects.clear();
+            volume.doubt_since(in_doubt);
             // What the store knows is not clear any more: what is read gets compared.
             volume.blank = Regions::new(volume.bytes.div_ceil(volume.region_bytes));
             if matches!(volume.state, State::Exact { .. }) {
@@ -357,15 +360,11 @@ impl Recorder {
             }
             volume.last_cause = GapCause::SpoolFull;
             // Also where a gap is open already: its record may be among those that are lost.
-            let (id, last_exact) = (volume.id, next.prev());
-            self.note(
-                now,
-                Some(id),
-                Body::GapOpen {
-                    cause: GapCause::SpoolFull,
-                    last_exact,
-                },
-            );
+            let in_doubt = volume.in_doubt.take().filter(|&first| first < next);
+            let last_exact = in_doubt.unwrap_or(next).prev();
+            volume.gap_from = last_exact;
+            let (id, cause) = (volume.id, GapCause::SpoolFull);
+            self.note(now, Some(id), Body::GapOpen { cause, last_exact });
         }
         self.full = true;
         self.seal();
@@ -431,6 +430,7 @@ impl Recorder {
                 let cause = volume.last_cause;
                 self.open_gap(i, cause, seq.prev(), at);
             }
+            self.reach_back(i, at);
         }
     }
 
@@ -470,7 +470,11 @@ impl Recorder {
         disk.lost_completions = losses.lost_completions;
         let number = disk.number;
         let floor = self.recent.front().map_or(now, |&(at, _)| at);
-        for volume in self.volumes.iter_mut().filter(|volume| volume.disk == number) {
+        for i in 0..self.volumes.len() {
+            let volume = &mut self.volumes[i];
+            if volume.disk != number {
+                continue;
+            }
             let mut touched = false;
             for mark in marks {
                 let range = Sectors {
@@ -495,6 +499,7 @@ impl Recorder {
                     ring_position,
                 });
             }
+            self.reach_back(i, now);
         }
     }
 
@@ -566,12 +571,16 @@ impl Recorder {
         before.checked_sub(1).map(|last| self.recent[last].1)
     }
 
-    fn open_gap(&mut self, volume: usize, cause: GapCause, last_exact: Option<Seq>, at: BootNs) {
-        let volume = &mut self.volumes[volume];
+    fn open_gap(&mut self, i: usize, cause: GapCause, last_exact: Option<Seq>, at: BootNs) {
+        let volume = &mut self.volumes[i];
         volume.last_cause = cause;
         if !matches!(volume.state, State::Exact { .. }) {
+            self.reach_back(i, at);
             return;
         }
+        let in_doubt = volume.in_doubt.take().map(Seq::prev);
+        let last_exact = in_doubt.map_or(last_exact, |before| before.min(last_exact));
+        volume.gap_from = last_exact;
         volume.state = State::Resyncing(cause);
         volume.dirty_at_start = volume.dirty.len();
         volume.gaps += 1;
@@ -580,6 +589,29 @@ impl Recorder {
         let body = Body::GapOpen { cause, last_exact };
         let seq = self.push(at, Some(id), Origin::default(), RecordFlags::default(), body, &[]);
         tracing::warn!(volume = %name, %cause, seq = seq.get(), last_exact = last_exact.map(Seq::get), "gap opened");
+    }
+
+    /// A gap that is open begins earlier than was said, if a write before it came to be in doubt.
+    fn reach_back(&mut self, i: usize, at: BootNs) {
+        let volume = &mut self.volumes[i];
+        if matches!(volume.state, State::Exact { .. }) {
+            return;
+        }
+        let Some(first) = volume
+            .in_doubt
+            .take()
+            .filter(|&first| Some(first) <= volume.gap_from)
+        else {
+            return;
+        };
+        volume.gap_from = first.prev();
+        let body = Body::GapOpen {
+            cause: volume.last_cause,
+            last_exact: first.prev(),
+        };
+        let (id, name) = (volume.id, volume.name.clone());
+        self.push(at, Some(id), Origin::default(), RecordFlags::default(), body, &[]);
+        tracing::warn!(volume = %name, last_exact = first.prev().map(Seq::get), "the gap began earlier");
     }
 
     /// Chooses what to read back next: the first volume with something dirty, at most `bytes_max` of it.

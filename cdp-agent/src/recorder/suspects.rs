@@ -2,15 +2,16 @@
 //! their pages were changed while they were written, or two writes to them were on their way at once.
 //!
 //! They are read back and compared. Where a block differs and was not written meanwhile, what was read
-//! corrects the record that wrote it last, so that every moment since then is right.
+//! corrects the record that wrote it last, so that every moment since then is right. Where it cannot be compared,
+//! no moment since the first write that is in doubt may count as exact: so each block has that write's Seq.
 //!
 //! Always true: a block that was raised is waiting or being checked until it was compared, written anew, or became
 //! part of a dirty region.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
-use cdp_journal::BLOCK_BYTES;
+use cdp_journal::{BLOCK_BYTES, Seq};
 
 /// More of one volume (256 MiB) are not kept: the range becomes dirty, and a gap opens.
 pub(crate) const SUSPECT_BLOCKS_MAX: usize = 1 << 16;
@@ -18,9 +19,10 @@ pub(crate) const SUSPECT_BLOCKS_MAX: usize = 1 << 16;
 /// The suspects of one volume.
 #[derive(Debug, Default)]
 pub(super) struct Suspects {
-    waiting: BTreeSet<u64>,
+    /// By block: no write before this Seq is in doubt.
+    waiting: BTreeMap<u64, Seq>,
     /// Being read; a block that is written meanwhile leaves.
-    checking: BTreeSet<u64>,
+    checking: BTreeMap<u64, Seq>,
     /// How often blocks were raised …
     raised: u64,
     /// … and the count when those under check were taken …
@@ -34,8 +36,8 @@ fn blocks_around(bytes: &Range<u64>) -> Range<u64> {
 }
 
 impl Suspects {
-    /// These bytes may differ. False if there is no room for them.
-    pub(super) fn raise(&mut self, bytes: &Range<u64>) -> bool {
+    /// These bytes may differ, since a write that is not older than `since`. False if there is no room for them.
+    pub(super) fn raise(&mut self, bytes: &Range<u64>, since: Seq) -> bool {
         let blocks = blocks_around(bytes);
         let new = (blocks.end - blocks.start) as usize;
         if self.waiting.len() + self.checking.len() + new > SUSPECT_BLOCKS_MAX {
@@ -43,8 +45,12 @@ impl Suspects {
         }
         for block in blocks {
             // What is being read just now has to be read again.
-            self.checking.remove(&block);
-            self.waiting.insert(block);
+            let before = self.checking.remove(&block);
+            let first = before.map_or(since, |before| before.min(since));
+            self.waiting
+                .entry(block)
+                .and_modify(|known| *known = first.min(*known))
+                .or_insert(first);
         }
         self.raised += 1;
         true
@@ -58,21 +64,23 @@ impl Suspects {
         let touched = blocks_around(bytes);
         let whole = bytes.start.div_ceil(BLOCK_BYTES)..bytes.end / BLOCK_BYTES;
         if touched.end - touched.start > SUSPECT_BLOCKS_MAX as u64 {
-            self.waiting.retain(|block| !whole.contains(block));
+            self.waiting.retain(|block, _| !whole.contains(block));
             let checking = std::mem::take(&mut self.checking);
-            let (hit, rest) = checking.into_iter().partition(|block| touched.contains(block));
+            let (hit, rest) = checking
+                .into_iter()
+                .partition(|(block, _)| touched.contains(block));
             self.checking = rest;
-            let hit: BTreeSet<u64> = hit;
+            let hit: BTreeMap<u64, Seq> = hit;
             self.waiting
-                .extend(hit.into_iter().filter(|block| !whole.contains(block)));
+                .extend(hit.into_iter().filter(|(block, _)| !whole.contains(block)));
             return;
         }
         for block in touched {
             let was_checked = self.checking.remove(&block);
             if whole.contains(&block) {
                 self.waiting.remove(&block);
-            } else if was_checked {
-                self.waiting.insert(block);
+            } else if let Some(since) = was_checked {
+                self.waiting.insert(block, since);
             }
         }
     }
@@ -85,7 +93,7 @@ impl Suspects {
         self.checking = std::mem::take(&mut self.waiting);
         self.taken_at = self.raised;
         let mut ranges: Vec<Range<u64>> = Vec::new();
-        for block in &self.checking {
+        for block in self.checking.keys() {
             let (start, end) = (block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES);
             match ranges.last_mut() {
                 Some(last) if last.end == start => last.end = end,
@@ -97,7 +105,7 @@ impl Suspects {
 
     /// Was this block not written since it was taken?
     pub(super) fn is_untouched(&self, block: u64) -> bool {
-        self.checking.contains(&block)
+        self.checking.contains_key(&block)
     }
 
     /// What was taken has been compared. Returns how many blocks that were.
@@ -114,24 +122,26 @@ impl Suspects {
         self.waiting.append(&mut checking);
     }
 
-    /// What these blocks held is not known any more, and they will be read.
-    pub(super) fn forget(&mut self, bytes: &Range<u64>) {
+    /// What these blocks held is not known any more, and they will be read. Returns the oldest write in doubt.
+    #[must_use]
+    pub(super) fn forget(&mut self, bytes: &Range<u64>) -> Option<Seq> {
         let blocks = blocks_around(bytes);
-        self.waiting.retain(|block| !blocks.contains(block));
-        self.checking.retain(|block| !blocks.contains(block));
+        let waiting = self.waiting.extract_if(blocks.clone(), |_, _| true);
+        let checking = self.checking.extract_if(blocks, |_, _| true);
+        waiting.chain(checking).map(|(_, since)| since).min()
     }
 
-    /// Forgets everything: all of the volume will be read.
-    pub(super) fn clear(&mut self) {
-        self.waiting.clear();
-        self.checking.clear();
+    /// Forgets everything: all of the volume will be read. Returns the oldest write in doubt.
+    #[must_use]
+    pub(super) fn clear(&mut self) -> Option<Seq> {
         self.cleared = self.raised;
+        self.forget(&(0..u64::MAX))
     }
 
     /// Every block that is waiting or being checked.
     #[cfg(test)]
     pub(super) fn held(&self) -> impl Iterator<Item = u64> {
-        self.waiting.iter().chain(&self.checking).copied()
+        self.waiting.keys().chain(self.checking.keys()).copied()
     }
 
     /// A mark to wait for with [`Suspects::is_clear`].
@@ -154,7 +164,7 @@ mod tests {
     #[test]
     fn what_was_raised_is_settled_only_by_a_check_or_a_whole_write() {
         let mut suspects = Suspects::default();
-        assert!(suspects.raise(&(B + 512..3 * B)));
+        assert!(suspects.raise(&(B + 512..3 * B), Seq::FIRST));
         let mark = suspects.raised();
         assert!(!suspects.is_clear(mark));
         suspects.written(&(B..B + 512));
@@ -168,11 +178,11 @@ mod tests {
     #[test]
     fn a_block_that_is_written_while_it_is_read_is_not_judged() {
         let mut suspects = Suspects::default();
-        assert!(suspects.raise(&(0..4 * B)));
+        assert!(suspects.raise(&(0..4 * B), Seq::FIRST));
         assert_eq!(suspects.take(), vec![0..4 * B]);
         suspects.written(&(0..B));
         suspects.written(&(B..B + 512));
-        assert!(suspects.raise(&(2 * B..3 * B)));
+        assert!(suspects.raise(&(2 * B..3 * B), Seq::FIRST));
         let untouched: Vec<u64> = (0..4).filter(|&block| suspects.is_untouched(block)).collect();
         assert_eq!(untouched, [3]);
         let mark = suspects.raised();
@@ -187,8 +197,8 @@ mod tests {
     fn a_very_long_write_settles_the_same_as_many_short_ones() {
         let far = 2 * SUSPECT_BLOCKS_MAX as u64;
         let mut suspects = Suspects::default();
-        assert!(suspects.raise(&(5 * B..6 * B)));
-        assert!(suspects.raise(&(far * B..(far + 1) * B)));
+        assert!(suspects.raise(&(5 * B..6 * B), Seq::FIRST));
+        assert!(suspects.raise(&(far * B..(far + 1) * B), Seq::FIRST));
         suspects.written(&(512..(far + 1) * B - 512));
         assert_eq!(suspects.take(), vec![far * B..(far + 1) * B]);
         suspects.written(&(512..(far + 1) * B - 512));
@@ -201,8 +211,8 @@ mod tests {
     fn more_than_the_bound_is_refused() {
         let mut suspects = Suspects::default();
         let most = SUSPECT_BLOCKS_MAX as u64 * B;
-        assert!(!suspects.raise(&(0..most + 1)));
-        assert!(suspects.raise(&(0..most)));
-        assert!(!suspects.raise(&(most..most + 512)));
+        assert!(!suspects.raise(&(0..most + 1), Seq::FIRST));
+        assert!(suspects.raise(&(0..most), Seq::FIRST));
+        assert!(!suspects.raise(&(most..most + 512), Seq::FIRST));
     }
 }

@@ -65,6 +65,10 @@ pub(crate) struct VolumeRun {
     /// A write that we did not capture may have been on its way until then.
     pub(super) unknown_since: BootNs,
     pub(super) pending: Option<PendingGap>,
+    /// Where the gap that is open begins: its last exact record. None where that is not known, or none is open.
+    pub(super) gap_from: Option<Seq>,
+    /// The oldest suspect that was forgotten: no gap that is opened may begin after it.
+    pub(super) in_doubt: Option<Seq>,
     pub(super) last_cause: GapCause,
 }
 
@@ -84,11 +88,13 @@ impl VolumeRun {
     }
 
     /// What lies there is not known any more. What the device holds now says nothing of the records that wrote
-    /// there last, so suspects are not compared: they are read back with the rest.
+    /// there last, so suspects are not compared: they are read back with the rest, and the gap begins before them.
     pub(super) fn mark(&mut self, bytes: Range<u64>) {
         let regions = bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes);
-        self.suspects
+        let in_doubt = self
+            .suspects
             .forget(&(regions.start * self.region_bytes..regions.end * self.region_bytes));
+        self.doubt_since(in_doubt);
         for region in regions {
             self.dirty.insert(region);
             // Zeroes may lie over a captured write now: what is read gets compared.
@@ -98,9 +104,15 @@ impl VolumeRun {
 
     /// As [`VolumeRun::mark`], of everything.
     pub(super) fn mark_all(&mut self) {
-        self.suspects.clear();
+        let in_doubt = self.suspects.clear();
+        self.doubt_since(in_doubt);
         self.dirty.insert_all();
         self.blank = Regions::new(self.bytes.div_ceil(self.region_bytes));
+    }
+
+    /// This write, and none before it, may have ended otherwise than the log says, and will not be compared.
+    pub(super) fn doubt_since(&mut self, write: Option<Seq>) {
+        self.in_doubt = self.in_doubt.into_iter().chain(write).min();
     }
 
     /// Will all of this be read back and compared, after every write that came up to now?

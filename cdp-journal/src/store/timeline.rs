@@ -262,13 +262,13 @@ impl<'a, 'b> Scribe<'a, 'b> {
 
     fn open_gap(&mut self, cause: GapCause, last_exact: Option<Seq>) -> Result<(), ReadError> {
         let Some(since) = self.exact_since.take() else {
-            return Ok(());
+            return self.reach_back(last_exact);
         };
         let end = match last_exact.filter(|last| *last >= since.seq) {
             Some(last) => self.timeline.point(last)?,
             None => {
                 self.take_back(since, cause);
-                return Ok(());
+                return self.reach_back(last_exact);
             }
         };
         self.history.exact.push(ExactInterval {
@@ -285,6 +285,31 @@ impl<'a, 'b> Scribe<'a, 'b> {
             to_seq: None,
             cause,
         });
+        Ok(())
+    }
+
+    /// The gap that is open turns out to have begun earlier: right after `last_exact`.
+    fn reach_back(&mut self, last_exact: Option<Seq>) -> Result<(), ReadError> {
+        let Some(last_exact) = last_exact else {
+            return Ok(());
+        };
+        while let Some(exact) = self.history.exact.pop_if(|exact| exact.to_seq > last_exact) {
+            if exact.from_seq > last_exact {
+                // Nothing is left of the stretch: the gaps on both sides of it are one.
+                let cause = self.history.gaps.pop().map_or(GapCause::Seeding, |gap| gap.cause);
+                self.take_back(from_point(&exact), cause);
+                continue;
+            }
+            let end = self.timeline.point(last_exact)?;
+            self.history.exact.push(ExactInterval {
+                to: end.wall,
+                to_seq: end.seq,
+                ..exact
+            });
+            if let Some(gap) = self.history.gaps.last_mut() {
+                (gap.from, gap.from_seq) = (end.wall, Some(end.seq));
+            }
+        }
         Ok(())
     }
 

@@ -193,6 +193,52 @@ fn store_with_a_gap(writer: &mut Writer) -> u64 {
     start_ns
 }
 
+/// Stretches and gaps of the volume, as Seqs.
+type Stretches = (Vec<(u64, u64)>, Vec<(Option<u64>, Option<u64>)>);
+
+fn stretches(dir: &std::path::Path) -> Stretches {
+    let history = StoreReader::open(dir)
+        .unwrap()
+        .history(volume())
+        .unwrap()
+        .unwrap();
+    let exact = history.exact.iter().map(|e| (e.from_seq.get(), e.to_seq.get()));
+    let seq = |seq: Option<Seq>| seq.map(Seq::get);
+    let gaps = history
+        .gaps
+        .iter()
+        .map(|gap| (seq(gap.from_seq), seq(gap.to_seq)));
+    (exact.collect(), gaps.collect())
+}
+
+#[test]
+fn a_gap_that_began_earlier_than_was_said_takes_moments_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = Writer::open(dir.path());
+    store_with_a_gap(&mut writer);
+    assert_eq!(
+        stretches(dir.path()),
+        (vec![(2, 4), (8, 10)], vec![(Some(4), Some(8))])
+    );
+    let mut open = |last_exact: u64| {
+        let last_exact = Seq::new(last_exact);
+        let cause = GapCause::ChangedInFlight;
+        writer.push(Body::GapOpen { cause, last_exact }, &[]);
+        writer.sync();
+    };
+    open(9);
+    let gaps = vec![(Some(4), Some(8)), (Some(9), None)];
+    assert_eq!(stretches(dir.path()), (vec![(2, 4), (8, 9)], gaps));
+    open(8);
+    let gaps = vec![(Some(4), Some(8)), (Some(8), None)];
+    assert_eq!(stretches(dir.path()), (vec![(2, 4), (8, 8)], gaps));
+    // Into the stretch before.
+    open(3);
+    assert_eq!(stretches(dir.path()), (vec![(2, 3)], vec![(Some(3), None)]));
+    open(1);
+    assert_eq!(stretches(dir.path()), (vec![], vec![(Some(2), None)]));
+}
+
 #[test]
 fn history_tells_where_it_is_exact_and_why_not_elsewhere() {
     let dir = tempfile::tempdir().unwrap();

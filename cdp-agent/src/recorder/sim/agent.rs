@@ -241,6 +241,14 @@ impl Agent {
             .fold(0, |bits, block| bits | 1 << block)
     }
 
+    /// The blocks that wait to be compared, or for a gap that will say that they are not.
+    pub(super) fn unsettled(&self) -> u64 {
+        match self.recorder.volumes[0].in_doubt {
+            Some(_) => u64::MAX,
+            None => self.suspects(),
+        }
+    }
+
     /// Which frames survive a crash: the Seq after the last record.
     pub(super) fn survives(&self, rng: &mut Rng) -> u64 {
         let unsynced = &self.store.ends;
@@ -264,10 +272,9 @@ impl Agent {
         }
     }
 
-    /// After a call of the recorder: what is no longer suspect although nobody compared it stays as it was issued.
-    fn forgotten(&self, model: &mut Model, before: u64, touched: u64, at_ns: u64) {
-        let lost = before & (!self.suspects() | touched);
-        for block in (0..SECTORS / 8).filter(|block| lost >> block & 1 == 1) {
+    /// What was written anew before somebody compared it stays as it was issued.
+    fn overwritten(model: &mut Model, blocks: u64, at_ns: u64) {
+        for block in (0..SECTORS / 8).filter(|block| blocks >> block & 1 == 1) {
             model.exempt(block * 8..block * 8 + 8, at_ns);
         }
     }
@@ -315,7 +322,6 @@ impl Agent {
                 }
             }
             Capture::Marks(now, found) => {
-                let before = self.suspects();
                 let region_bytes = REGION_SECTORS * SECTOR_BYTES;
                 let marks: Vec<Range<u64>> = std::mem::take(&mut kernel.counters.marks)
                     .into_iter()
@@ -328,7 +334,6 @@ impl Agent {
                 let first_at = (found.first_drop_ns != 0).then_some(BootNs(found.first_drop_ns));
                 self.recorder
                     .losses(SLOT, losses, first_at, now, kernel.produced, &marks);
-                self.forgotten(model, before, 0, now_ns);
                 let counted = (found.dropped + found.lost_completions)
                     - (self.seen.dropped + self.seen.lost_completions);
                 self.seen = found;
@@ -364,10 +369,8 @@ impl Agent {
         if kernel.now_ns - self.misses_at_ns >= MISSES_INTERVAL_NS {
             self.misses_at_ns = kernel.now_ns;
             if kernel.counters.misses > self.misses {
-                let before = self.suspects();
                 self.recorder.everything_unknown(self.misses_seq, now);
                 self.tapped(model, None);
-                self.forgotten(model, before, 0, kernel.now_ns);
                 kernel.missed_known(now.0);
             }
             self.misses = kernel.counters.misses;
@@ -394,7 +397,7 @@ impl Agent {
             };
             kernel.consumed += next.cost;
             let before = self.suspects();
-            let (mut touched, mut raised) = (0, 0);
+            let mut touched = 0;
             match next.event {
                 RingEvent::Write(event, content, number) => {
                     let sectors = u64::from(event.bytes) / SECTOR_BYTES;
@@ -412,25 +415,14 @@ impl Agent {
                     }
                 }
                 RingEvent::Complete(event) => {
-                    raised = blocks_of(event.sector, u64::from(event.bytes) / SECTOR_BYTES);
                     self.recorder.event(&Event::Complete(event));
                 }
                 RingEvent::Changed(event) => {
-                    raised = blocks_of(event.sector, u64::from(event.bytes) / SECTOR_BYTES);
                     self.recorder.event(&Event::Changed(event));
                 }
             }
             self.tapped(model, None);
-            self.forgotten(model, before, touched, next.at_ns);
-            // What is dirty is not compared.
-            let unheld = (touched | raised) & !self.suspects();
-            let volume = &self.recorder.volumes[0];
-            for block in (0..SECTORS / 8).filter(|block| unheld >> block & 1 == 1) {
-                let at = block as u64 * BLOCK_BYTES;
-                if volume.is_dirty(&(at..at + BLOCK_BYTES)) {
-                    model.exempt(block * 8..block * 8 + 8, kernel.now_ns);
-                }
-            }
+            Self::overwritten(model, before & touched, next.at_ns);
         }
         if !self.forward() {
             return Capture::Drain { now, target };

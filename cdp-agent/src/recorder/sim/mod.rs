@@ -180,7 +180,7 @@ impl Sim {
     }
 
     fn check(&mut self, everything: bool) -> Result<(), String> {
-        let suspects = self.agent.as_ref().map_or(0, Agent::suspects);
+        let suspects = self.agent.as_ref().map_or(0, Agent::unsettled);
         self.model.check(everything, self.kernel.known_ns(), suspects)
     }
 

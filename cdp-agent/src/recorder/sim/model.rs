@@ -29,7 +29,7 @@ struct Quiet {
     content: Content,
     /// The device took something else than was issued last.
     is_changed: bool,
-    /// It was overwritten, or forgotten, before it was compared: the limits of ARCHITECTURE.md, "Changed in
+    /// It was overwritten before it was compared, or the agent died: the limits of ARCHITECTURE.md, "Changed in
     /// flight".
     is_exempt: bool,
 }
@@ -170,6 +170,18 @@ impl Model {
                         });
                     }
                 }
+                // It may reach back into stretches that were closed before.
+                if let Some(last_exact) = last_exact.map(cdp_journal::Seq::get) {
+                    while let Some(exact) = self.exact.pop_if(|exact| exact.to_seq > Some(last_exact)) {
+                        if exact.from_seq <= last_exact {
+                            self.exact.push(Exact {
+                                to_seq: Some(last_exact),
+                                ..exact
+                            });
+                        }
+                    }
+                }
+                self.check_all = true;
             }
             _ => {}
         }
@@ -367,7 +379,8 @@ impl Model {
                     .iter()
                     .map(|((place, _), _)| *place)
                     .filter(|place| (from..=to).contains(place));
-                for seq in between.chain([from]) {
+                // A stretch that ends between two chunks of a bio has no moment of it.
+                for seq in between.chain([from]).filter(|&seq| seq <= to) {
                     let found = self.content_at(sector, seq);
                     if found != quiet.content {
                         return Err(format!(
