@@ -75,3 +75,6 @@ const _: () = assert!(Counter::Dropped as usize + CAUSES <= COUNTERS_PER_DISK as
 /// 64-bit words of the dirty map that each disk has. The region size grows with the disk so that they
 /// suffice: 8 388 608 regions, 512 GiB at 64 KiB.
 pub const DIRTY_WORDS_PER_DISK: u32 = 1 << 17;
+
+/// 64-bit words of the map `NOTES`, in which an agent notes what the agent after it needs.
+pub const NOTES_WORDS: u32 = 2048;
