@@ -16,14 +16,15 @@ use parking_lot::Mutex;
 use rustix::fs::Mode;
 use uuid::Uuid;
 
-use crate::capture::{DiskNumber, Probe, Slot};
+use crate::capture::{DiskNumber, Slot, WatchedDisk};
 use crate::clock;
 use crate::config::{Config, VolumeConfig};
 use crate::control::{Status, VolumeStatus};
 use crate::device::{self, BlockDevice};
-use crate::pipeline::{Pipeline, Request, Shared};
+use crate::pipeline::{Capture, Pipeline, Request, Shared};
 use crate::readback::{Devices, ReadBack};
 use crate::recorder::{NewVolume, Recorder, State, VolumeRun};
+use crate::takeover::{self, TakenOver};
 
 /// How long the agent waits for the capture thread to take a request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -81,23 +82,26 @@ impl Agent {
         if let Some(why) = &recovered.index_rebuilt {
             tracing::info!("index rebuilt from the log: {why}");
         }
-        let probe = Probe::load(config.ring_bytes)?;
         let boot_id = clock::boot_id()?;
         let agent_id = recovered.agent.unwrap_or_else(Uuid::new_v4);
         let rebooted = recovered.boot_id.is_some_and(|then| then != boot_id);
+        let (mut probe, is_resumed) = takeover::open_probe(&config, agent_id, &recovered, !rebooted)?;
         let mut recorder = Recorder::new(recovered.last_seq, clock::wall_offset_ns());
-        recorder.note(
-            clock::boot_ns(),
-            None,
-            Body::Start {
-                agent: agent_id,
-                boot_id,
-            },
-        );
+        let taken = if is_resumed {
+            let taken = takeover::choose(&mut probe, &config, &devices, &recovered.volumes)?;
+            let unsettled = probe.notes().unsettled();
+            takeover::hand_to(&mut recorder, &taken, &recovered, unsettled, &config.store)?;
+            taken
+        } else {
+            Vec::new()
+        };
         let shared = Arc::new(Shared::new(recorder, probe.positions(), config.commit_interval));
         let (log, index) = store.split();
-        let pipeline = Pipeline::start(&shared, probe, boot_id, log, index)?;
-        let devices_shared: Devices = Arc::new(Mutex::new(HashMap::new()));
+        let watched: Vec<WatchedDisk> = taken.iter().map(|volume| volume.disk).collect();
+        let capture = Capture::new(probe, &watched, recovered.last_seq)?;
+        let pipeline = Pipeline::start(&shared, capture, boot_id, log, index)?;
+        let found = taken.iter().map(|volume| (volume.id, volume.device.clone()));
+        let devices_shared: Devices = Arc::new(Mutex::new(found.collect()));
         let readback = ReadBack {
             shared: Arc::clone(&shared),
             index: pipeline.index.clone(),
@@ -132,17 +136,65 @@ impl Agent {
             } else {
                 GapCause::AgentDown
             },
-            slots: HashMap::new(),
+            slots: watched
+                .iter()
+                .map(|watched| (watched.disk, watched.slot))
+                .collect(),
             next_volume,
             config: config.clone(),
         };
-        for (volume, device) in config.volumes.iter().zip(devices) {
-            if let Err(error) = agent.protect(volume, device) {
-                agent.finish();
-                return Err(error);
-            }
+        if let Err(error) = agent.begin(devices, &taken) {
+            agent.finish();
+            return Err(error);
         }
         Ok(agent)
+    }
+
+    /// The first records of this agent: behind all that was waiting in the ring, so that they hide nothing.
+    fn begin(&mut self, devices: Vec<BlockDevice>, taken: &[TakenOver]) -> anyhow::Result<()> {
+        ensure!(self.shared.drained().is_some(), "the pipeline has ended");
+        {
+            let mut recorder = self.shared.recorder.lock();
+            let start = Body::Start {
+                agent: self.agent_id,
+                boot_id: self.boot_id,
+            };
+            recorder.note(clock::boot_ns(), None, start);
+        }
+        let volumes = self.config.volumes.clone();
+        for (volume, device) in volumes.iter().zip(devices) {
+            if taken.iter().any(|taken| taken.device.path == device.path) {
+                tracing::info!(volume = %volume.name, path = %device.path.display(), "watched all the time");
+            } else {
+                self.protect(volume, device)?;
+            }
+        }
+        self.end_others();
+        Ok(())
+    }
+
+    /// Nobody watches the volumes any more that the store knows and the configuration does not name.
+    fn end_others(&mut self) {
+        let mut recorder = self.shared.recorder.lock();
+        for state in &mut self.known {
+            let is_named = self
+                .config
+                .volumes
+                .iter()
+                .any(|volume| volume.name == state.info.name);
+            if is_named || state.inexact.is_some() {
+                continue;
+            }
+            let cause = self.interrupted;
+            let last_exact = state.last_exact;
+            recorder.note(
+                clock::boot_ns(),
+                Some(state.info.id),
+                Body::GapOpen { cause, last_exact },
+            );
+            (state.inexact, state.gaps) = (Some(cause), state.gaps + 1);
+            tracing::warn!(volume = %state.info.name, %cause, "its history ends: it is not configured any more");
+        }
     }
 
     /// Protects a volume from now on.
@@ -196,21 +248,12 @@ impl Agent {
             }
             recorder.note(now, Some(id), declared);
             recorder.add_disk(device.disk, slot, device.bio_based);
-            recorder.add_volume(
-                NewVolume {
-                    id,
-                    name: volume.name.clone(),
-                    path: device.path.clone(),
-                    disk: device.disk,
-                    start_sector: device.start_sector,
-                    bytes: device.bytes,
-                    region_bytes,
-                    blank: known.is_none(),
-                    gaps: known.map_or(0, |i| self.known[i].gaps),
-                    cause,
-                },
-                now,
-            );
+            let new = NewVolume::of_device(id, volume, &device, region_bytes);
+            let new = match known {
+                Some(i) => new.known(self.known[i].gaps, cause),
+                None => new,
+            };
+            recorder.add_volume(new, now);
         }
         self.devices.lock().insert(id, device.clone());
         self.slots.insert(device.disk, slot);
@@ -338,6 +381,7 @@ impl Agent {
                 // History ends here: the gap is opened now, so that no later moment counts as exact.
                 inexact: Some(GapCause::AgentDown),
                 last_exact: None,
+                exact_since: None,
                 gaps: volume.gaps + 1,
             };
             if matches!(volume.state, State::Exact { .. }) {
@@ -457,7 +501,7 @@ fn volume_status(volume: &VolumeRun, offset: i64, present: bool) -> VolumeStatus
 }
 
 /// log2 of a region of the dirty map in sectors: large enough that the disk fits in its stretch of the map.
-fn region_shift(region_bytes: u64, disk_bytes: u64) -> u32 {
+pub(crate) fn region_shift(region_bytes: u64, disk_bytes: u64) -> u32 {
     let regions_max = u64::from(DIRTY_WORDS_PER_DISK) * 64;
     let least = disk_bytes.div_ceil(regions_max).next_power_of_two();
     (region_bytes.max(least) / SECTOR_BYTES).trailing_zeros()

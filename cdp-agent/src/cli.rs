@@ -79,6 +79,18 @@ pub(crate) enum Command {
         /// The name: restore with `--at bookmark:LABEL`
         label: String,
     },
+    /// Remove the probe from the kernel, where it goes on without the agent
+    ///
+    /// A stopped agent leaves its probe loaded, so that the next one misses nothing. Unload it before the
+    /// agent is removed for good. The next start compares the volumes with their devices.
+    Unload {
+        /// The store of the agent whose probe is removed
+        #[arg(long, value_name = "DIR", required_unless_present = "all")]
+        store: Option<PathBuf>,
+        /// The probes of all agents of this host that do not run
+        #[arg(long, conflicts_with = "store")]
+        all: bool,
+    },
     /// Tell whether this host can be protected, and what to mend
     Doctor {
         /// Print JSON

@@ -115,12 +115,14 @@ impl InFlight {
         if range.start >= range.end {
             return Ended::default();
         }
-        let part_of_ours = self
-            .bios
-            .values()
-            .flatten()
-            .any(|(ours, _)| ours.start <= range.start && range.end <= ours.end);
-        if part_of_ours {
+        // Also of one whose address is not known any more.
+        let part_of_ours = |ours: Sectors| ours.start <= range.start && range.end <= ours.end;
+        let from = (range.start.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
+        let short = self.short.range(from..(range.end, Seq::FIRST));
+        let mut ours = short
+            .map(|(&(start, _), &end)| Sectors { start, end })
+            .chain(self.long.iter().map(|&(range, _)| range));
+        if ours.any(part_of_ours) {
             return Ended {
                 doubtful: Some(range),
                 ..Ended::default()
@@ -247,6 +249,14 @@ impl InFlight {
         short.chain(long).chain(self.unknown_from).min()
     }
 
+    /// The oldest write that may be in flight.
+    pub(crate) fn oldest_of_all(&self) -> Option<Seq> {
+        self.oldest(Sectors {
+            start: 0,
+            end: u64::MAX,
+        })
+    }
+
     /// Is a write up to `last` to this range still in flight?
     pub(crate) fn any(&self, range: Sectors, last: Option<Seq>) -> bool {
         self.find(range, last).is_some()
@@ -273,12 +283,8 @@ impl InFlight {
 
     /// Forgets everything: completions were lost, so nothing here can be trusted to end.
     pub(crate) fn clear(&mut self) {
-        let everywhere = Sectors {
-            start: 0,
-            end: u64::MAX,
-        };
         *self = Self {
-            unknown_from: self.oldest(everywhere),
+            unknown_from: self.oldest_of_all(),
             ..Self::default()
         };
     }

@@ -18,6 +18,7 @@ mod priority;
 mod readback;
 mod recorder;
 mod regions;
+mod takeover;
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
@@ -54,6 +55,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             timeout,
         } => cmd::query::wait(&store.dir, volume.as_deref(), state, timeout),
         Command::Bookmark { store, label } => cmd::query::bookmark(&store.dir, &label),
+        Command::Unload { store, all: _ } => cmd::unload::run(store.as_deref()),
         Command::Doctor { json } => cmd::doctor::run(json),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "cdp-agent", &mut std::io::stdout());

@@ -15,8 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use cdp_ebpf::map::CAUSES;
-use cdp_ebpf::{Counter, DiskFilter};
+use cdp_ebpf::DiskFilter;
 use cdp_journal::format::{Body, SealedFrame};
 use cdp_journal::index::IndexWriter;
 use cdp_journal::log::{FrameLocation, LogWriter};
@@ -26,11 +25,11 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{Timespec, epoll};
 
-use crate::capture::{DiskNumber, Probe, RingPositions, Slot};
+use crate::capture::{DiskNumber, Losses, Probe, RingPosition, RingPositions, Slot, WatchedDisk};
 use crate::clock;
 use crate::event::Event;
 use crate::priority;
-use crate::recorder::{Epoch, Losses, Recorder, Sealed};
+use crate::recorder::{Epoch, Recorder, Sealed};
 
 /// Frames that wait for the encoder: what a burst may hold beside the ring, about 1 MiB each.
 const ENCODE_QUEUE_FRAMES: usize = 64;
@@ -51,6 +50,8 @@ const ROOM_INTERVAL: Duration = Duration::from_secs(1);
 const ROOM_BYTES_MIN: u64 = 64 << 20;
 /// How often the kernel is asked for skipped events.
 const MISSES_INTERVAL: Duration = Duration::from_secs(1);
+/// How often it is noted for the agent after this one what is settled.
+const NOTES_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What all threads share.
 pub(crate) struct Shared {
@@ -60,6 +61,10 @@ pub(crate) struct Shared {
     durable: Mutex<Durable>,
     changed: Condvar,
     applied: AtomicU64,
+    /// Last record that was appended to the log: it survives the end of this process.
+    appended: AtomicU64,
+    /// The events before this position in the ring are in the records up to that one.
+    appended_position: AtomicU64,
     pub(crate) commit_interval_ms: AtomicU64,
     pub(crate) log_bytes: AtomicU64,
     store: Mutex<Option<StoreChange>>,
@@ -105,6 +110,8 @@ impl Shared {
             durable: Mutex::new(Durable::default()),
             changed: Condvar::new(),
             applied: AtomicU64::new(0),
+            appended: AtomicU64::new(0),
+            appended_position: AtomicU64::new(0),
             commit_interval_ms: AtomicU64::new(commit_interval.as_millis() as u64),
             log_bytes: AtomicU64::new(0),
             store: Mutex::new(None),
@@ -119,6 +126,20 @@ impl Shared {
     /// Last record in the index.
     pub(crate) fn applied(&self) -> Option<Seq> {
         Seq::new(self.applied.load(Ordering::SeqCst))
+    }
+
+    fn set_appended(&self, seq: Option<Seq>, position: RingPosition) {
+        self.appended.store(seq.map_or(0, Seq::get), Ordering::SeqCst);
+        self.appended_position.store(position.0, Ordering::SeqCst);
+    }
+
+    /// Last record that survives the end of this process.
+    fn appended(&self) -> Option<Seq> {
+        Seq::new(self.appended.load(Ordering::SeqCst))
+    }
+
+    fn appended_position(&self) -> RingPosition {
+        RingPosition(self.appended_position.load(Ordering::SeqCst))
     }
 
     /// Why the agent must end, if it must.
@@ -205,6 +226,13 @@ impl Shared {
     }
 }
 
+/// A frame on its way to the log.
+struct Encoded {
+    frame: SealedFrame,
+    epoch: Epoch,
+    position: RingPosition,
+}
+
 /// Name of the stage that empties the ring.
 const CAPTURE: &str = "capture";
 
@@ -223,13 +251,13 @@ impl Pipeline {
     /// Starts capture, encode, log and index.
     pub(crate) fn start(
         shared: &Arc<Shared>,
-        probe: Probe,
+        capture: Capture,
         boot_id: uuid::Uuid,
         log: LogWriter,
         index: IndexWriter,
     ) -> anyhow::Result<Self> {
         let (to_encode, encode_queue) = bounded::<Sealed>(ENCODE_QUEUE_FRAMES);
-        let (to_log, log_queue) = bounded::<(SealedFrame, Epoch)>(QUEUE_FRAMES);
+        let (to_log, log_queue) = bounded::<Encoded>(QUEUE_FRAMES);
         let (to_index, index_queue) = bounded::<IndexRequest>(INDEX_QUEUE_FRAMES);
         let (requests, request_queue) = bounded::<Request>(QUEUE_FRAMES);
         let mut threads = Vec::new();
@@ -275,9 +303,14 @@ impl Pipeline {
             "encode",
             Box::new(move |_| {
                 for sealed in encode_queue {
-                    if let Some(frame) = sealed.builder.seal(boot_id, sealed.wall_offset_ns)
-                        && to_log.send((frame, sealed.epoch)).is_err()
-                    {
+                    let Sealed { epoch, position, .. } = sealed;
+                    let frame = sealed.builder.seal(boot_id, sealed.wall_offset_ns);
+                    let encoded = frame.map(|frame| Encoded {
+                        frame,
+                        epoch,
+                        position,
+                    });
+                    if encoded.is_some_and(|encoded| to_log.send(encoded).is_err()) {
                         break;
                     }
                 }
@@ -286,7 +319,7 @@ impl Pipeline {
         )?;
         spawn(
             CAPTURE,
-            Box::new(move |shared| Capture::new(probe)?.run(shared, &request_queue, &to_encode)),
+            Box::new(move |shared| capture.run(shared, &request_queue, &to_encode)),
         )?;
         Ok(Self {
             shared: Arc::clone(shared),
@@ -314,31 +347,52 @@ struct Watched {
     slot: Slot,
     region_shift: u32,
     seen: Losses,
+    /// It is noted that what was seen no longer matters.
+    is_settled: bool,
 }
 
 /// The capture thread's own state.
-struct Capture {
+pub(crate) struct Capture {
     probe: Probe,
     alarm: OwnedFd,
     watched: HashMap<DiskNumber, Watched>,
     misses: u64,
     misses_at: Instant,
     misses_seq: Option<Seq>,
+    noted_at: Instant,
+    /// What is to be noted as unsettled, once this record is appended.
+    unsettled: Option<(Seq, Option<Seq>)>,
 }
 
 impl Capture {
-    fn new(probe: Probe) -> anyhow::Result<Self> {
+    /// `resumed`: disks that the probe watches already, for an agent before this one, which recorded up to `last`.
+    pub(crate) fn new(probe: Probe, resumed: &[WatchedDisk], last: Option<Seq>) -> anyhow::Result<Self> {
         let alarm = epoll::create(epoll::CreateFlags::CLOEXEC).context("make an epoll descriptor")?;
         let edges = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&alarm, probe.ring_fd(), epoll::EventData::new_u64(0), edges).context("watch the ring")?;
-        let misses = probe.recursion_misses()?;
+        // Of a probe that was just loaded, nothing counts yet.
+        let misses = match resumed {
+            [] => probe.recursion_misses()?,
+            _ => probe.notes().misses(),
+        };
+        let watched = resumed.iter().map(|disk| {
+            let watched = Watched {
+                slot: disk.slot,
+                region_shift: disk.region_shift,
+                seen: disk.settled,
+                is_settled: true,
+            };
+            (disk.disk, watched)
+        });
         Ok(Self {
+            watched: watched.collect(),
             probe,
             alarm,
-            watched: HashMap::new(),
             misses,
             misses_at: Instant::now(),
-            misses_seq: None,
+            misses_seq: last,
+            noted_at: Instant::now(),
+            unsettled: None,
         })
     }
 
@@ -358,32 +412,38 @@ impl Capture {
                 let mut recorder = shared.recorder.lock();
                 recorder.set_wall_offset(clock::wall_offset_ns());
                 match shared.store.lock().take() {
-                    Some(StoreChange::Full { next, epoch }) => recorder.store_full(next, epoch, now),
+                    Some(StoreChange::Full { next, epoch }) => {
+                        self.probe.notes().forget_frames();
+                        recorder.store_full(next, epoch, now);
+                    }
                     Some(StoreChange::Room) => recorder.room_again(now),
                     None => {}
                 }
                 self.poll_losses(&mut recorder, now);
+                self.note(&recorder, shared.appended());
             }
+            self.probe.release(shared.appended_position());
             let (events, empty) = self.drain(shared, to_encode)?;
             let mut recorder = shared.recorder.lock();
             recorder.drained_to(self.probe.positions().consumed(), now);
             if empty {
                 recorder.tick(now);
             }
-            let age_max = if stopping {
+            let unkept = self.probe.positions().consumed() - shared.appended_position().0;
+            let age_max = if stopping || unkept > self.probe.ring_bytes() / 4 {
                 Duration::ZERO
             } else {
                 shared.commit_interval() / 2
             };
             recorder.seal_if_older(clock::boot_ns(), age_max);
             drop(recorder);
-            forward(shared, to_encode)?;
+            self.forward(shared, to_encode)?;
             if stopping && empty {
                 let mut recorder = shared.recorder.lock();
                 recorder.note(clock::boot_ns(), None, Body::Stop);
                 recorder.seal_if_older(clock::boot_ns(), Duration::ZERO);
                 drop(recorder);
-                return forward(shared, to_encode);
+                return self.forward(shared, to_encode);
             }
             if empty && !stopping {
                 let nap = if events > 0 {
@@ -402,7 +462,9 @@ impl Capture {
                 let result = match filter {
                     Some(filter) => self.probe.watch(disk, filter),
                     None => {
-                        self.watched.remove(&disk);
+                        if let Some(watched) = self.watched.remove(&disk) {
+                            self.probe.notes().clear_disk(watched.slot);
+                        }
                         self.probe.unwatch(disk)
                     }
                 };
@@ -413,31 +475,32 @@ impl Capture {
                 Some(watched) => {
                     // Marks on either side of the change are of another scale: all of the disk is read.
                     watched.region_shift = region_shift;
+                    watched.is_settled = false;
+                    self.probe.notes().take_marks(slot);
                     shared.recorder.lock().disk_unknown(disk, clock::boot_ns());
                 }
                 None => {
                     self.probe.take_marks(slot, |_| {});
-                    let seen = self.losses(slot);
+                    let seen = self.probe.losses(slot);
+                    self.probe.notes().set_disk(&WatchedDisk {
+                        disk,
+                        slot,
+                        disk_seq: disk.seq().unwrap_or(0),
+                        region_shift,
+                        settled: seen,
+                        marks_taken: true,
+                    });
                     self.watched.insert(
                         disk,
                         Watched {
                             slot,
                             region_shift,
                             seen,
+                            is_settled: false,
                         },
                     );
                 }
             },
-        }
-    }
-
-    fn losses(&self, slot: Slot) -> Losses {
-        let dropped = (0..CAUSES as u32)
-            .map(|cause| self.probe.counter(slot, Counter::Dropped, cause))
-            .sum();
-        Losses {
-            dropped,
-            lost_completions: self.probe.counter(slot, Counter::LostCompletions, 0),
         }
     }
 
@@ -449,17 +512,18 @@ impl Capture {
                 continue;
             };
             let (slot, region_shift) = (watched.slot, watched.region_shift);
-            let losses = self.losses(slot);
+            let losses = self.probe.losses(slot);
             let Some(watched) = self.watched.get_mut(&disk) else {
                 continue;
             };
-            if losses.dropped == watched.seen.dropped
-                && losses.lost_completions == watched.seen.lost_completions
-            {
+            if losses == watched.seen {
                 continue;
             }
+            let new = losses.since(watched.seen);
             watched.seen = losses;
+            watched.is_settled = false;
             quiet = false;
+            self.probe.notes().take_marks(slot);
             let first = self.probe.take_first_drop_ns(slot);
             let mut marks = Vec::new();
             self.probe.take_marks(slot, |region| {
@@ -469,7 +533,7 @@ impl Capture {
             let first_at = (first != 0).then_some(BootNs(first));
             recorder.losses(
                 slot,
-                losses,
+                new,
                 first_at,
                 now,
                 self.probe.positions().produced(),
@@ -491,6 +555,48 @@ impl Capture {
         recorder.polled();
     }
 
+    /// Notes for the agent after this one what it need not care about.
+    fn note(&mut self, recorder: &Recorder, appended: Option<Seq>) {
+        if self.noted_at.elapsed() < NOTES_INTERVAL {
+            return;
+        }
+        self.noted_at = Instant::now();
+        let notes = self.probe.notes();
+        match self.unsettled {
+            Some((_, last)) if appended < last => {}
+            Some((first, _)) => {
+                notes.set_unsettled(first);
+                self.unsettled = None;
+            }
+            None => self.unsettled = Some((recorder.unsettled(), recorder.last_seq())),
+        }
+        for (&disk, watched) in &mut self.watched {
+            if !watched.is_settled && recorder.is_settled(Some(disk), appended) {
+                notes.settle(watched.slot, watched.seen);
+                watched.is_settled = true;
+            }
+        }
+        if notes.misses() != self.misses && recorder.is_settled(None, appended) {
+            notes.set_misses(self.misses);
+        }
+    }
+
+    /// Hands sealed frames to the encoder. Waits while it is busy: the ring takes what comes meanwhile.
+    fn forward(&self, shared: &Shared, to_encode: &Sender<Sealed>) -> anyhow::Result<()> {
+        loop {
+            let Some(sealed) = shared.recorder.lock().take_sealed() else {
+                return Ok(());
+            };
+            if let Some(last) = sealed.builder.next_seq().prev() {
+                self.probe.notes().frame(last, sealed.position);
+            }
+            to_encode
+                .send(sealed)
+                .ok()
+                .context("the encode stage has ended")?;
+        }
+    }
+
     /// Takes out what is in the ring, at most once round it. Also tells whether it became empty.
     fn drain(&mut self, shared: &Shared, to_encode: &Sender<Sealed>) -> anyhow::Result<(u64, bool)> {
         let target = self.probe.positions().produced();
@@ -503,8 +609,8 @@ impl Capture {
                         break;
                     }
                     let mut foreign = None;
-                    let any = self.probe.next_event(|bytes| match Event::parse(bytes) {
-                        Ok(event) => recorder.event(&event),
+                    let any = self.probe.next_event(|bytes, behind| match Event::parse(bytes) {
+                        Ok(event) => recorder.event(&event, behind),
                         Err(error) => foreign = Some(error),
                     });
                     if let Some(error) = foreign {
@@ -516,7 +622,7 @@ impl Capture {
                     events += 1;
                 }
             }
-            forward(shared, to_encode)?;
+            self.forward(shared, to_encode)?;
             if self.probe.positions().consumed() >= target {
                 return Ok((events, false));
             }
@@ -539,19 +645,6 @@ impl Capture {
     }
 }
 
-/// Hands sealed frames to the encoder. Waits while it is busy: the ring takes what comes meanwhile.
-fn forward(shared: &Shared, to_encode: &Sender<Sealed>) -> anyhow::Result<()> {
-    loop {
-        let Some(sealed) = shared.recorder.lock().take_sealed() else {
-            return Ok(());
-        };
-        to_encode
-            .send(sealed)
-            .ok()
-            .context("the encode stage has ended")?;
-    }
-}
-
 /// Appends frames and makes them durable in groups.
 struct LogStage<'a> {
     shared: &'a Shared,
@@ -564,11 +657,11 @@ struct LogStage<'a> {
 }
 
 impl LogStage<'_> {
-    fn run(mut self, queue: &Receiver<(SealedFrame, Epoch)>) -> anyhow::Result<()> {
+    fn run(mut self, queue: &Receiver<Encoded>) -> anyhow::Result<()> {
         loop {
             let ended = match receive(queue, self.wait()) {
-                Ok((frame, epoch)) if epoch >= self.epoch => {
-                    self.append(frame)?;
+                Ok(encoded) if encoded.epoch >= self.epoch => {
+                    self.append(encoded)?;
                     false
                 }
                 Ok(_) | Err(RecvTimeoutError::Timeout) => false,
@@ -594,9 +687,12 @@ impl LogStage<'_> {
         }
     }
 
-    fn append(&mut self, frame: SealedFrame) -> anyhow::Result<()> {
+    fn append(&mut self, encoded: Encoded) -> anyhow::Result<()> {
+        let frame = encoded.frame;
         match self.log.append(&frame) {
             Ok(location) => {
+                self.shared
+                    .set_appended(self.log.next_seq().prev(), encoded.position);
                 self.unsynced.push((frame.head().into(), location));
                 self.oldest.get_or_insert_with(Instant::now);
                 Ok(())

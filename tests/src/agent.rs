@@ -1,7 +1,7 @@
 //! `cdp-agent`, as a user runs it.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -111,18 +111,56 @@ pub struct AgentPlan {
     store: PathBuf,
     args: Vec<String>,
     log: PathBuf,
+    probe: Arc<PinnedProbe>,
+}
+
+/// Where the probes of agents are pinned.
+pub const PINS: &str = "/sys/fs/bpf/cdp-agent";
+
+/// The probe that an agent with this store leaves in the kernel; unloaded when the last plan of it goes.
+#[derive(Debug)]
+struct PinnedProbe {
+    program: PathBuf,
+    store: PathBuf,
+}
+
+impl Drop for PinnedProbe {
+    fn drop(&mut self) {
+        if Path::new(PINS).exists() {
+            let unload = cmd(&self.program).arg("unload").arg("--store").arg(&self.store);
+            let _ = unload.run();
+        }
+    }
 }
 
 impl AgentPlan {
     /// An agent with its store in folder `store`, its log in the scene.
     pub fn new(scene: &Scene, store: &Path) -> Result<AgentPlan> {
         let log = scene.log("agent");
+        let program = binary("cdp-agent")?;
+        let probe = Arc::new(PinnedProbe {
+            program: program.clone(),
+            store: store.to_owned(),
+        });
         Ok(AgentPlan {
-            program: binary("cdp-agent")?,
+            program,
             store: store.to_owned(),
             args: Vec::new(),
             log,
+            probe,
         })
+    }
+
+    /// Unloads the probe that a stopped agent left.
+    pub fn unload(&self) -> Result<()> {
+        let probe = &self.probe;
+        cmd(&probe.program)
+            .arg("unload")
+            .arg("--store")
+            .arg(&probe.store)
+            .run()?
+            .success()
+            .map(drop)
     }
 
     /// The same, protecting `device` as volume `name`.
@@ -181,8 +219,9 @@ impl AgentPlan {
 /// A running agent; stopped when the guard goes.
 #[derive(Debug)]
 pub struct Agent {
-    plan: AgentPlan,
+    /// Ended before the plan, which may unload its probe.
     process: Background,
+    plan: AgentPlan,
     paused: bool,
 }
 

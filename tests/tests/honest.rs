@@ -2,20 +2,17 @@
 //! stays exact.
 
 use std::path::Path;
-use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use cdp_tests::agent::{Agent, AgentPlan, PROTECT_TIMEOUT};
+use anyhow::{Result, ensure};
+use cdp_tests::agent::{AgentPlan, PROTECT_TIMEOUT};
 use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
-use cdp_tests::fio::Fio;
 use cdp_tests::moments::{QuietMoment, WallNs};
 use cdp_tests::mount::Mount;
-use cdp_tests::process::{Outcome, poll_until};
-use cdp_tests::restore::{NOT_EXACT, Restore};
-use cdp_tests::{Scene, system_test};
-
-/// How long a fault may take to show in status and history.
-const NOTICE_TIMEOUT: Duration = Duration::from_secs(60);
+use cdp_tests::process::poll_until;
+use cdp_tests::refused::expect_refused;
+use cdp_tests::restore::Restore;
+use cdp_tests::small::{NOTICE_TIMEOUT, device, job, plan, wait_for_gap, write};
+use cdp_tests::system_test;
 
 /// Goal: a full ring loses nothing silently. Method: stop the agent's process while fio writes far more
 /// than the ring holds; the loss must be counted, be a gap, refuse its moments with exit code 3 and name
@@ -58,92 +55,6 @@ fn a_full_ring_is_a_gap_that_is_counted_named_and_refused() {
         after.check_at(&restore, "latest", &scene.path("image"))?;
         expect_refused(scene, &restore, inside, "ring-overflow", &before)?;
         agent.stop()
-    });
-}
-
-/// Goal: nothing happens unseen while no agent runs. Method: stop it cleanly, write, start it again: the
-/// stretch is a gap, the moments around it are exact, `latest` equals the device.
-#[test]
-fn a_stopped_agent_leaves_a_gap_and_comes_back_to_protected() {
-    agent_is_down("honest: agent stopped", Agent::stop);
-}
-
-/// Goal: a crash of the agent is as honest as a stop. Method: the same by SIGKILL.
-#[test]
-fn a_killed_agent_leaves_a_gap_and_comes_back_to_protected() {
-    agent_is_down("honest: agent killed", Agent::kill);
-}
-
-fn agent_is_down(name: &str, end: fn(Agent) -> Result<()>) {
-    system_test(name, &["fio"], |scene| {
-        let device = device(scene)?;
-        let plan = plan(scene, &device)?;
-        let restore = Restore::from(plan.store())?;
-        let mut moments = Vec::new();
-        let mut unseen = Vec::new();
-        for round in 0..2 {
-            let mut agent = plan.protect()?;
-            write(scene, &device, &format!("seen-{round}"), 2 * MIB)?;
-            moments.push(QuietMoment::of_raw("v", device.path())?);
-            agent.wait_and_check()?;
-            end(agent)?;
-            write(scene, &device, &format!("unseen-{round}"), 2 * MIB)?;
-            unseen.push((WallNs::now(), moments[round].clone()));
-            // Nobody is alive who could still cover this time.
-            let refused = restore.image("v", &WallNs::now().to_string(), &scene.path("image"))?;
-            refused.expect_code(NOT_EXACT)?;
-        }
-        let mut agent = plan.protect()?;
-        moments.push(QuietMoment::of_raw("v", device.path())?);
-        agent.wait_and_check()?;
-        for moment in &moments {
-            moment.check(&restore, &mut scene.rng(), &scene.path("image"))?;
-        }
-        moments[2].check_at(&restore, "latest", &scene.path("image"))?;
-        let points = restore.points("v")?;
-        let down = points.gaps.iter().filter(|gap| gap.cause == "agent-down").count();
-        ensure!(
-            down == 2 && points.exact.len() == 3,
-            "two gaps and three exact stretches, not {points:?}"
-        );
-        for (at, before) in &unseen {
-            expect_refused(scene, &restore, *at, "agent-down", before)?;
-        }
-        agent.stop()
-    });
-}
-
-/// Goal: a kill in the midst of writes loses nothing that was durable and invents nothing. Method: SIGKILL
-/// under load, again and again on one store; each time the moments noted before stay exact, and after the
-/// restart `latest` equals the device.
-#[test]
-fn kills_under_load_never_cost_an_exact_moment() {
-    system_test("honest: killed under load", &["fio"], |scene| {
-        let device = device(scene)?;
-        let plan = plan(scene, &device)?;
-        let restore = Restore::from(plan.store())?;
-        let mut moments: Vec<QuietMoment> = Vec::new();
-        for round in 0..3 {
-            let mut agent = plan.protect()?;
-            let quiet = QuietMoment::of_raw("v", device.path())?;
-            agent.wait_and_check()?;
-            quiet.check_at(&restore, "latest", &scene.path("image"))?;
-            moments.push(quiet);
-            let load = job(&device, &format!("load-{round}"), 400 * MIB)
-                .option("rate", "60m")
-                .start(scene.dir())?;
-            let captured = agent.volume("v")?.captured_bytes;
-            poll_until("the load to be captured", NOTICE_TIMEOUT, || {
-                Ok((agent.volume("v")?.captured_bytes > captured + 4 * MIB).then_some(()))
-            })?;
-            agent.kill()?;
-            load.stop()?;
-            for moment in &moments {
-                moment.check(&restore, &mut scene.rng(), &scene.path("image"))?;
-            }
-            restore.verify()?.success()?;
-        }
-        Ok(())
     });
 }
 
@@ -233,86 +144,6 @@ fn a_full_store_disk_is_a_gap_and_harms_nobody() {
         agent.stop()?;
         disk.unmount()
     });
-}
-
-fn device(scene: &Scene) -> Result<LoopDevice> {
-    let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(32 * MIB))?;
-    write(scene, &device, "old", 8 * MIB)?;
-    Ok(device)
-}
-
-fn plan(scene: &Scene, device: &LoopDevice) -> Result<AgentPlan> {
-    Ok(AgentPlan::new(scene, &scene.path("store"))?.volume("v", device.path()))
-}
-
-fn job(device: &LoopDevice, name: &str, bytes: u64) -> Fio {
-    let fio = Fio::new(name, device.path(), "randwrite")
-        .option("bs", "16k")
-        .option("io_size", bytes);
-    fio.option("size", "100%")
-        .direct(4)
-        .seed(bytes + name.len() as u64)
-}
-
-fn write(scene: &Scene, device: &LoopDevice, name: &str, bytes: u64) -> Result<()> {
-    job(device, name, bytes).run(scene.dir()).map(drop)
-}
-
-fn wait_for_gap(restore: &Restore, cause: &str) -> Result<()> {
-    poll_until(&format!("a gap {cause} in the history"), NOTICE_TIMEOUT, || {
-        Ok(restore
-            .points("v")?
-            .gaps
-            .iter()
-            .any(|gap| gap.cause == cause)
-            .then_some(()))
-    })
-}
-
-/// A moment inside a gap: exit code 3, nothing written, the cause named, and exact moments named that can
-/// indeed be restored; the nearest one before is not older than `before`.
-fn expect_refused(
-    scene: &Scene,
-    restore: &Restore,
-    at: WallNs,
-    cause: &str,
-    before: &QuietMoment,
-) -> Result<()> {
-    let image = scene.path("refused");
-    let refused = restore
-        .image("v", &at.to_string(), &image)?
-        .expect_code(NOT_EXACT)?
-        .expect_message(&[cause])?;
-    ensure!(
-        !image.exists(),
-        "a refused image was written\n{}",
-        refused.transcript()
-    );
-    let named = times_named(&refused);
-    let earlier = named.iter().filter(|time| time.0 < at).max();
-    let (nearest, text) =
-        earlier.with_context(|| format!("no exact moment before is named\n{}", refused.transcript()))?;
-    ensure!(
-        *nearest >= before.from,
-        "{text} is older than an exact moment at {}",
-        before.from
-    );
-    restore
-        .image("v", text, &image)?
-        .success()
-        .context("the moment that the message recommends")?;
-    std::fs::remove_file(&image).context("remove the image")
-}
-
-/// Every RFC 3339 time in a message.
-fn times_named(outcome: &Outcome) -> Vec<(WallNs, String)> {
-    let words = outcome
-        .stderr
-        .split(|c: char| c.is_whitespace() || "(),;\"'`".contains(c));
-    let words = words.map(|word| word.trim_end_matches(['.', ':']));
-    words
-        .filter_map(|word| Some((WallNs::parse(word).ok()?, word.to_owned())))
-        .collect()
 }
 
 /// Goal: `wait --for protected` means it. Method: right after it returns, a write is at once part of

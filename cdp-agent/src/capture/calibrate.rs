@@ -130,7 +130,7 @@ pub(crate) fn prove(probe: &mut Probe) -> anyhow::Result<()> {
     let deadline = Instant::now() + PROOF_TIMEOUT;
     while seen_bytes < PROOF_BYTES && Instant::now() < deadline {
         let mut failure = None;
-        let got = probe.next_event(|bytes| match Event::parse(bytes) {
+        let got = probe.next_event(|bytes, _| match Event::parse(bytes) {
             Ok(Event::Write(write, data)) if write.kind == EventKind::Write as u8 && write.disk == disk.0 => {
                 let at = (write.sector * SECTOR_BYTES) as usize;
                 if let Some(place) = seen.get_mut(at..at + data.len()) {

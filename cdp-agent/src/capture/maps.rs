@@ -1,19 +1,20 @@
-//! Memory shared with the kernel: maps that both sides write with atomics, and the ring's two ends.
+//! Memory shared with the kernel: maps that both sides write with atomics.
 #![expect(
     unsafe_code,
     reason = "mmap of BPF maps, and one bpf(2) call that aya does not offer"
 )]
 
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context as _;
+use aya::maps::MapData;
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// A mapping that is undone when the last user is gone.
-struct Mapping {
+pub(crate) struct Mapping {
     start: NonNull<std::ffi::c_void>,
     bytes: usize,
 }
@@ -24,7 +25,12 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(fd: BorrowedFd<'_>, offset: u64, bytes: usize, prot: ProtFlags) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        bytes: usize,
+        prot: ProtFlags,
+    ) -> anyhow::Result<Self> {
         // SAFETY: a new mapping at a place of the kernel's choice.
         let start =
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, fd, offset) }
@@ -33,7 +39,7 @@ impl Mapping {
         Ok(Self { start, bytes })
     }
 
-    fn word(&self, index: usize) -> &AtomicU64 {
+    pub(super) fn word(&self, index: usize) -> &AtomicU64 {
         assert!(
             (index + 1) * 8 <= self.bytes,
             "word {index} of a mapping of {} bytes",
@@ -42,6 +48,18 @@ impl Mapping {
         // SAFETY: inside the mapping (checked), aligned (the mapping starts a page), alive as long as self;
         // the kernel, too, touches these words atomically only.
         unsafe { AtomicU64::from_ptr(self.start.as_ptr().cast::<u64>().add(index)) }
+    }
+
+    /// # Safety
+    /// Nobody writes there while the slice is borrowed.
+    pub(super) unsafe fn bytes(&self, range: Range<usize>) -> &[u8] {
+        assert!(
+            range.start <= range.end && range.end <= self.bytes,
+            "bytes {range:?} of a mapping of {} bytes",
+            self.bytes
+        );
+        // SAFETY: inside the mapping (checked), which lives as long as self; the rest is the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast::<u8>().add(range.start), range.len()) }
     }
 }
 
@@ -53,10 +71,14 @@ impl Drop for Mapping {
 }
 
 /// An array map of 64-bit words.
-pub(super) struct SharedWords(Mapping);
+pub(crate) struct SharedWords(Mapping);
 
 impl SharedWords {
-    pub(super) fn new(fd: BorrowedFd<'_>, words: usize) -> anyhow::Result<Self> {
+    pub(super) fn of_map(map: &MapData, words: usize) -> anyhow::Result<Self> {
+        Self::new(map.fd().as_fd(), words)
+    }
+
+    fn new(fd: BorrowedFd<'_>, words: usize) -> anyhow::Result<Self> {
         Mapping::new(fd, 0, words * 8, ProtFlags::READ | ProtFlags::WRITE).map(Self)
     }
 
@@ -67,37 +89,9 @@ impl SharedWords {
     pub(super) fn take(&self, index: usize) -> u64 {
         self.0.word(index).swap(0, Ordering::SeqCst)
     }
-}
 
-/// How far the ring has been filled and emptied, in bytes since it was made.
-#[derive(Clone)]
-pub(crate) struct RingPositions {
-    consumer: Arc<Mapping>,
-    producer: Arc<Mapping>,
-}
-
-impl RingPositions {
-    pub(super) fn new(ring: BorrowedFd<'_>) -> anyhow::Result<Self> {
-        let page_bytes = rustix::param::page_size();
-        Ok(Self {
-            consumer: Arc::new(Mapping::new(ring, 0, page_bytes, ProtFlags::READ)?),
-            producer: Arc::new(Mapping::new(
-                ring,
-                page_bytes as u64,
-                page_bytes,
-                ProtFlags::READ,
-            )?),
-        })
-    }
-
-    /// Everything that the kernel reserved before this call lies before this position.
-    pub(crate) fn produced(&self) -> u64 {
-        self.producer.word(0).load(Ordering::SeqCst)
-    }
-
-    /// Everything before this position has been taken out.
-    pub(crate) fn consumed(&self) -> u64 {
-        self.consumer.word(0).load(Ordering::SeqCst)
+    pub(super) fn store(&self, index: usize, value: u64) {
+        self.0.word(index).store(value, Ordering::SeqCst);
     }
 }
 

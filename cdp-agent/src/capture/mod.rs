@@ -7,19 +7,30 @@ pub(crate) mod btf;
 pub(crate) mod calibrate;
 mod loopdev;
 mod maps;
+mod notes;
+mod pins;
+mod ring;
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
-use aya::maps::{HashMap, MapData, RingBuf};
-use aya::programs::BtfTracePoint;
+use anyhow::{Context as _, ensure};
+use aya::maps::{HashMap, Map, MapData};
+use aya::programs::links::FdLink;
+use aya::programs::tp_btf::BtfTracePointLinkId;
+use aya::programs::{BtfTracePoint, ProgramFd, ProgramInfo};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
-use cdp_ebpf::map::{COUNTERS_PER_DISK, DIRTY_WORDS_PER_DISK, DISKS_MAX, RANGES_MAX};
+use cdp_ebpf::map::{CAUSES, COUNTERS_PER_DISK, DIRTY_WORDS_PER_DISK, DISKS_MAX, NOTES_WORDS, RANGES_MAX};
 use cdp_ebpf::{Counter, DiskFilter, Kernel};
+use cdp_journal::Seq;
+use uuid::Uuid;
 
-pub(crate) use self::maps::RingPositions;
 use self::maps::SharedWords;
+use self::notes::Owner;
+pub(crate) use self::notes::{Notes, WatchedDisk};
+pub(crate) use self::pins::PinnedSet;
+use self::ring::Ring;
+pub(crate) use self::ring::{RingPosition, RingPositions};
 
 /// The probe's object, built by `cargo xtask ebpf build`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../cdp-ebpf/cdp-probe.o");
@@ -39,20 +50,46 @@ impl DiskNumber {
     pub(crate) fn from_dev(dev: u64) -> Self {
         Self((rustix::fs::major(dev) << 20) | rustix::fs::minor(dev))
     }
+
+    /// The kernel's sequence number of the disk that has this number now: each disk has its own, as long as the
+    /// host is up. None if there is no such disk, or the kernel does not number them (before 5.15).
+    pub(crate) fn seq(self) -> Option<u64> {
+        let path = format!("/sys/dev/block/{}:{}/diskseq", self.0 >> 20, self.0 & 0xf_ffff);
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    }
 }
 
 /// Row of a disk in the shared maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Slot(pub(crate) u32);
 
+/// Writes that a disk's ring events do not tell of, counted since the probe was loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Losses {
+    pub(crate) dropped: u64,
+    pub(crate) lost_completions: u64,
+}
+
+impl Losses {
+    /// Those that were not counted yet when these were.
+    pub(crate) fn since(self, earlier: Self) -> Self {
+        Self {
+            dropped: self.dropped.saturating_sub(earlier.dropped),
+            lost_completions: self.lost_completions.saturating_sub(earlier.lost_completions),
+        }
+    }
+}
+
 /// The probe, loaded, proven on a device of our own, and attached.
 pub(crate) struct Probe {
-    ring: RingBuf<MapData>,
-    positions: RingPositions,
+    ring: Ring,
     disks: HashMap<MapData, u32, FilterPod>,
     counters: SharedWords,
     dirty: SharedWords,
-    ebpf: Ebpf,
+    notes: Notes,
+    programs: Vec<ProgramFd>,
+    /// Holds the programs' links, unless they are pinned.
+    unpinned: Option<Ebpf>,
 }
 
 /// A [`Kernel`] that aya may copy as bytes.
@@ -103,9 +140,28 @@ pub(crate) fn possible_cpus() -> anyhow::Result<u32> {
         .map_err(|(path, source)| anyhow::anyhow!("read {path}: {source}"))
 }
 
+/// Tells this build's probe from another's.
+fn object_identity() -> u64 {
+    (OBJECT.len() as u64) << 32 | u64::from(crc32c::crc32c(OBJECT))
+}
+
 impl Probe {
-    /// Calibrates, loads, proves and attaches the probe. `ring_bytes` is a power of two.
+    /// Calibrates, loads, proves and attaches the probe; it ends with this process. `ring_bytes` is a power of
+    /// two.
     pub(crate) fn load(ring_bytes: u32) -> anyhow::Result<Self> {
+        Self::load_into(ring_bytes, None)
+    }
+
+    /// As [`Probe::load`], pinned: it goes on without this process, until [`unload`] or the end of the host.
+    pub(crate) fn load_pinned(ring_bytes: u32, agent: Uuid, store: &Path) -> anyhow::Result<Self> {
+        PinnedSet::create(agent, |folder| {
+            let probe = Self::load_into(ring_bytes, Some(folder))?;
+            probe.notes.begin(&Owner::new(agent, ring_bytes), store);
+            Ok(probe)
+        })
+    }
+
+    fn load_into(ring_bytes: u32, folder: Option<&Path>) -> anyhow::Result<Self> {
         let mut kernel = btf::Btf::of_running_kernel()?.kernel()?;
         let aya_btf = aya::Btf::from_sys_fs().context("read the kernel's BTF")?;
         calibrate::learn(&mut kernel, &aya_btf)?;
@@ -115,30 +171,73 @@ impl Probe {
             .map_max_entries("EVENTS", ring_bytes)
             .load(OBJECT)
             .context("load the probe")?;
-        for (program, tracepoint) in CAPTURE_PROGRAMS {
-            load_program(&mut ebpf, program, tracepoint, &aya_btf)?;
+        let mut programs = Vec::new();
+        for (name, tracepoint) in CAPTURE_PROGRAMS {
+            let link = load_program(&mut ebpf, name, tracepoint, &aya_btf)?;
+            let program: &mut BtfTracePoint =
+                ebpf.program_mut(name).context("a program is gone")?.try_into()?;
+            programs.push(program.fd()?.try_clone()?);
+            if let Some(folder) = folder {
+                program.pin(folder.join(name))?;
+                FdLink::from(program.take_link(link)?).pin(pins::link_path(folder, name))?;
+            }
         }
-        let ring = RingBuf::try_from(take_map(&mut ebpf, "EVENTS")?)?;
-        let positions = RingPositions::new(ring.as_fd())?;
-        let counters = SharedWords::new(
-            map_fd(&ebpf, "COUNTERS")?,
-            (DISKS_MAX * COUNTERS_PER_DISK) as usize,
-        )?;
-        let dirty = SharedWords::new(
-            map_fd(&ebpf, "DIRTY")?,
-            (DISKS_MAX * DIRTY_WORDS_PER_DISK) as usize,
-        )?;
-        let disks = HashMap::try_from(take_map(&mut ebpf, "DISKS")?)?;
-        let mut probe = Self {
-            ring,
-            positions,
-            disks,
-            counters,
-            dirty,
-            ebpf,
-        };
+        let maps = pins::MAPS.map(|name| {
+            let map = ebpf.take_map(name).and_then(map_data);
+            let map = map.with_context(|| format!("the probe's object has no map {name}"))?;
+            if let Some(folder) = folder {
+                map.pin(folder.join(name))?;
+            }
+            Ok(map)
+        });
+        let mut probe = Self::of_maps(maps, programs, ring_bytes)?;
+        probe.unpinned = folder.is_none().then_some(ebpf);
         calibrate::prove(&mut probe)?;
         Ok(probe)
+    }
+
+    fn of_maps(
+        maps: [anyhow::Result<MapData>; pins::MAPS.len()],
+        programs: Vec<ProgramFd>,
+        ring_bytes: u32,
+    ) -> anyhow::Result<Self> {
+        let [events, disks, counters, dirty, notes] = maps;
+        Ok(Self {
+            ring: Ring::new(events?, ring_bytes)?,
+            disks: HashMap::try_from(Map::HashMap(disks?))?,
+            counters: SharedWords::of_map(&counters?, (DISKS_MAX * COUNTERS_PER_DISK) as usize)?,
+            dirty: SharedWords::of_map(&dirty?, (DISKS_MAX * DIRTY_WORDS_PER_DISK) as usize)?,
+            notes: Notes(SharedWords::of_map(&notes?, NOTES_WORDS as usize)?),
+            programs,
+            unpinned: None,
+        })
+    }
+
+    /// Takes up the pinned probe of this agent, from behind the last record of its log. None if there is none.
+    pub(crate) fn resume(agent: Uuid, ring_bytes: u32, last: Option<Seq>) -> anyhow::Result<Option<Self>> {
+        let Some(set) = PinnedSet::of(agent) else {
+            return Ok(None);
+        };
+        let owner = Owner::new(agent, ring_bytes);
+        let found = set.notes()?.owner().context("it is of another version")?;
+        ensure!(found.agent == owner.agent, "it is another agent's");
+        ensure!(found.object == owner.object, "it is of another version");
+        ensure!(
+            found.ring_bytes == owner.ring_bytes,
+            "its ring has {} bytes, not {ring_bytes}",
+            found.ring_bytes
+        );
+        let mut programs = Vec::new();
+        for (name, _) in CAPTURE_PROGRAMS {
+            programs.push(ProgramInfo::from_pin(set.folder().join(name))?.fd()?);
+            let link = pins::link_path(set.folder(), name);
+            ensure!(link.exists(), "{} is missing", link.display());
+        }
+        let mut probe = Self::of_maps(pins::MAPS.map(|name| set.map(name)), programs, ring_bytes)?;
+        let position = last.and_then(|last| probe.notes.position_of(last));
+        let position = position.context("its notes do not know the end of the log")?;
+        probe.ring.skip_to(position)?;
+        Ok(Some(probe))
     }
 
     /// Watches a disk from now on, or changes what is watched of it.
@@ -148,6 +247,11 @@ impl Probe {
             .context("tell the probe which disk to watch")
     }
 
+    /// What is watched of a disk.
+    pub(crate) fn filter(&self, disk: DiskNumber) -> Option<DiskFilter> {
+        self.disks.get(&disk.0, 0).ok().map(|pod| pod.0)
+    }
+
     /// Stops watching a disk.
     pub(crate) fn unwatch(&mut self, disk: DiskNumber) -> anyhow::Result<()> {
         self.disks
@@ -155,14 +259,40 @@ impl Probe {
             .context("tell the probe to leave a disk")
     }
 
-    /// Hands the oldest event to `handle`; false if there is none.
-    pub(crate) fn next_event(&mut self, handle: impl FnOnce(&[u8])) -> bool {
+    /// Hands the oldest event that was not read, and the position behind it, to `handle`; false if there is none.
+    pub(crate) fn next_event(&mut self, handle: impl FnOnce(&[u8], RingPosition)) -> bool {
         match self.ring.next() {
-            Some(item) => {
-                handle(&item);
+            Some((event, behind)) => {
+                handle(event, behind);
                 true
             }
             None => false,
+        }
+    }
+
+    /// Events before this position are kept elsewhere.
+    pub(crate) fn release(&mut self, kept: RingPosition) {
+        self.ring.release(kept);
+    }
+
+    /// The ring's size.
+    pub(crate) fn ring_bytes(&self) -> u64 {
+        self.ring.bytes()
+    }
+
+    /// What the agent after this one will find.
+    pub(crate) fn notes(&self) -> &Notes {
+        &self.notes
+    }
+
+    /// What was lost of a disk's writes since the probe was loaded.
+    pub(crate) fn losses(&self, slot: Slot) -> Losses {
+        let dropped = (0..CAUSES as u32)
+            .map(|cause| self.counter(slot, Counter::Dropped, cause))
+            .sum();
+        Losses {
+            dropped,
+            lost_completions: self.counter(slot, Counter::LostCompletions, 0),
         }
     }
 
@@ -195,34 +325,29 @@ impl Probe {
 
     /// Where the ring's two ends are; shared with whoever must wait for a drain.
     pub(crate) fn positions(&self) -> RingPositions {
-        self.positions.clone()
+        self.ring.positions()
     }
 
     /// The ring's descriptor, readable when a quarter of it waits.
     pub(crate) fn ring_fd(&self) -> BorrowedFd<'_> {
-        self.ring.as_fd()
+        self.ring.fd()
     }
 
     /// Events that the kernel skipped because a program would have interrupted itself.
     pub(crate) fn recursion_misses(&self) -> anyhow::Result<u64> {
         let mut misses = 0;
-        for (name, _) in CAPTURE_PROGRAMS {
-            let program = self.ebpf.program(name).context("a program is gone")?;
-            misses += maps::recursion_misses(program.fd()?.as_fd())?;
+        for program in &self.programs {
+            misses += maps::recursion_misses(program.as_fd())?;
         }
         Ok(misses)
     }
 }
 
-fn take_map(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<aya::maps::Map> {
-    ebpf.take_map(name)
-        .with_context(|| format!("the probe's object has no map {name}"))
-}
-
-fn map_fd<'a>(ebpf: &'a Ebpf, name: &str) -> anyhow::Result<BorrowedFd<'a>> {
-    match ebpf.map(name) {
-        Some(aya::maps::Map::Array(data)) => Ok(data.fd().as_fd()),
-        _ => anyhow::bail!("the probe's object has no array {name}"),
+/// A map by its descriptor, whatever its kind.
+fn map_data(map: Map) -> Option<MapData> {
+    match map {
+        Map::Array(data) | Map::HashMap(data) | Map::RingBuf(data) => Some(data),
+        _ => None,
     }
 }
 
@@ -231,7 +356,7 @@ pub(crate) fn load_program(
     program: &str,
     tracepoint: &str,
     btf: &aya::Btf,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<BtfTracePointLinkId> {
     let program: &mut BtfTracePoint = ebpf
         .program_mut(program)
         .with_context(|| format!("the probe's object has no program {program}"))?
@@ -241,8 +366,7 @@ pub(crate) fn load_program(
         .with_context(|| format!("load the program for {tracepoint}; run `cdp-agent doctor`"))?;
     program
         .attach()
-        .with_context(|| format!("attach to {tracepoint}"))?;
-    Ok(())
+        .with_context(|| format!("attach to {tracepoint}"))
 }
 
 /// Path of a loop device.
@@ -253,7 +377,52 @@ pub(crate) fn loop_path(number: u32) -> PathBuf {
 impl std::fmt::Debug for Probe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Probe")
-            .field("ring", &self.ring.as_raw_fd())
+            .field("is_pinned", &self.unpinned.is_none())
             .finish_non_exhaustive()
     }
+}
+
+/// Why a pinned probe is of no use to anybody any more, if so.
+fn why_useless(set: &PinnedSet) -> Option<&'static str> {
+    let Ok(notes) = set.notes() else {
+        // Another version's, or of an agent that is just starting.
+        return None;
+    };
+    let store = notes.store()?;
+    if !store.exists() {
+        return Some("its store is gone");
+    }
+    if cdp_journal::store::is_locked(&store).unwrap_or(true) {
+        return None;
+    }
+    if set.is_unfinished() {
+        return Some("its making was interrupted");
+    }
+    let is_there = |watched: WatchedDisk| watched.disk.seq() == Some(watched.disk_seq);
+    (!notes.disks().any(is_there)).then_some("its disks are gone")
+}
+
+/// Unloads the pinned probes of this host that nobody can take up any more, but for this agent's.
+pub(crate) fn sweep(own: Uuid) {
+    let own = PinnedSet::of(own);
+    for set in PinnedSet::all() {
+        if Some(&set) == own.as_ref() {
+            continue;
+        }
+        let Some(why) = why_useless(&set) else { continue };
+        match set.remove() {
+            Ok(()) => tracing::info!(probe = %set.folder().display(), "unloaded a pinned probe: {why}"),
+            Err(error) => tracing::warn!("unload a pinned probe: {error:#}"),
+        }
+    }
+}
+
+/// Unloads the pinned probe of an agent, if there is one.
+pub(crate) fn unload(agent: Uuid) -> anyhow::Result<()> {
+    PinnedSet::of(agent).map_or(Ok(()), |set| set.remove())
+}
+
+/// The pinned probes of this host.
+pub(crate) fn pinned() -> Vec<PinnedSet> {
+    PinnedSet::all()
 }

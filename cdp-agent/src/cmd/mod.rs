@@ -3,3 +3,4 @@
 pub(crate) mod doctor;
 pub(crate) mod query;
 pub(crate) mod run;
+pub(crate) mod unload;

@@ -28,7 +28,7 @@ use cdp_ebpf::event::{CompleteEvent, FLAG_FUA, FLAG_PREFLUSH, FLAG_SYNC, Op, Wri
 use cdp_journal::format::{Body, FrameBuilder, GapCause, Origin, RecordFlags};
 use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 
-use crate::capture::{DiskNumber, Slot};
+use crate::capture::{DiskNumber, Losses, RingPosition, Slot};
 use crate::event::Event;
 use crate::inflight::{InFlight, Sectors, WholeBio};
 use crate::regions::Regions;
@@ -68,8 +68,6 @@ struct DiskRun {
     /// Its driver completes whole bios rather than requests.
     bio_based: bool,
     in_flight: InFlight,
-    dropped: u64,
-    lost_completions: u64,
     /// The bio whose chunks are coming in.
     open_bio: Option<u64>,
 }
@@ -80,6 +78,8 @@ pub(crate) struct Sealed {
     pub(crate) builder: FrameBuilder,
     pub(crate) wall_offset_ns: i64,
     pub(crate) epoch: Epoch,
+    /// All events before this position in the ring are in this frame or an earlier one.
+    pub(crate) position: RingPosition,
 }
 
 /// Goes up when the store filled up: frames and reads of an older epoch are void, their Seqs are given anew.
@@ -108,13 +108,6 @@ pub(crate) struct Suspicion {
 #[derive(Clone, Debug)]
 pub(crate) struct SuspicionMark(Vec<(VolumeId, u64)>);
 
-/// What the probe's counters say of one disk.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Losses {
-    pub(crate) dropped: u64,
-    pub(crate) lost_completions: u64,
-}
-
 /// See the module's head.
 #[derive(Debug)]
 pub(crate) struct Recorder {
@@ -133,6 +126,10 @@ pub(crate) struct Recorder {
     last_write: BootNs,
     /// How often the probe's counters were looked at.
     polls: u64,
+    /// Behind the last event that was recorded whole.
+    position: RingPosition,
+    /// An event is being recorded: frames are sealed behind it, if it fits.
+    is_in_event: bool,
     /// Every record with its data, for the simulator.
     #[cfg(test)]
     tap: Vec<(Seq, Body, Vec<u8>)>,
@@ -155,6 +152,8 @@ impl Recorder {
             full: false,
             last_write: BootNs(0),
             polls: 0,
+            position: RingPosition::default(),
+            is_in_event: false,
             #[cfg(test)]
             tap: Vec::new(),
         }
@@ -181,6 +180,13 @@ impl Recorder {
         self.wall_offset_ns = wall_offset_ns;
     }
 
+    /// Events that come next may be no later than those that another agent recorded before: up to `last_seq`, at
+    /// `latest`.
+    pub(crate) fn resume_after(&mut self, latest: BootNs) {
+        self.latest = latest;
+        self.recent.extend(self.last_seq.map(|last| (latest, last)));
+    }
+
     /// Adds a disk before it is watched.
     pub(crate) fn add_disk(&mut self, number: DiskNumber, slot: Slot, bio_based: bool) {
         if self.disks.iter().all(|disk| disk.number != number) {
@@ -189,18 +195,19 @@ impl Recorder {
                 slot,
                 bio_based,
                 in_flight: InFlight::default(),
-                dropped: 0,
-                lost_completions: 0,
                 open_bio: None,
             });
         }
     }
 
-    /// Adds a volume before it is watched: all of it has to be read.
+    /// Adds a volume before it is watched: all of it has to be read. Or one that has been watched since it was last
+    /// exact.
     pub(crate) fn add_volume(&mut self, new: NewVolume, now: BootNs) {
         let regions = new.bytes.div_ceil(new.region_bytes);
         let mut dirty = Regions::new(regions);
-        dirty.insert_all();
+        if new.exact.is_none() {
+            dirty.insert_all();
+        }
         let mut blank = Regions::new(regions);
         if new.blank {
             blank.insert_all();
@@ -212,7 +219,11 @@ impl Recorder {
             disk: new.disk,
             start_sector: new.start_sector,
             bytes: new.bytes,
-            state: new.cause.map_or(State::Seeding, State::Resyncing),
+            state: match (new.exact, new.cause) {
+                (Some((since, seq)), _) => State::Exact { since, seq },
+                (None, Some(cause)) => State::Resyncing(cause),
+                (None, None) => State::Seeding,
+            },
             captured_writes: 0,
             captured_bytes: 0,
             dropped_writes: 0,
@@ -225,7 +236,7 @@ impl Recorder {
             dirty,
             blank,
             reading: None,
-            attached: false,
+            attached: new.exact.is_some(),
             unknown_since: now,
             pending: None,
             gap_from: None,
@@ -253,8 +264,61 @@ impl Recorder {
         self.disks.retain(|disk| disks.contains(&disk.number));
     }
 
-    /// One event of the ring.
-    pub(crate) fn event(&mut self, event: &Event<'_>) {
+    /// An agent before this one recorded this write, and may not have seen its end: nor whether the disk took it as
+    /// it was seen.
+    pub(crate) fn recorded_before(&mut self, volume: VolumeId, bytes: &Range<u64>, seq: Seq) {
+        let Some(volume) = self.volumes.iter().find(|known| known.id == volume) else {
+            return;
+        };
+        let range = Sectors {
+            start: volume.start_sector + bytes.start / SECTOR_BYTES,
+            end: volume.start_sector + bytes.end.div_ceil(SECTOR_BYTES),
+        };
+        let number = volume.disk;
+        for disk in self.disks.iter_mut().filter(|disk| disk.number == number) {
+            disk.in_flight.queued(range, seq, None);
+        }
+        let at = self.latest;
+        self.suspect(number, range, at);
+    }
+
+    /// No write before this Seq is in flight, or in doubt.
+    pub(crate) fn unsettled(&self) -> Seq {
+        let in_flight = self
+            .disks
+            .iter()
+            .filter_map(|disk| disk.in_flight.oldest_of_all());
+        let in_doubt = self.volumes.iter().filter_map(VolumeRun::oldest_in_doubt);
+        in_flight
+            .chain(in_doubt)
+            .min()
+            .unwrap_or(Seq::after(self.last_seq))
+    }
+
+    /// Does the log, which holds everything up to `appended`, say that all volumes of the disk (of all disks) are
+    /// exact?
+    pub(crate) fn is_settled(&self, disk: Option<DiskNumber>, appended: Option<Seq>) -> bool {
+        let mut volumes = self
+            .volumes
+            .iter()
+            .filter(|volume| disk.is_none_or(|disk| volume.disk == disk));
+        !self.full
+            && volumes.all(|volume| {
+                volume.pending.is_none()
+                    && matches!(volume.state, State::Exact { seq, .. } if Some(seq) <= appended)
+            })
+    }
+
+    /// One event of the ring, and the position behind it.
+    pub(crate) fn event(&mut self, event: &Event<'_>, behind: RingPosition) {
+        self.is_in_event = true;
+        self.record(event);
+        self.is_in_event = false;
+        self.position = behind;
+        self.seal_if_large();
+    }
+
+    fn record(&mut self, event: &Event<'_>) {
         match event {
             Event::Write(write, data) => self.write(write, data),
             Event::Complete(complete) => self.complete(complete),
@@ -447,7 +511,7 @@ impl Recorder {
         }
     }
 
-    /// The probe's counters, read before the ring is drained. `ring_position`: when the ring has been emptied
+    /// What the probe's counters say was lost since the last call, read before the ring is drained. `ring_position`: when the ring has been emptied
     /// to here, everything queued before this call has been seen. `marks`: regions of the disk (in bytes).
     pub(crate) fn losses(
         &mut self,
@@ -461,13 +525,10 @@ impl Recorder {
         let Some(disk) = self.disks.iter_mut().find(|disk| disk.slot == slot) else {
             return;
         };
-        let dropped = losses.dropped.saturating_sub(disk.dropped);
-        if losses.lost_completions > disk.lost_completions {
+        if losses.lost_completions > 0 {
             // Which writes have ended is not known any more. Those that end later show up as strangers.
             disk.in_flight.clear();
         }
-        disk.dropped = losses.dropped;
-        disk.lost_completions = losses.lost_completions;
         let number = disk.number;
         let floor = self.recent.front().map_or(now, |&(at, _)| at);
         for i in 0..self.volumes.len() {
@@ -489,7 +550,7 @@ impl Recorder {
             if !touched {
                 continue;
             }
-            volume.dropped_writes += dropped;
+            volume.dropped_writes += losses.dropped;
             volume.unknown_since = volume.unknown_since.max(now);
             volume.last_cause = GapCause::RingOverflow;
             if matches!(volume.state, State::Exact { .. }) && volume.pending.is_none() {
@@ -838,10 +899,14 @@ impl Recorder {
             self.recent.pop_front();
         }
         self.recent.push_back((self.latest, seq));
-        if self.builder.raw_bytes() >= FRAME_BYTES_SEAL {
+        self.seal_if_large();
+        seq
+    }
+
+    fn seal_if_large(&mut self) {
+        if self.builder.raw_bytes() >= FRAME_BYTES_SEAL && !self.is_in_event {
             self.seal();
         }
-        seq
     }
 
     fn replace_by_gap(&mut self, at: BootNs, volume: Option<VolumeId>) -> Seq {
@@ -866,6 +931,7 @@ impl Recorder {
             builder,
             wall_offset_ns: self.wall_offset_ns,
             epoch: self.epoch,
+            position: self.position,
         });
     }
 

@@ -138,6 +138,11 @@ impl Suspects {
         self.forget(&(0..u64::MAX))
     }
 
+    /// The oldest write in doubt.
+    pub(super) fn oldest(&self) -> Option<Seq> {
+        self.waiting.values().chain(self.checking.values()).copied().min()
+    }
+
     /// Every block that is waiting or being checked.
     #[cfg(test)]
     pub(super) fn held(&self) -> impl Iterator<Item = u64> {

@@ -32,6 +32,7 @@ fn recorder() -> Recorder {
         blank: true,
         gaps: 0,
         cause: None,
+        exact: None,
     };
     recorder.add_volume(volume, BootNs(1));
     recorder.attached(DISK, BootNs(1));
@@ -73,8 +74,15 @@ fn write_event(sector: u64, bytes: u32, boot_ns: u64) -> WriteEvent {
     }
 }
 
+fn event(recorder: &mut Recorder, event: &Event<'_>) {
+    recorder.event(event, RingPosition::default());
+}
+
 fn write(recorder: &mut Recorder, sector: u64, boot_ns: u64) {
-    recorder.event(&Event::Write(write_event(sector, 4096, boot_ns), &[7; 4096]));
+    event(
+        recorder,
+        &Event::Write(write_event(sector, 4096, boot_ns), &[7; 4096]),
+    );
 }
 
 fn completion(kind: EventKind, sector: u64, bytes: u32, failed: bool, boot_ns: u64) -> CompleteEvent {
@@ -94,12 +102,12 @@ fn completion(kind: EventKind, sector: u64, bytes: u32, failed: bool, boot_ns: u
 
 fn complete(recorder: &mut Recorder, sector: u64, bytes: u32, failed: bool, boot_ns: u64) {
     let event = completion(EventKind::Complete, sector, bytes, failed, boot_ns);
-    recorder.event(&Event::Complete(event));
+    self::event(recorder, &Event::Complete(event));
 }
 
 fn changed(recorder: &mut Recorder, sector: u64, bytes: u32, boot_ns: u64) {
     let event = completion(EventKind::Changed, sector, bytes, false, boot_ns);
-    recorder.event(&Event::Changed(event));
+    self::event(recorder, &Event::Changed(event));
 }
 
 fn lose(recorder: &mut Recorder, dropped: u64, first_at: u64, now: u64, ring_position: u64, region: u64) {
@@ -226,7 +234,7 @@ fn the_chunks_of_a_torn_bio_never_count_as_exact() {
         last: 0,
         ..write_event(8, 4096, 21 * SECOND)
     };
-    recorder.event(&Event::Write(torn, &[1; 4096]));
+    event(&mut recorder, &Event::Write(torn, &[1; 4096]));
     recorder.no_loss();
     lose(&mut recorder, 1, 21 * SECOND, 21 * SECOND + 5, 1, 0);
     recorder.drained_to(1, BootNs(21 * SECOND + 6));
@@ -418,7 +426,7 @@ fn more_changes_in_flight_than_can_be_compared_are_a_gap() {
         op: Op::Discard as u8,
         ..write_event(0, bytes as u32, 20 * SECOND)
     };
-    recorder.event(&Event::Write(discard, &[]));
+    event(&mut recorder, &Event::Write(discard, &[]));
     records(&mut recorder);
     changed(&mut recorder, 0, bytes as u32, 20 * SECOND);
     assert_eq!(state(&recorder), State::Resyncing(GapCause::ChangedInFlight));
@@ -547,12 +555,13 @@ fn a_bio_is_cut_to_the_volumes_it_touches() {
                 blank: true,
                 gaps: 0,
                 cause: None,
+                exact: None,
             },
             BootNs(1),
         );
     }
     let data: Vec<u8> = (0..4 * 4096u32).map(|i| (i / 512) as u8).collect();
-    recorder.event(&Event::Write(write_event(4, 4 * 4096, 5), &data));
+    event(&mut recorder, &Event::Write(write_event(4, 4 * 4096, 5), &data));
     let written: Vec<Body> = records(&mut recorder).into_iter().map(|(_, body)| body).collect();
     assert_eq!(written, vec![Body::Write { offset: 0, len: 4096 }; 2]);
 }

@@ -8,6 +8,8 @@ use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 
 use super::suspects::Suspects;
 use crate::capture::DiskNumber;
+use crate::config::VolumeConfig;
+use crate::device::BlockDevice;
 use crate::inflight::Sectors;
 use crate::regions::Regions;
 
@@ -115,6 +117,11 @@ impl VolumeRun {
         self.in_doubt = self.in_doubt.into_iter().chain(write).min();
     }
 
+    /// The oldest write that may have ended otherwise than the log says.
+    pub(super) fn oldest_in_doubt(&self) -> Option<Seq> {
+        self.suspects.oldest().into_iter().chain(self.in_doubt).min()
+    }
+
     /// Will all of this be read back and compared, after every write that came up to now?
     pub(super) fn is_dirty(&self, bytes: &Range<u64>) -> bool {
         (bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes))
@@ -136,7 +143,7 @@ impl VolumeRun {
 }
 
 /// What a new volume brings along.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct NewVolume {
     pub(crate) id: VolumeId,
     pub(crate) name: String,
@@ -151,4 +158,40 @@ pub(crate) struct NewVolume {
     pub(crate) gaps: u64,
     /// Why its history is interrupted, if it is.
     pub(crate) cause: Option<GapCause>,
+    /// It is not: the probe has watched it all the time since this record, which began the exact stretch.
+    pub(crate) exact: Option<(BootNs, Seq)>,
+}
+
+impl NewVolume {
+    /// A volume of which the store knows nothing.
+    pub(crate) fn of_device(
+        id: VolumeId,
+        volume: &VolumeConfig,
+        device: &BlockDevice,
+        region_bytes: u64,
+    ) -> Self {
+        Self {
+            id,
+            name: volume.name.clone(),
+            path: device.path.clone(),
+            disk: device.disk,
+            start_sector: device.start_sector,
+            bytes: device.bytes,
+            region_bytes,
+            blank: true,
+            gaps: 0,
+            cause: None,
+            exact: None,
+        }
+    }
+
+    /// The store knows it: with so many gaps, and the cause of the one that is open.
+    pub(crate) fn known(self, gaps: u64, cause: Option<GapCause>) -> Self {
+        Self {
+            blank: false,
+            gaps,
+            cause,
+            ..self
+        }
+    }
 }

@@ -11,7 +11,7 @@ use crate::error::OpenError;
 /// in this process closes the file).
 #[derive(Debug)]
 pub(crate) struct StoreLock {
-    _file: File,
+    file: File,
 }
 
 impl StoreLock {
@@ -49,7 +49,7 @@ impl StoreLock {
         if let Err(error) = written {
             tracing::debug!(path = %path.display(), %error, "the process id was not left in the lock file");
         }
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
 
     /// Does anybody hold the lock? Asks without taking it.
@@ -61,6 +61,14 @@ impl StoreLock {
         };
         // A shared lock would conflict with the writer's exclusive one, and with nothing else.
         Ok(lock(&file, libc::F_OFD_GETLK, libc::F_RDLCK)? != libc::F_UNLCK)
+    }
+}
+
+impl Drop for StoreLock {
+    /// Not left to the closing of the file: a process that is just being started has a copy of the descriptor until
+    /// its program runs, and with it the lock.
+    fn drop(&mut self) {
+        let _ = lock(&self.file, libc::F_OFD_SETLK, libc::F_UNLCK);
     }
 }
 
@@ -81,5 +89,23 @@ fn lock(file: &File, command: libc::c_int, kind: libc::c_int) -> io::Result<libc
         Err(io::Error::last_os_error())
     } else {
         Ok(libc::c_int::from(request.l_type))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_ends_though_another_process_has_its_descriptor() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let held = StoreLock::take(&path).unwrap();
+        assert!(StoreLock::is_held(&path).unwrap());
+        let inherited = held.file.try_clone().unwrap();
+        drop(held);
+        assert!(!StoreLock::is_held(&path).unwrap());
+        StoreLock::take(&path).unwrap();
+        drop(inherited);
     }
 }

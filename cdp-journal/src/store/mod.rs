@@ -31,6 +31,11 @@ pub use reader::StoreReader;
 pub use records::{FrameRecords, Records};
 pub use writer::{Cut, Recovered, StoreWriter, VolumeState, WriterOptions};
 
+/// Does anybody write to the store in this folder? Asks without taking its lock.
+pub fn is_locked(dir: &std::path::Path) -> std::io::Result<bool> {
+    StoreLock::is_held(&dir.join(LOCK_FILE))
+}
+
 /// The format of the folder as a whole.
 const STORE_FORMAT: u32 = 1;
 pub(crate) const STORE_FILE: &str = "store.json";

@@ -6,7 +6,7 @@ use crate::format::{Frame, GapCause};
 use crate::history::{Bookmark, ExactInterval, Gap, History, Note, Resize, VolumeInfo};
 use crate::index::{Event, EventBody, FrameEntry};
 use crate::log::Disk;
-use crate::types::{Seq, VolumeId, WallNs};
+use crate::types::{BootNs, Seq, VolumeId, WallNs};
 use crate::view::ViewStore;
 use crate::when::{Moment, NotExact, NotExactCause, Point};
 
@@ -45,6 +45,17 @@ impl Timeline<'_> {
             .take_while(|placed| placed.record.seq <= seq)
             .map(|placed| placed.wall);
         Ok(within.chain(before).max())
+    }
+
+    /// The latest time in the last frame.
+    pub(super) fn last_boot_ns(&self) -> Result<Option<BootNs>, ReadError> {
+        let Some(head) = self.head else { return Ok(None) };
+        let entry = self
+            .store
+            .ask(|lookup| lookup.frame_at_or_before(head.seq.get()))?;
+        entry
+            .map(|entry| self.frame(&entry).map(|frame| frame.header.boot_ns_max))
+            .transpose()
     }
 
     /// The last record of the longest run in which none is later than `wall`.

@@ -13,7 +13,7 @@ use crate::format::{FRAME_BYTES_MAX, GapCause};
 use crate::history::VolumeInfo;
 use crate::index::{Event, EventBody, IndexError, IndexParts, IndexWriter, open_index, rebuild_index};
 use crate::log::{Disk, LogLimits, LogState, LogWriter, RealDisk, Tail, open_error, recover};
-use crate::types::{SegmentId, Seq, WallNs};
+use crate::types::{BootNs, SegmentId, Seq, WallNs};
 use crate::verify::Damage;
 use crate::when::Point;
 
@@ -63,6 +63,8 @@ pub struct VolumeState {
     pub inexact: Option<GapCause>,
     /// The last record at which history was exact.
     pub last_exact: Option<Seq>,
+    /// Where the newest exact stretch began.
+    pub exact_since: Option<Point>,
     /// Gaps so far, an open one included.
     pub gaps: u64,
 }
@@ -82,6 +84,8 @@ pub struct Recovered {
     pub agent: Option<Uuid>,
     /// The boot of the host that the last frame was captured in.
     pub boot_id: Option<Uuid>,
+    /// The latest time in the last frame.
+    pub latest: Option<BootNs>,
     /// Was the last record a clean stop?
     pub stopped: bool,
     /// The index had to be rebuilt, and why.
@@ -256,6 +260,10 @@ fn describe(
             volumes.push(VolumeState {
                 inexact: (!is_exact).then_some(cause),
                 last_exact: history.exact.last().map(|exact| exact.to_seq),
+                exact_since: history.exact.last().map(|exact| Point {
+                    seq: exact.from_seq,
+                    wall: exact.from,
+                }),
                 gaps: history.gaps.len() as u64,
                 info,
             });
@@ -263,6 +271,9 @@ fn describe(
         Ok((volumes, index.views().ask(|lookup| lookup.events(0))?))
     };
     let (volumes, events) = look().map_err(|error| open_error(error, applied.last))?;
+    let latest = timeline
+        .last_boot_ns()
+        .map_err(|error| open_error(error, applied.last))?;
     let agent = events.iter().rev().find_map(|event| match event.body {
         EventBody::Start { agent, .. } => Some(agent),
         _ => None,
@@ -277,6 +288,7 @@ fn describe(
         damages: state.damages.clone(),
         agent,
         boot_id: applied.clock.map(|(boot_id, _)| boot_id),
+        latest,
         stopped,
         index_rebuilt,
         created,

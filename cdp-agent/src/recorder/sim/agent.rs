@@ -183,6 +183,7 @@ impl Agent {
                 blank: !known,
                 gaps: 0,
                 cause: known.then_some(GapCause::AgentDown),
+                exact: None,
             },
             now,
         );
@@ -328,8 +329,8 @@ impl Agent {
                     .map(|region| region * region_bytes..(region + 1) * region_bytes)
                     .collect();
                 let losses = Losses {
-                    dropped: found.dropped,
-                    lost_completions: found.lost_completions,
+                    dropped: found.dropped - self.seen.dropped,
+                    lost_completions: found.lost_completions - self.seen.lost_completions,
                 };
                 let first_at = (found.first_drop_ns != 0).then_some(BootNs(found.first_drop_ns));
                 self.recorder
@@ -408,17 +409,20 @@ impl Agent {
                         Vec::new()
                     };
                     let was_full = self.recorder.is_full();
-                    self.recorder.event(&Event::Write(event, &data));
+                    self.recorder
+                        .event(&Event::Write(event, &data), RingPosition::default());
                     self.tapped(model, Some(number));
                     if was_full {
                         kernel.never_captured(number);
                     }
                 }
                 RingEvent::Complete(event) => {
-                    self.recorder.event(&Event::Complete(event));
+                    self.recorder
+                        .event(&Event::Complete(event), RingPosition::default());
                 }
                 RingEvent::Changed(event) => {
-                    self.recorder.event(&Event::Changed(event));
+                    self.recorder
+                        .event(&Event::Changed(event), RingPosition::default());
                 }
             }
             self.tapped(model, None);

@@ -1,0 +1,47 @@
+//! `cdp-agent unload`: removes the probe that goes on without an agent.
+
+use std::io::Write as _;
+use std::path::Path;
+
+use anyhow::{bail, ensure};
+
+use crate::capture;
+
+/// Unloads the pinned probe of the agent with this store; of every agent that does not run, without one.
+pub(crate) fn run(store: Option<&Path>) -> anyhow::Result<()> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "cdp-agent unload needs root: run it with sudo"
+    );
+    let mut out = std::io::stdout().lock();
+    let wanted = store.map(std::path::absolute).transpose()?;
+    let mut unloaded = 0;
+    for pinned in capture::pinned() {
+        let of_store = pinned.store();
+        if wanted.is_some() && of_store != wanted {
+            continue;
+        }
+        let name = of_store.as_ref().map_or_else(
+            || "another version".to_owned(),
+            |store| store.display().to_string(),
+        );
+        let is_running = of_store.is_some_and(|store| cdp_journal::store::is_locked(&store).unwrap_or(false));
+        if is_running {
+            if wanted.is_some() {
+                bail!("an agent runs on {name}: stop it first");
+            }
+            writeln!(out, "left the probe of {name}: its agent runs")?;
+            continue;
+        }
+        pinned.remove()?;
+        unloaded += 1;
+        writeln!(
+            out,
+            "unloaded the probe of {name}: writes from now on are not captured"
+        )?;
+    }
+    if unloaded == 0 {
+        writeln!(out, "no probe to unload")?;
+    }
+    Ok(())
+}
