@@ -413,7 +413,7 @@ impl Capture {
                 recorder.set_wall_offset(clock::wall_offset_ns());
                 match shared.store.lock().take() {
                     Some(StoreChange::Full { next, epoch }) => {
-                        self.probe.notes().forget_frames();
+                        self.probe.notes().forget_frames_after(next.prev());
                         recorder.store_full(next, epoch, now);
                     }
                     Some(StoreChange::Room) => recorder.room_again(now),

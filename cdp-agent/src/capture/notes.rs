@@ -214,10 +214,12 @@ impl<W: Words> Notes<W> {
         self.0.store(FRAMES_NOTED, noted + 1);
     }
 
-    /// Seqs are given anew: frames noted before say nothing.
-    pub(crate) fn forget_frames(&self) {
-        for i in 0..FRAMES_KEPT {
-            self.0.store(FRAMES + 2 * i, 0);
+    /// Seqs after this record are given anew: frames noted with them say nothing.
+    pub(crate) fn forget_frames_after(&self, last: Option<Seq>) {
+        for at in (0..FRAMES_KEPT).map(|i| FRAMES + 2 * i) {
+            if Seq::new(self.0.load(at)) > last {
+                self.0.store(at, 0);
+            }
         }
     }
 
@@ -326,7 +328,11 @@ mod tests {
         );
         assert_eq!(notes.position_of(seq(oldest * 10 - 10)), None);
         assert_eq!(notes.position_of(seq(9_999)), None);
-        notes.forget_frames();
+        // An agent was killed before it appended its last frame; the next one gives the same Seqs.
+        notes.forget_frames_after(Some(seq(9_990)));
         assert_eq!(notes.position_of(seq(10_000)), None);
+        notes.frame(seq(10_000), RingPosition(77));
+        assert_eq!(notes.position_of(seq(10_000)), Some(RingPosition(77)));
+        assert_eq!(notes.position_of(seq(9_990)), Some(RingPosition(999 * 4096)));
     }
 }
