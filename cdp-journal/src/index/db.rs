@@ -160,6 +160,13 @@ impl Db {
         fill: impl FnOnce(&mut PutPair<'_>) -> Result<(), IndexError>,
     ) -> Result<(), IndexError> {
         let path = self.db.path().join(INCOMING_FILE);
+        // After a crash it may be the second name of a run that was added: writing to it would destroy that one.
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(IndexError::Remove(error));
+            }
+            _ => {}
+        }
         let options = options();
         let mut file = SstFileWriter::create(&options);
         file.open(&path)?;

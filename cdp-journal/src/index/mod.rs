@@ -40,7 +40,7 @@ pub enum IndexError {
     /// A frame that does not follow the last one applied, or is not one.
     #[error("index: {0}")]
     Frame(String),
-    /// An unusable index could not be removed.
-    #[error("remove the old index")]
+    /// An unusable index, or what a crash left of one, could not be removed.
+    #[error("remove what is left of the index")]
     Remove(#[source] std::io::Error),
 }

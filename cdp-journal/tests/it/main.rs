@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod damage;
 #[cfg(test)]
+mod index_crash;
 mod kit;
 #[cfg(test)]
 mod replay;

@@ -4,6 +4,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use cdp_journal::Seq;
+use cdp_journal::store::Recovered;
 use cdp_tests::Scene;
 use cdp_tests::mount::{FileSystem, Mount};
 use cdp_tests::process::check_interrupted;
@@ -16,7 +18,7 @@ use crate::image::Image;
 use crate::model::{Log, Replay, Report};
 
 /// Seqs taken unless `CDP_STATES` says otherwise.
-const SEQS_DEFAULT: usize = 80;
+const SEQS_DEFAULT: usize = 120;
 /// How many Seqs there are to one that has a reordered state too.
 const REORDER_EVERY: usize = 2;
 /// Times that the disk of a state is compared with a view of all of it.
@@ -35,6 +37,20 @@ pub(crate) struct Found {
     pub(crate) rebuilt: Option<String>,
     /// The log had a torn end.
     pub(crate) torn: bool,
+}
+
+impl Found {
+    /// An error if records up to `durable` are not whole.
+    pub(crate) fn by(recovered: &Recovered, durable: Option<Seq>) -> Result<Found> {
+        ensure!(
+            recovered.last_seq >= durable && recovered.damages.is_empty(),
+            "{durable:?} is not left: {recovered:?}"
+        );
+        Ok(Found {
+            rebuilt: recovered.index_rebuilt.clone(),
+            torn: recovered.cut.is_some(),
+        })
+    }
 }
 
 /// What was done to a disk, and what is known of it.
