@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
 use super::disk::{Disk, DiskFile};
 
 /// Random numbers that a printed seed replays (SplitMix64).
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
@@ -47,33 +48,105 @@ impl Change {
     }
 }
 
+/// What becomes of an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// It fails. Of a write, half is done. Of the data that a sync was to write, any part is written and the rest never
+    /// will be, as kernels have it; names are kept.
+    Fails(io::ErrorKind),
+    /// It does not happen, nor does anything after it: who asked for it was killed.
+    Killed,
+}
+
+/// Operations that do not go well.
+#[derive(Debug, Clone, Copy)]
+struct Plan {
+    first: u64,
+    count: u64,
+    fault: Fault,
+}
+
 #[derive(Debug, Clone, Default)]
 struct FileState {
+    /// As who reads it sees it.
     now: Vec<u8>,
+    /// As it is on the disk, if the rest is lost.
     synced: Vec<u8>,
+    /// What a sync has still to write.
     unsynced: Vec<Change>,
 }
+
+/// A name that was made (`Some`) or removed.
+type NameChange = (String, Option<u64>);
 
 #[derive(Debug, Default)]
 struct State {
     files: BTreeMap<u64, FileState>,
     names: BTreeMap<String, u64>,
     synced_names: BTreeMap<String, u64>,
+    unsynced_names: Vec<NameChange>,
+    /// Making names durable has failed.
+    names_failed: bool,
     next_file: u64,
     operations: u64,
     stop_after: Option<u64>,
-    fail_next_sync: bool,
+    plan: Option<Plan>,
+    random: Random,
     free_bytes: Option<u64>,
 }
 
 impl State {
-    /// Counts a change; `Err` once the disk has stopped.
-    fn operation(&mut self) -> io::Result<()> {
+    /// Counts a change; `Err` if it does not go well.
+    fn operation(&mut self) -> Result<(), Fault> {
         if self.stop_after.is_some_and(|stop| self.operations >= stop) {
-            return Err(io::Error::other("the disk has stopped"));
+            return Err(Fault::Killed);
         }
+        let number = self.operations;
         self.operations += 1;
-        Ok(())
+        match self.plan {
+            Some(plan) if number >= plan.first && number - plan.first < plan.count => Err(plan.fault),
+            _ => Ok(()),
+        }
+    }
+
+    fn change_name(&mut self, name: &str, file: Option<u64>) {
+        apply_name(&mut self.names, (name, file));
+        self.unsynced_names.push((name.to_owned(), file));
+    }
+}
+
+impl From<Fault> for io::Error {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Fails(kind) => kind.into(),
+            Fault::Killed => io::Error::other("killed"),
+        }
+    }
+}
+
+fn apply_name(names: &mut BTreeMap<String, u64>, (name, file): (&str, Option<u64>)) {
+    match file {
+        Some(file) => names.insert(name.to_owned(), file),
+        None => names.remove(name),
+    };
+}
+
+/// A file as it is when any part of what was not synced has landed, torn anywhere.
+fn land(synced: &mut Vec<u8>, changes: &[Change], random: &mut Random) {
+    for change in changes {
+        match (random.below(4), change) {
+            (0, _) => {}
+            (1, Change::Write { offset, bytes }) => {
+                let from = random.below(bytes.len() as u64 + 1) as usize;
+                let to = from + random.below((bytes.len() - from) as u64 + 1) as usize;
+                Change::Write {
+                    offset: offset + from,
+                    bytes: bytes[from..to].to_vec(),
+                }
+                .apply(synced);
+            }
+            (_, change) => change.apply(synced),
+        }
     }
 }
 
@@ -89,12 +162,30 @@ impl FaultDisk {
         disk
     }
 
+    /// A disk on which `fault` befalls `count` operations after the first `operations`.
+    pub(crate) fn failing_after(operations: u64, count: u64, fault: Fault) -> Self {
+        let disk = Self::default();
+        disk.0.lock().plan = Some(Plan {
+            first: operations,
+            count,
+            fault,
+        });
+        disk
+    }
+
     pub(crate) fn operations(&self) -> u64 {
         self.0.lock().operations
     }
 
-    pub(crate) fn fail_next_sync(&self) {
-        self.0.lock().fail_next_sync = true;
+    /// `fault` befalls the next operation.
+    pub(crate) fn fail_next(&self, fault: Fault) {
+        let mut state = self.0.lock();
+        let first = state.operations;
+        state.plan = Some(Plan {
+            first,
+            count: 1,
+            fault,
+        });
     }
 
     /// From now on, only so many bytes can be written.
@@ -106,37 +197,14 @@ impl FaultDisk {
     pub(crate) fn after_power_loss(&self, random: &mut Random) -> Self {
         let state = self.0.lock();
         let mut names = state.synced_names.clone();
-        for (name, file) in &state.names {
+        for (name, file) in &state.unsynced_names {
             if random.below(2) == 0 {
-                names.insert(name.clone(), *file);
-            }
-        }
-        for name in state
-            .synced_names
-            .keys()
-            .filter(|name| !state.names.contains_key(*name))
-        {
-            if random.below(2) == 0 {
-                names.remove(name);
+                apply_name(&mut names, (name, *file));
             }
         }
         let survive = |file: &FileState, random: &mut Random| {
             let mut data = file.synced.clone();
-            for change in &file.unsynced {
-                match (random.below(4), change) {
-                    (0, _) => {}
-                    (1, Change::Write { offset, bytes }) => {
-                        let from = random.below(bytes.len() as u64 + 1) as usize;
-                        let to = from + random.below((bytes.len() - from) as u64 + 1) as usize;
-                        Change::Write {
-                            offset: offset + from,
-                            bytes: bytes[from..to].to_vec(),
-                        }
-                        .apply(&mut data);
-                    }
-                    (_, change) => change.apply(&mut data),
-                }
-            }
+            land(&mut data, &file.unsynced, random);
             FileState {
                 now: data.clone(),
                 synced: data,
@@ -196,7 +264,10 @@ impl Disk for FaultDisk {
     }
 
     fn list(&self) -> io::Result<Vec<String>> {
-        Ok(self.0.lock().names.keys().cloned().collect())
+        let mut state = self.0.lock();
+        // Recovery begins so: nothing is taken for granted any more.
+        state.names_failed = false;
+        Ok(state.names.keys().cloned().collect())
     }
 
     fn create(&self, name: &str) -> io::Result<Box<dyn DiskFile>> {
@@ -208,42 +279,57 @@ impl Disk for FaultDisk {
         let id = state.next_file;
         state.next_file += 1;
         state.files.insert(id, FileState::default());
-        state.names.insert(name.to_owned(), id);
+        state.change_name(name, Some(id));
         Ok(Box::new(FaultFile {
             disk: self.clone(),
             id,
+            failed: AtomicBool::new(false),
         }))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn DiskFile>> {
-        let id = self
-            .0
-            .lock()
-            .names
-            .get(name)
-            .copied()
-            .ok_or(io::ErrorKind::NotFound)?;
+        let mut state = self.0.lock();
+        let id = state.names.get(name).copied().ok_or(io::ErrorKind::NotFound)?;
+        // The cache may show what a failed sync has lost. It is dropped for who opens the file.
+        let file = state.files.get_mut(&id).unwrap();
+        let len = file.now.len();
+        file.now = file.synced.clone();
+        file.unsynced
+            .iter()
+            .for_each(|change| change.apply(&mut file.now));
+        file.now.resize(len, 0);
         Ok(Box::new(FaultFile {
             disk: self.clone(),
             id,
+            failed: AtomicBool::new(false),
         }))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
         let mut state = self.0.lock();
         state.operation()?;
-        state
-            .names
-            .remove(name)
-            .map(|_| ())
-            .ok_or_else(|| io::ErrorKind::NotFound.into())
+        if !state.names.contains_key(name) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        state.change_name(name, None);
+        Ok(())
     }
 
     fn sync_names(&self) -> io::Result<()> {
-        let mut state = self.0.lock();
-        state.operation()?;
-        state.synced_names = state.names.clone();
-        Ok(())
+        let mut guard = self.0.lock();
+        let state = &mut *guard;
+        assert!(!state.names_failed, "a failed sync was tried again");
+        let done = state.operation();
+        match done {
+            Ok(()) => {
+                let changes = std::mem::take(&mut state.unsynced_names);
+                changes
+                    .iter()
+                    .for_each(|(name, file)| apply_name(&mut state.synced_names, (name, *file)));
+            }
+            Err(fault) => state.names_failed = fault != Fault::Killed,
+        }
+        Ok(done?)
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
@@ -255,18 +341,32 @@ impl Disk for FaultDisk {
 struct FaultFile {
     disk: FaultDisk,
     id: u64,
+    /// A sync has failed.
+    failed: AtomicBool,
 }
 
 impl FaultFile {
     fn change(&self, change: Change) -> io::Result<()> {
         let mut state = self.disk.0.lock();
-        let stopped = state.operation();
+        let stops = state.stop_after.is_some();
+        let done = state.operation();
         let file = state.files.get_mut(&self.id).unwrap();
-        // What the disk was told last before it stopped may still land.
-        file.unsynced.push(change.clone());
-        stopped?;
+        let change = match (done, change) {
+            (Err(Fault::Fails(_)), Change::Write { offset, mut bytes }) => {
+                bytes.truncate(bytes.len() / 2);
+                Change::Write { offset, bytes }
+            }
+            // What the disk was told last before it stopped may still land.
+            (Err(Fault::Killed), change) if stops => {
+                file.unsynced.push(change);
+                return Ok(done?);
+            }
+            (Err(_), _) => return Ok(done?),
+            (Ok(()), change) => change,
+        };
         change.apply(&mut file.now);
-        Ok(())
+        file.unsynced.push(change);
+        Ok(done?)
     }
 }
 
@@ -307,14 +407,26 @@ impl DiskFile for FaultFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut state = self.disk.0.lock();
-        state.operation()?;
-        if std::mem::take(&mut state.fail_next_sync) {
-            return Err(io::Error::other("injected failure of a sync"));
-        }
+        let mut guard = self.disk.0.lock();
+        let state = &mut *guard;
+        assert!(
+            !self.failed.load(Ordering::SeqCst),
+            "a failed sync was tried again"
+        );
+        let done = state.operation();
         let file = state.files.get_mut(&self.id).unwrap();
-        file.synced = file.now.clone();
-        file.unsynced.clear();
-        Ok(())
+        match done {
+            Ok(()) => {
+                let changes = std::mem::take(&mut file.unsynced);
+                changes.iter().for_each(|change| change.apply(&mut file.synced));
+            }
+            Err(Fault::Fails(_)) => {
+                self.failed.store(true, Ordering::SeqCst);
+                let changes = std::mem::take(&mut file.unsynced);
+                land(&mut file.synced, &changes, &mut state.random);
+            }
+            Err(Fault::Killed) => {}
+        }
+        Ok(done?)
     }
 }

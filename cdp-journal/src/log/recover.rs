@@ -63,7 +63,11 @@ pub(crate) fn recover(disk: &dyn Disk, store: Uuid, indexed: Option<Seq>) -> Res
             last_good: id.0.prev(),
         };
         match segment.header(store).map_err(OpenError::io("read", &path))? {
-            HeaderState::Good => return recover_newest(segment, indexed, cut),
+            HeaderState::Good => {
+                // Who made it may have been killed before its name was durable.
+                disk.sync_names().map_err(OpenError::io("sync", disk.path("")))?;
+                return recover_newest(segment, indexed, cut);
+            }
             HeaderState::TooNew(found) => {
                 return Err(OpenError::TooNew {
                     path,

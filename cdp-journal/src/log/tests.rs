@@ -3,7 +3,7 @@ use std::sync::atomic::AtomicU64;
 
 use uuid::Uuid;
 
-use super::fault::{FaultDisk, Random};
+use super::fault::{Fault, FaultDisk, Random};
 use super::*;
 use crate::error::OpenError;
 use crate::format::{
@@ -141,6 +141,86 @@ fn a_crash_at_any_disk_operation_keeps_what_was_durable() {
             assert!(log.durable() >= durable, "{told}, second time");
             assert_eq!(read_all(&disk), log.durable(), "{told}, second time");
         }
+    }
+}
+
+/// What an agent does whatever happens: tries a frame again when there was no room, opens the log again when something
+/// else failed. Returns the last record reported durable once `frames` were appended, and how often it opened the log.
+fn persist(disk: &FaultDisk, frames: usize, random: &mut Random, told: &str) -> (Option<Seq>, usize) {
+    let (mut durable, mut appended, mut opened) = (None, 0, 0);
+    let mut open_log: Option<LogWriter> = None;
+    for _ in 0..frames + 20 {
+        let Some(log) = &mut open_log else {
+            // The index may know what was durable, or be behind.
+            let indexed = durable.filter(|_| random.below(2) == 0);
+            match open(disk, indexed) {
+                Ok(log) => open_log = Some(log),
+                Err(OpenError::Io { .. }) => {}
+                Err(error) => panic!("{told}: {error}"),
+            }
+            opened += 1;
+            let found = open_log.as_ref().map(LogWriter::durable);
+            assert!(
+                found.is_none_or(|found| found >= durable),
+                "{told}: {found:?} of {durable:?}"
+            );
+            continue;
+        };
+        let was_synced = match log.append(&frame(log.next_seq())) {
+            Ok(_) => {
+                appended += 1;
+                random.below(3) > 0 || log.sync().is_ok()
+            }
+            Err(error) => error.is_full(),
+        };
+        durable = durable.max(log.durable());
+        if !was_synced {
+            open_log = None;
+        } else if appended >= frames {
+            break;
+        }
+    }
+    (durable, opened)
+}
+
+/// Goal: an operation that fails, or a kill, costs nothing that was durable, also when there is a power loss much
+/// later; what a failed sync was to write is never taken for durable because a later one succeeds. Method: each
+/// operation in turn, and up to two after it, fails for good, for want of room, or with the process; go on as the agent
+/// does, and lose power in the end.
+#[test]
+fn a_failure_of_any_disk_operation_costs_nothing_that_was_durable() {
+    const FRAMES: usize = 24;
+    let faults = [
+        Fault::Fails(io::ErrorKind::Other),
+        Fault::Fails(io::ErrorKind::StorageFull),
+        Fault::Killed,
+    ];
+    for seed in 0..6 {
+        let whole = FaultDisk::default();
+        persist(&whole, FRAMES, &mut Random(seed), "no fault");
+        let (mut reopened, mut stayed) = (0, 0);
+        for after in 0..=whole.operations() {
+            for (fault, count) in faults
+                .iter()
+                .flat_map(|fault| [(*fault, 1), (*fault, 2), (*fault, 3)])
+            {
+                let told = format!("seed {seed}, {fault:?} {count} times after operation {after}");
+                let disk = FaultDisk::failing_after(after, count, fault);
+                let (durable, opened) = persist(&disk, FRAMES, &mut Random(seed), &told);
+                *if opened > 1 { &mut reopened } else { &mut stayed } += 1;
+                let disk = disk.after_power_loss(&mut Random(seed ^ (after << 32) ^ (count << 24)));
+                assert!(read_all(&disk) >= durable, "{told}");
+                assert_eq!(damages(&disk, durable), [], "{told}");
+                let log = open(&disk, durable).unwrap_or_else(|error| panic!("{told}: {error}"));
+                assert!(
+                    log.durable() >= durable,
+                    "{told}: {:?} of {durable:?} left",
+                    log.durable()
+                );
+                assert_eq!(read_all(&disk), log.durable(), "{told}");
+            }
+        }
+        assert!(reopened > 0 && stayed > 0, "seed {seed}: {reopened} {stayed}");
     }
 }
 
@@ -420,7 +500,7 @@ fn a_failed_sync_is_final() {
     let mut log = open(&disk, None).unwrap();
     let durable = log.durable();
     log.append(&frame(log.next_seq())).unwrap();
-    disk.fail_next_sync();
+    disk.fail_next(Fault::Fails(io::ErrorKind::Other));
     assert!(matches!(log.sync(), Err(LogError::Io { action: "sync", .. })));
     assert!(
         matches!(log.sync(), Err(LogError::Poisoned { .. })),

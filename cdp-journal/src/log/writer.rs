@@ -174,7 +174,7 @@ impl LogWriter {
         Ok(self.durable)
     }
 
-    /// Finishes the newest segment and begins the next. On failure the newest stays.
+    /// Finishes the newest segment and begins the next. On failure the newest stays, or the log is poisoned.
     fn roll(&mut self) -> Result<(), LogError> {
         self.sync()?;
         let id = SegmentId(self.next_seq());
@@ -194,7 +194,6 @@ impl LogWriter {
         let made = self.disk.create(&id.file_name()).and_then(|file| {
             file.write_at(0, &header, &[])?;
             file.sync()?;
-            self.disk.sync_names()?;
             Ok(file)
         });
         let file = match made {
@@ -220,6 +219,15 @@ impl LogWriter {
                 });
             }
         };
+        if let Err(source) = self.disk.sync_names() {
+            // Tried again, to remove the segment, it could lie; and appended to, the one before could be hidden.
+            self.poison = Some(format!("sync of names: {source}"));
+            return Err(LogError::Io {
+                action: "sync the name of",
+                path,
+                source,
+            });
+        }
         self.closed_bytes = self.log_bytes();
         self.newest = Some((Segment { id, path, file }, SEGMENT_HEADER_BYTES as u64));
         self.reserved_until = SEGMENT_HEADER_BYTES as u64;

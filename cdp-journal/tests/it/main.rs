@@ -4,6 +4,7 @@
 mod damage;
 #[cfg(test)]
 mod index_crash;
+#[cfg(test)]
 mod kit;
 #[cfg(test)]
 mod replay;
