@@ -238,6 +238,11 @@ impl Agent {
             .arg(&self.plan.store)
     }
 
+    /// Its exit code, once it has ended.
+    pub fn try_code(&mut self) -> Result<Option<i32>> {
+        self.process.try_code()
+    }
+
     /// An error with its log if it has ended.
     pub fn check_alive(&mut self) -> Result<()> {
         if let Some(code) = self.process.try_code()? {

@@ -7,10 +7,10 @@ use anyhow::{Result, ensure};
 use cdp_tests::agent::{AgentPlan, PROTECT_TIMEOUT};
 use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
 use cdp_tests::moments::{QuietMoment, WallNs};
-use cdp_tests::mount::Mount;
+use cdp_tests::mount::{FileSystem, Mount};
 use cdp_tests::process::poll_until;
 use cdp_tests::refused::expect_refused;
-use cdp_tests::restore::Restore;
+use cdp_tests::restore::{Gap, Restore};
 use cdp_tests::small::{NOTICE_TIMEOUT, device, job, plan, wait_for_gap, write};
 use cdp_tests::system_test;
 
@@ -143,6 +143,55 @@ fn a_full_store_disk_is_a_gap_and_harms_nobody() {
         before.check(&restore, &mut scene.rng(), &scene.path("image"))?;
         agent.stop()?;
         disk.unmount()
+    });
+}
+
+/// Goal: a store whose disk fails a write costs nothing that was durable, nor the host's writers, and nothing is tried
+/// again on a file that could not be synced. Method: the store's file system lies on a loop device that lies on a tmpfs
+/// without room; the agent must end. With room again, and the file system mounted anew, it goes on.
+#[test]
+fn a_store_disk_that_fails_ends_the_agent_and_costs_nothing_durable() {
+    system_test("honest: store disk fails", &["mkfs.ext4", "fio"], |scene| {
+        let device = device(scene)?;
+        let memory = Mount::with_options(Path::new("none"), "tmpfs", &scene.path("small"), "size=128m")?;
+        let disk = LoopDevice::create(&memory.dir().join("store-disk"), LoopOptions::of_bytes(192 * MIB))?;
+        FileSystem::Ext4.make(disk.path())?;
+        let mount = Mount::new(disk.path(), FileSystem::Ext4, &scene.path("store-disk"))?;
+        let plan = AgentPlan::new(scene, &mount.dir().join("store"))?.volume("v", device.path());
+        let mut agent = plan.protect()?;
+        write(scene, &device, "before", MIB)?;
+        let before = QuietMoment::of_raw("v", device.path())?;
+        agent.wait_and_check()?;
+        let filler = memory.dir().join("filler");
+        let full = std::fs::write(&filler, vec![1; 160 << 20]);
+        ensure!(full.is_err(), "the tmpfs took more than it holds");
+        let code = poll_until("the agent to end", NOTICE_TIMEOUT, || {
+            write_at(&device, 16 * MIB, 64 << 10)?;
+            agent.try_code()
+        })?;
+        let said = cdp_tests::process::tail(&scene.log("agent"), 10);
+        let is_told = said.contains("log: ") || said.contains("index: ");
+        ensure!(code == 1 && is_told, "exit code {code}\n{said}");
+        std::fs::remove_file(&filler)?;
+        mount.unmount()?;
+        let mount = Mount::new(disk.path(), FileSystem::Ext4, &scene.path("store-disk"))?;
+        let mut agent = plan.protect()?;
+        let after = QuietMoment::of_raw("v", device.path())?;
+        agent.wait_synced()?;
+        let restore = Restore::from(plan.store())?;
+        restore.verify()?.success()?;
+        // A write of the log that finds no room is known at once, by a full store; a sync alone may tell of it too.
+        // What was not durable may still be in the ring: then there is no gap at all.
+        let gaps = restore.points("v")?.gaps;
+        let is_told =
+            |gap: &Gap| ["agent-down", "spool-full"].contains(&gap.cause.as_str()) && gap.to.is_some();
+        ensure!(gaps.iter().all(is_told), "{gaps:?}");
+        before.check(&restore, &mut scene.rng(), &scene.path("image"))?;
+        after.check_at(&restore, "latest", &scene.path("image"))?;
+        agent.stop()?;
+        mount.unmount()?;
+        drop(disk);
+        memory.unmount()
     });
 }
 
