@@ -19,11 +19,12 @@ use uuid::Uuid;
 use crate::capture::{DiskNumber, Probe, Slot};
 use crate::clock;
 use crate::config::{Config, VolumeConfig};
-use crate::control::{Status, VolumeStatus};
+use crate::control::Status;
 use crate::device::{self, BlockDevice};
 use crate::pipeline::{Pipeline, Request, Shared};
 use crate::readback::{Devices, ReadBack};
-use crate::recorder::{NewVolume, Recorder, State, VolumeRun};
+use crate::recorder::{NewVolume, Recorder, State};
+use crate::status::Watch;
 
 /// How long the agent waits for the capture thread to take a request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,6 +46,7 @@ pub(crate) struct Agent {
     interrupted: GapCause,
     slots: HashMap<DiskNumber, Slot>,
     next_volume: u16,
+    watch: Watch,
 }
 
 impl Agent {
@@ -96,7 +98,7 @@ impl Agent {
         );
         let shared = Arc::new(Shared::new(recorder, probe.positions(), config.commit_interval));
         let (log, index) = store.split();
-        let pipeline = Pipeline::start(&shared, probe, boot_id, log, index)?;
+        let pipeline = Pipeline::start(&shared, probe, boot_id, log, index, config.encode_queue_bytes)?;
         let devices_shared: Devices = Arc::new(Mutex::new(HashMap::new()));
         let readback = ReadBack {
             shared: Arc::clone(&shared),
@@ -134,6 +136,7 @@ impl Agent {
             },
             slots: HashMap::new(),
             next_volume,
+            watch: Watch::default(),
             config: config.clone(),
         };
         for (volume, device) in config.volumes.iter().zip(devices) {
@@ -207,6 +210,7 @@ impl Agent {
                     region_bytes,
                     blank: known.is_none(),
                     gaps: known.map_or(0, |i| self.known[i].gaps),
+                    inexact_since: known.and_then(|i| self.known[i].last_exact_at),
                     cause,
                 },
                 now,
@@ -285,6 +289,10 @@ impl Agent {
             config.ring_bytes == self.config.ring_bytes,
             "ring_bytes cannot change while the agent runs"
         );
+        ensure!(
+            config.encode_queue_bytes == self.config.encode_queue_bytes,
+            "encode_queue_bytes cannot change while the agent runs"
+        );
         let new: Vec<_> = config
             .volumes
             .iter()
@@ -338,6 +346,10 @@ impl Agent {
                 // History ends here: the gap is opened now, so that no later moment counts as exact.
                 inexact: Some(GapCause::AgentDown),
                 last_exact: None,
+                last_exact_at: volume
+                    .inexact_since
+                    .filter(|_| !matches!(volume.state, State::Exact { .. }))
+                    .or_else(|| Some(now.at_offset(clock::wall_offset_ns()))),
                 gaps: volume.gaps + 1,
             };
             if matches!(volume.state, State::Exact { .. }) {
@@ -390,6 +402,13 @@ impl Agent {
         }
     }
 
+    /// Says in the log how the volumes get on and how full the store is, where that is due.
+    pub(crate) fn watch_progress(&mut self) {
+        let room = *self.shared.room.lock();
+        self.watch
+            .look(&self.shared.recorder.lock(), room, clock::boot_ns());
+    }
+
     /// How the volumes are.
     pub(crate) fn status(&self) -> Status {
         let recorder = self.shared.recorder.lock();
@@ -401,12 +420,13 @@ impl Agent {
             seq: recorder.last_seq().map_or(0, Seq::get),
             durable_seq: self.shared.durable().map_or(0, Seq::get),
             store_bytes: self.shared.log_bytes.load(std::sync::atomic::Ordering::Relaxed),
+            store: self.watch.store_status(*self.shared.room.lock()),
             volumes: recorder
                 .volumes()
                 .iter()
                 .map(|volume| {
                     let present = devices.get(&volume.id).is_some_and(BlockDevice::is_present);
-                    volume_status(volume, offset, present)
+                    self.watch.volume_status(volume, offset, present)
                 })
                 .collect(),
             targets: Vec::new(),
@@ -429,30 +449,6 @@ impl Agent {
 
     pub(crate) fn store(&self) -> &Path {
         &self.config.store
-    }
-}
-
-fn volume_status(volume: &VolumeRun, offset: i64, present: bool) -> VolumeStatus {
-    let (state, exact_since, cause) = match volume.state {
-        State::Seeding => ("seeding", None, None),
-        State::Exact { since, .. } => ("protected", Some(since.at_offset(offset).to_string()), None),
-        State::Resyncing(cause) => ("resyncing", None, Some(cause.to_string())),
-    };
-    VolumeStatus {
-        name: volume.name.clone(),
-        kind: "block".into(),
-        path: volume.path.display().to_string(),
-        bytes: volume.bytes,
-        state: if present { state } else { "stopped" }.into(),
-        progress: volume.progress(),
-        captured_bytes: volume.captured_bytes,
-        captured_writes: volume.captured_writes,
-        dropped_writes: volume.dropped_writes,
-        exact_since,
-        gaps: volume.gaps,
-        gap_cause: cause,
-        compared_blocks: volume.compared_blocks,
-        corrected_blocks: volume.corrected_blocks,
     }
 }
 

@@ -87,6 +87,7 @@ async fn serve_until_stopped(agent: &mut Agent, args: &RunArgs) -> anyhow::Resul
                     return Ok(());
                 }
                 agent.check_devices();
+                agent.watch_progress();
             }
             Some(reply) = asked.recv() => {
                 let _ = reply.send(Answer::Status(agent.status()));

@@ -31,13 +31,14 @@ use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 use crate::capture::{DiskNumber, Slot};
 use crate::event::Event;
 use crate::inflight::{InFlight, Sectors, WholeBio};
+use crate::losses::{LossCounts, Losses};
 use crate::regions::Regions;
 use suspects::Suspects;
 use volume::PendingGap;
 pub(crate) use volume::{NewVolume, State, VolumeRun};
 
 /// A frame is sealed when it holds this much, so that a chunk still fits.
-const FRAME_BYTES_SEAL: usize = 1 << 20;
+pub(crate) const FRAME_BYTES_SEAL: usize = 1 << 20;
 /// Sealed frames that wait for the encoder before the ring is left alone.
 const SEALED_MAX: usize = 4;
 /// Times of recent records, kept to place the beginning of a gap.
@@ -68,8 +69,8 @@ struct DiskRun {
     /// Its driver completes whole bios rather than requests.
     bio_based: bool,
     in_flight: InFlight,
-    dropped: u64,
-    lost_completions: u64,
+    /// The probe's counters at the last look.
+    losses: Losses,
     /// The bio whose chunks are coming in.
     open_bio: Option<u64>,
 }
@@ -107,13 +108,6 @@ pub(crate) struct Suspicion {
 /// A mark of what was suspect at some time: see [`Recorder::suspicions`].
 #[derive(Clone, Debug)]
 pub(crate) struct SuspicionMark(Vec<(VolumeId, u64)>);
-
-/// What the probe's counters say of one disk.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Losses {
-    pub(crate) dropped: u64,
-    pub(crate) lost_completions: u64,
-}
 
 /// See the module's head.
 #[derive(Debug)]
@@ -189,8 +183,7 @@ impl Recorder {
                 slot,
                 bio_based,
                 in_flight: InFlight::default(),
-                dropped: 0,
-                lost_completions: 0,
+                losses: Losses::default(),
                 open_bio: None,
             });
         }
@@ -215,8 +208,10 @@ impl Recorder {
             state: new.cause.map_or(State::Seeding, State::Resyncing),
             captured_writes: 0,
             captured_bytes: 0,
-            dropped_writes: 0,
+            losses: LossCounts::default(),
             gaps: new.gaps,
+            inexact_since: new.inexact_since,
+            read_bytes: 0,
             suspects: Suspects::default(),
             compared_blocks: 0,
             corrected_blocks: 0,
@@ -329,12 +324,13 @@ impl Recorder {
             .iter_mut()
             .filter(|volume| volume.disk.0 == write.disk)
         {
-            volume.dropped_writes += u64::from(write.last);
+            volume.losses.store_full += u64::from(write.last);
         }
     }
 
     /// The store is full: the log goes on at `next`, whatever was given a Seq from there on is lost.
     pub(crate) fn store_full(&mut self, next: Seq, epoch: Epoch, now: BootNs) {
+        let last_exact_at = self.time_of(next.prev(), now).at_offset(self.wall_offset_ns);
         self.builder = FrameBuilder::new(next);
         self.opened_at = None;
         self.sealed.clear();
@@ -354,6 +350,7 @@ impl Recorder {
             volume.blank = Regions::new(volume.bytes.div_ceil(volume.region_bytes));
             if matches!(volume.state, State::Exact { .. }) {
                 volume.gaps += 1;
+                volume.inexact_since = Some(last_exact_at);
             }
             if volume.state != State::Seeding {
                 volume.state = State::Resyncing(GapCause::SpoolFull);
@@ -442,7 +439,7 @@ impl Recorder {
             }
             let Some(bytes) = volume.clip(range) else { continue };
             volume.mark(bytes);
-            volume.dropped_writes += 1;
+            volume.losses.failed += 1;
             self.open_gap(i, GapCause::IoError, last_exact, at);
         }
     }
@@ -461,13 +458,11 @@ impl Recorder {
         let Some(disk) = self.disks.iter_mut().find(|disk| disk.slot == slot) else {
             return;
         };
-        let dropped = losses.dropped.saturating_sub(disk.dropped);
-        if losses.lost_completions > disk.lost_completions {
+        let before = std::mem::replace(&mut disk.losses, losses);
+        if losses.lost_completions > before.lost_completions {
             // Which writes have ended is not known any more. Those that end later show up as strangers.
             disk.in_flight.clear();
         }
-        disk.dropped = losses.dropped;
-        disk.lost_completions = losses.lost_completions;
         let number = disk.number;
         let floor = self.recent.front().map_or(now, |&(at, _)| at);
         for i in 0..self.volumes.len() {
@@ -489,7 +484,7 @@ impl Recorder {
             if !touched {
                 continue;
             }
-            volume.dropped_writes += dropped;
+            volume.losses.add(&losses, &before);
             volume.unknown_since = volume.unknown_since.max(now);
             volume.last_cause = GapCause::RingOverflow;
             if matches!(volume.state, State::Exact { .. }) && volume.pending.is_none() {
@@ -509,7 +504,7 @@ impl Recorder {
             let volume = &mut self.volumes[i];
             volume.mark_all();
             volume.unknown_since = now;
-            volume.dropped_writes += 1;
+            volume.losses.skipped += 1;
             self.open_gap(i, GapCause::RingOverflow, since, now);
         }
     }
@@ -571,15 +566,28 @@ impl Recorder {
         before.checked_sub(1).map(|last| self.recent[last].1)
     }
 
+    /// When a record was made. Of one that is older than what is kept: the oldest time that is kept, or `now`.
+    fn time_of(&self, seq: Option<Seq>, now: BootNs) -> BootNs {
+        let up_to = self.recent.partition_point(|&(_, other)| Some(other) <= seq);
+        let found = self.recent.get(up_to.saturating_sub(1));
+        found.map_or(now, |&(at, _)| at.min(now))
+    }
+
     fn open_gap(&mut self, i: usize, cause: GapCause, last_exact: Option<Seq>, at: BootNs) {
         let volume = &mut self.volumes[i];
         volume.last_cause = cause;
-        if !matches!(volume.state, State::Exact { .. }) {
+        let State::Exact { seq: exact_from, .. } = volume.state else {
             self.reach_back(i, at);
             return;
-        }
+        };
         let in_doubt = volume.in_doubt.take().map(Seq::prev);
         let last_exact = in_doubt.map_or(last_exact, |before| before.min(last_exact));
+        let last_exact_at = self.time_of(last_exact, at).at_offset(self.wall_offset_ns);
+        let volume = &mut self.volumes[i];
+        // A gap that reaches back to before the exact stretch began is the one before it, and goes on.
+        if last_exact >= Some(exact_from) || volume.inexact_since.is_none() {
+            volume.inexact_since = Some(last_exact_at);
+        }
         volume.gap_from = last_exact;
         volume.state = State::Resyncing(cause);
         volume.dirty_at_start = volume.dirty.len();
@@ -712,6 +720,8 @@ impl Recorder {
             volume.reading = None;
             if failed || run.epoch != self.epoch {
                 volume.mark(run.bytes.clone());
+            } else {
+                volume.read_bytes += run.bytes.end - run.bytes.start;
             }
         }
     }

@@ -31,6 +31,7 @@ fn recorder() -> Recorder {
         region_bytes: REGION,
         blank: true,
         gaps: 0,
+        inexact_since: None,
         cause: None,
     };
     recorder.add_volume(volume, BootNs(1));
@@ -106,7 +107,7 @@ fn lose(recorder: &mut Recorder, dropped: u64, first_at: u64, now: u64, ring_pos
     recorder.losses(
         SLOT,
         Losses {
-            dropped,
+            dropped: [dropped, 0, 0, 0],
             lost_completions: 0,
         },
         Some(BootNs(first_at)),
@@ -194,7 +195,7 @@ fn a_gap_opens_right_before_the_first_record_that_is_not_older_than_the_loss() {
         "{records:?}"
     );
     assert_eq!(state(&recorder), State::Resyncing(GapCause::RingOverflow));
-    assert_eq!(recorder.volumes()[0].dropped_writes, 1);
+    assert_eq!(recorder.volumes()[0].losses.ring_full, 1);
     let run = recorder.take_run(BYTES).unwrap();
     assert_eq!(run.bytes, 3 * REGION..4 * REGION, "only what was lost is read");
 }
@@ -546,6 +547,7 @@ fn a_bio_is_cut_to_the_volumes_it_touches() {
                 region_bytes: REGION,
                 blank: true,
                 gaps: 0,
+                inexact_since: None,
                 cause: None,
             },
             BootNs(1),

@@ -4,11 +4,12 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use cdp_journal::format::GapCause;
-use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
+use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId, WallNs};
 
 use super::suspects::Suspects;
 use crate::capture::DiskNumber;
 use crate::inflight::Sectors;
+use crate::losses::LossCounts;
 use crate::regions::Regions;
 
 /// How exact a volume's history is at the moment.
@@ -45,8 +46,14 @@ pub(crate) struct VolumeRun {
     pub(crate) state: State,
     pub(crate) captured_writes: u64,
     pub(crate) captured_bytes: u64,
-    pub(crate) dropped_writes: u64,
+    /// What was written and could not be captured.
+    pub(crate) losses: LossCounts,
     pub(crate) gaps: u64,
+    /// The last exact time before the present gap, or before the last one; where that is longer ago than the times
+    /// that are kept, the oldest of them. `None`: there was no gap.
+    pub(crate) inexact_since: Option<WallNs>,
+    /// Bytes read back.
+    pub(crate) read_bytes: u64,
     pub(super) region_bytes: u64,
     pub(super) dirty: Regions,
     /// Regions that have never been read and of which the store knows nothing: zeroes need no record.
@@ -121,12 +128,21 @@ impl VolumeRun {
             .all(|region| self.dirty.contains(region) && !self.blank.contains(region))
     }
 
+    fn regions_left(&self) -> u64 {
+        self.dirty.len() + self.reading.as_ref().map_or(0, |run| run.end - run.start)
+    }
+
+    /// Bytes that are still to be read back.
+    pub(crate) fn left_bytes(&self) -> u64 {
+        (self.regions_left() * self.region_bytes).min(self.bytes)
+    }
+
     /// How much of the first copy or of the resync is done.
     pub(crate) fn progress(&self) -> f64 {
         if matches!(self.state, State::Exact { .. }) {
             return 1.0;
         }
-        let left = self.dirty.len() + self.reading.as_ref().map_or(0, |run| run.end - run.start);
+        let left = self.regions_left();
         if self.dirty_at_start == 0 {
             0.0
         } else {
@@ -149,6 +165,8 @@ pub(crate) struct NewVolume {
     pub(crate) blank: bool,
     /// Gaps that its history has already.
     pub(crate) gaps: u64,
+    /// Its last exact time, if its history is interrupted.
+    pub(crate) inexact_since: Option<WallNs>,
     /// Why its history is interrupted, if it is.
     pub(crate) cause: Option<GapCause>,
 }

@@ -63,6 +63,8 @@ pub struct VolumeState {
     pub inexact: Option<GapCause>,
     /// The last record at which history was exact.
     pub last_exact: Option<Seq>,
+    /// And its time.
+    pub last_exact_at: Option<WallNs>,
     /// Gaps so far, an open one included.
     pub gaps: u64,
 }
@@ -256,6 +258,7 @@ fn describe(
             volumes.push(VolumeState {
                 inexact: (!is_exact).then_some(cause),
                 last_exact: history.exact.last().map(|exact| exact.to_seq),
+                last_exact_at: history.exact.last().map(|exact| exact.to),
                 gaps: history.gaps.len() as u64,
                 info,
             });

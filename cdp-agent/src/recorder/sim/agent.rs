@@ -182,6 +182,7 @@ impl Agent {
                 region_bytes: REGION_SECTORS * SECTOR_BYTES,
                 blank: !known,
                 gaps: 0,
+                inexact_since: None,
                 cause: known.then_some(GapCause::AgentDown),
             },
             now,
@@ -328,7 +329,7 @@ impl Agent {
                     .map(|region| region * region_bytes..(region + 1) * region_bytes)
                     .collect();
                 let losses = Losses {
-                    dropped: found.dropped,
+                    dropped: [found.dropped, 0, 0, 0],
                     lost_completions: found.lost_completions,
                 };
                 let first_at = (found.first_drop_ns != 0).then_some(BootNs(found.first_drop_ns));
