@@ -61,6 +61,8 @@ pub struct Status {
     pub seq: u64,
     /// The newest durable record's place.
     pub durable_seq: u64,
+    /// Bytes of the log.
+    pub store_bytes: u64,
     /// How full the store is; nothing where no agent runs.
     pub store: Option<StoreStatus>,
     /// Every volume.
@@ -145,6 +147,7 @@ pub struct AgentPlan {
     store: PathBuf,
     args: Vec<String>,
     log: PathBuf,
+    boot_id: Option<PathBuf>,
 }
 
 impl AgentPlan {
@@ -156,6 +159,7 @@ impl AgentPlan {
             store: store.to_owned(),
             args: Vec::new(),
             log,
+            boot_id: None,
         })
     }
 
@@ -175,6 +179,15 @@ impl AgentPlan {
         AgentPlan { log, ..self }
     }
 
+    /// The same, in a mount name space of its own in which the kernel's boot id is what the file holds: what the
+    /// agent sees after a reboot.
+    pub fn boot_id(self, file: &Path) -> AgentPlan {
+        AgentPlan {
+            boot_id: Some(file.to_owned()),
+            ..self
+        }
+    }
+
     /// The file of its log.
     pub fn log_file(&self) -> &Path {
         &self.log
@@ -187,7 +200,15 @@ impl AgentPlan {
 
     /// `cdp-agent run …`, not started.
     pub fn command(&self) -> Cmd {
-        cmd(&self.program)
+        let program = match &self.boot_id {
+            None => cmd(&self.program),
+            Some(file) => cmd("unshare")
+                .args(["--mount", "--", "sh", "-c"])
+                .arg("mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"")
+                .arg(file)
+                .arg(&self.program),
+        };
+        program
             .arg("run")
             .arg("--store")
             .arg(&self.store)

@@ -90,6 +90,8 @@ async fn serve_until_stopped(agent: &mut Agent, args: &RunArgs) -> anyhow::Resul
                 agent.watch_progress();
             }
             Some(reply) = asked.recv() => {
+                // What it tells of devices is as new as the question.
+                agent.check_devices();
                 let _ = reply.send(Answer::Status(agent.status()));
             }
             accepted = listener.accept() => {

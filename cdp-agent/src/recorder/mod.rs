@@ -574,6 +574,11 @@ impl Recorder {
     }
 
     fn open_gap(&mut self, i: usize, cause: GapCause, last_exact: Option<Seq>, at: BootNs) {
+        // A loss whose place is not reached yet may lie before this one.
+        let pending = self.volumes[i].pending;
+        let last_exact = pending.map_or(last_exact, |pending| {
+            last_exact.min(self.last_seq_before(pending.at))
+        });
         let volume = &mut self.volumes[i];
         volume.last_cause = cause;
         let State::Exact { seq: exact_from, .. } = volume.state else {
@@ -773,8 +778,8 @@ impl Recorder {
         true
     }
 
-    /// A volume has another size now. What it gained has to be read.
-    pub(crate) fn resized(&mut self, id: VolumeId, bytes: u64, now: BootNs) {
+    /// A volume has another size now, and had not yet at `before`. What it gained has to be read.
+    pub(crate) fn resized(&mut self, id: VolumeId, bytes: u64, before: BootNs, now: BootNs) {
         let Some(i) = self.volumes.iter().position(|volume| volume.id == id) else {
             return;
         };
@@ -783,7 +788,8 @@ impl Recorder {
         if bytes == old {
             return;
         }
-        let last = self.last_seq;
+        let last_exact = self.last_seq_before(before);
+        let volume = &mut self.volumes[i];
         volume.bytes = bytes;
         let regions = bytes.div_ceil(volume.region_bytes);
         volume.dirty.resize(regions);
@@ -800,7 +806,7 @@ impl Recorder {
             let volume = &mut self.volumes[i];
             volume.mark(old..bytes);
             volume.attached = false;
-            self.open_gap(i, GapCause::Resized, last, now);
+            self.open_gap(i, GapCause::Resized, last_exact, now);
         }
     }
 

@@ -410,7 +410,7 @@ fn of_writes_in_flight_to_one_place_the_overlap_is_compared() {
 fn more_changes_in_flight_than_can_be_compared_are_a_gap() {
     let mut recorder = recorder();
     let bytes = (suspects::SUSPECT_BLOCKS_MAX as u64 + 1) * BLOCK_BYTES;
-    recorder.resized(volume_id(), bytes, BootNs(1));
+    recorder.resized(volume_id(), bytes, BootNs(1), BootNs(1));
     recorder.attached(DISK, BootNs(1));
     read_everything(&mut recorder);
     assert!(recorder.try_close(volume_id(), None, BootNs(10 * SECOND)));
@@ -463,6 +463,43 @@ fn a_gap_begins_before_what_was_in_doubt() {
         assert_eq!(gaps_from(&mut recorder), [in_doubt.prev()], "late: {late}");
         assert_eq!(recorder.take_suspects(), None);
     }
+}
+
+/// Between two looks at its size a device may grow and be written to beyond its old end.
+#[test]
+fn a_volume_that_grew_is_not_exact_since_it_was_last_seen_smaller() {
+    let mut recorder = protected();
+    write(&mut recorder, 0, 20 * SECOND);
+    let seen_smaller = recorder.last_seq();
+    write(&mut recorder, 8, 22 * SECOND);
+    records(&mut recorder);
+    recorder.resized(volume_id(), 2 * BYTES, BootNs(21 * SECOND), BootNs(23 * SECOND));
+    assert_eq!(state(&recorder), State::Resyncing(GapCause::Resized));
+    let opened = records(&mut recorder);
+    assert!(
+        opened
+            .iter()
+            .any(|(_, body)| matches!(body, Body::GapOpen { last_exact, .. } if *last_exact == seen_smaller)),
+        "{opened:?}"
+    );
+}
+
+/// A loss waits for its place among the records; another gap must not open behind it meanwhile.
+#[test]
+fn a_gap_that_opens_while_a_loss_waits_for_its_place_begins_before_the_loss() {
+    let mut recorder = protected();
+    write(&mut recorder, 0, 20 * SECOND);
+    let before = recorder.last_seq();
+    lose(&mut recorder, 1, 21 * SECOND, 22 * SECOND, 1000, 4);
+    recorder.note(BootNs(22 * SECOND), None, Body::Tick);
+    recorder.resized(volume_id(), 2 * BYTES, BootNs(23 * SECOND), BootNs(23 * SECOND));
+    let opened = records(&mut recorder);
+    assert!(
+        opened
+            .iter()
+            .any(|(_, body)| matches!(body, Body::GapOpen { last_exact, .. } if *last_exact == before)),
+        "{opened:?}"
+    );
 }
 
 #[test]
