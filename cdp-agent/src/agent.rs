@@ -213,6 +213,7 @@ impl Agent {
                     region_bytes,
                     blank: known.is_none(),
                     gaps: known.map_or(0, |i| self.known[i].gaps),
+                    last_exact: known.and_then(|i| self.known[i].last_exact),
                     inexact_since: known.and_then(|i| self.known[i].last_exact_at),
                     cause,
                 },
@@ -338,7 +339,8 @@ impl Agent {
                 return Ok(());
             };
             let (id, disk) = (volume.id, volume.disk);
-            let state = VolumeState {
+            let is_exact = matches!(volume.state, State::Exact { .. });
+            let mut state = VolumeState {
                 info: cdp_journal::history::VolumeInfo {
                     id,
                     name: name.to_owned(),
@@ -348,21 +350,21 @@ impl Agent {
                 },
                 // History ends here: the gap is opened now, so that no later moment counts as exact.
                 inexact: Some(GapCause::AgentDown),
-                last_exact: None,
+                last_exact: volume.gap_from,
                 last_exact_at: volume
                     .inexact_since
-                    .filter(|_| !matches!(volume.state, State::Exact { .. }))
+                    .filter(|_| !is_exact)
                     .or_else(|| Some(now.at_offset(clock::wall_offset_ns()))),
                 gaps: volume.gaps + 1,
             };
-            if matches!(volume.state, State::Exact { .. }) {
-                let last_exact = Some(recorder.note(now, None, Body::Tick));
+            if is_exact {
+                state.last_exact = Some(recorder.note(now, None, Body::Tick));
                 recorder.note(
                     now,
                     Some(id),
                     Body::GapOpen {
                         cause: GapCause::AgentDown,
-                        last_exact,
+                        last_exact: state.last_exact,
                     },
                 );
             }

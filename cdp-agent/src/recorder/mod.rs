@@ -13,6 +13,7 @@
 //!   capture can still be on its way.
 
 mod compare;
+mod full;
 #[cfg(test)]
 mod sim;
 mod suspects;
@@ -223,7 +224,7 @@ impl Recorder {
             attached: false,
             unknown_since: now,
             pending: None,
-            gap_from: None,
+            gap_from: new.last_exact,
             in_doubt: None,
             last_cause: new.cause.unwrap_or(GapCause::AgentDown),
         });
@@ -316,73 +317,6 @@ impl Recorder {
         {
             self.suspect(number, range, at);
         }
-    }
-
-    fn drop_while_full(&mut self, write: &WriteEvent) {
-        for volume in self
-            .volumes
-            .iter_mut()
-            .filter(|volume| volume.disk.0 == write.disk)
-        {
-            volume.losses.store_full += u64::from(write.last);
-        }
-    }
-
-    /// The store is full: the log goes on at `next`, whatever was given a Seq from there on is lost.
-    pub(crate) fn store_full(&mut self, next: Seq, epoch: Epoch, now: BootNs) {
-        let last_exact_at = self.time_of(next.prev(), now).at_offset(self.wall_offset_ns);
-        self.builder = FrameBuilder::new(next);
-        self.opened_at = None;
-        self.sealed.clear();
-        self.recent.clear();
-        self.last_seq = next.prev();
-        self.epoch = epoch;
-        for disk in &mut self.disks {
-            disk.in_flight.clear();
-        }
-        for i in 0..self.volumes.len() {
-            let volume = &mut self.volumes[i];
-            volume.pending = None;
-            // All of the volume will be read when there is room.
-            let in_doubt = volume.suspects.clear();
-            volume.doubt_since(in_doubt);
-            // What the store knows is not clear any more: what is read gets compared.
-            volume.blank = Regions::new(volume.bytes.div_ceil(volume.region_bytes));
-            if matches!(volume.state, State::Exact { .. }) {
-                volume.gaps += 1;
-                volume.inexact_since = Some(last_exact_at);
-            }
-            if volume.state != State::Seeding {
-                volume.state = State::Resyncing(GapCause::SpoolFull);
-            }
-            volume.last_cause = GapCause::SpoolFull;
-            // Also where a gap is open already: its record may be among those that are lost.
-            let in_doubt = volume.in_doubt.take().filter(|&first| first < next);
-            let last_exact = in_doubt.unwrap_or(next).prev();
-            volume.gap_from = last_exact;
-            let (id, cause) = (volume.id, GapCause::SpoolFull);
-            self.note(now, Some(id), Body::GapOpen { cause, last_exact });
-        }
-        self.full = true;
-        self.seal();
-        tracing::error!(
-            next = next.get(),
-            "the store is full: nothing is journaled until there is room"
-        );
-    }
-
-    /// The store has room again: everything may have changed meanwhile.
-    pub(crate) fn room_again(&mut self, now: BootNs) {
-        if !self.full {
-            return;
-        }
-        self.full = false;
-        for volume in &mut self.volumes {
-            volume.mark_all();
-            volume.dirty_at_start = volume.dirty.len();
-            volume.unknown_since = now;
-        }
-        tracing::info!("the store has room again: resyncing");
     }
 
     fn complete(&mut self, complete: &CompleteEvent) {

@@ -31,6 +31,7 @@ fn recorder() -> Recorder {
         region_bytes: REGION,
         blank: true,
         gaps: 0,
+        last_exact: None,
         inexact_since: None,
         cause: None,
     };
@@ -584,6 +585,7 @@ fn a_bio_is_cut_to_the_volumes_it_touches() {
                 region_bytes: REGION,
                 blank: true,
                 gaps: 0,
+                last_exact: None,
                 inexact_since: None,
                 cause: None,
             },

@@ -73,7 +73,7 @@ pub(crate) struct VolumeRun {
     pub(super) unknown_since: BootNs,
     pub(super) pending: Option<PendingGap>,
     /// Where the gap that is open begins: its last exact record. None where that is not known, or none is open.
-    pub(super) gap_from: Option<Seq>,
+    pub(crate) gap_from: Option<Seq>,
     /// The oldest suspect that was forgotten: no gap that is opened may begin after it.
     pub(super) in_doubt: Option<Seq>,
     pub(super) last_cause: GapCause,
@@ -165,7 +165,8 @@ pub(crate) struct NewVolume {
     pub(crate) blank: bool,
     /// Gaps that its history has already.
     pub(crate) gaps: u64,
-    /// Its last exact time, if its history is interrupted.
+    /// Its last exact record and time, if its history is interrupted.
+    pub(crate) last_exact: Option<Seq>,
     pub(crate) inexact_since: Option<WallNs>,
     /// Why its history is interrupted, if it is.
     pub(crate) cause: Option<GapCause>,
