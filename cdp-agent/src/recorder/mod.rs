@@ -342,7 +342,14 @@ impl Recorder {
         }
         if complete.failed != 0 {
             let last_exact = ended.writes.iter().min().and_then(|first| first.prev());
-            self.write_failed(number, range, last_exact, at);
+            let ranges = if ended.ranges.is_empty() {
+                vec![range]
+            } else {
+                ended.ranges
+            };
+            for range in ranges {
+                self.write_failed(number, range, last_exact, at);
+            }
         }
     }
 

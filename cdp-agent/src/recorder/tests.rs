@@ -260,6 +260,23 @@ fn a_failed_write_opens_a_gap_before_it_and_its_region_is_read_again() {
     assert_eq!(recorder.take_run(BYTES).unwrap().bytes, 0..REGION);
 }
 
+/// A driver of whole bios may move a bio's iterator to its end before it ends it, failed or not.
+#[test]
+fn a_failed_bio_that_does_not_tell_where_it_was_is_a_gap_all_the_same() {
+    let mut recorder = protected();
+    recorder.disks[0].bio_based = true;
+    let event = write_event(8, 4096, 20 * SECOND);
+    recorder.event(&Event::Write(event, &[1; 4096]));
+    let failed = CompleteEvent {
+        whole_bio: 1,
+        bio: event.bio,
+        ..completion(EventKind::Complete, 16, 0, true, 21 * SECOND)
+    };
+    recorder.event(&Event::Complete(failed));
+    assert_eq!(state(&recorder), State::Resyncing(GapCause::IoError));
+    assert_eq!(recorder.take_run(BYTES).unwrap().bytes, 0..REGION);
+}
+
 #[test]
 fn a_write_that_was_under_way_before_the_probe_is_read_again() {
     let mut recorder = recorder();
