@@ -276,7 +276,7 @@ fn every_exact_moment_is_what_the_device_held() {
         Some(_) => 1,
         None => number("CDP_SIM_SEEDS").unwrap_or(SEEDS),
     };
-    let seconds = number("CDP_SIM_SECONDS").filter(|_| runs_min > 1);
+    let seconds = number("CDP_SIM_SECONDS").filter(|_| number("CDP_SIM_SEED").is_none());
     let time_min = Duration::from_secs(seconds.unwrap_or(0));
     let (began, mut runs) = (std::time::Instant::now(), 0);
     let (mut checked, mut gaps, mut corrected) = (0, 0, 0);
