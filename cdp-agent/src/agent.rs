@@ -11,7 +11,7 @@ use cdp_ebpf::DiskFilter;
 use cdp_ebpf::map::{DIRTY_WORDS_PER_DISK, DISKS_MAX, RANGES_MAX, SectorRange};
 use cdp_journal::format::{Body, GapCause, VolumeKind};
 use cdp_journal::store::{StoreWriter, VolumeState, WriterOptions};
-use cdp_journal::{SECTOR_BYTES, Seq, VolumeId};
+use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 use parking_lot::Mutex;
 use rustix::fs::Mode;
 use uuid::Uuid;
@@ -19,11 +19,12 @@ use uuid::Uuid;
 use crate::capture::{DiskNumber, Slot, WatchedDisk};
 use crate::clock;
 use crate::config::{Config, VolumeConfig};
-use crate::control::{Status, VolumeStatus};
+use crate::control::Status;
 use crate::device::{self, BlockDevice};
 use crate::pipeline::{Capture, Pipeline, Request, Shared};
 use crate::readback::{Devices, ReadBack};
-use crate::recorder::{NewVolume, Recorder, State, VolumeRun};
+use crate::recorder::{NewVolume, Recorder, State};
+use crate::status::Watch;
 use crate::takeover::{self, TakenOver};
 
 /// How long the agent waits for the capture thread to take a request.
@@ -46,6 +47,9 @@ pub(crate) struct Agent {
     interrupted: GapCause,
     slots: HashMap<DiskNumber, Slot>,
     next_volume: u16,
+    watch: Watch,
+    /// When the sizes of the devices were looked at last.
+    sizes_seen_at: BootNs,
 }
 
 impl Agent {
@@ -99,7 +103,7 @@ impl Agent {
         let (log, index) = store.split();
         let watched: Vec<WatchedDisk> = taken.iter().map(|volume| volume.disk).collect();
         let capture = Capture::new(probe, &watched, recovered.last_seq)?;
-        let pipeline = Pipeline::start(&shared, capture, boot_id, log, index)?;
+        let pipeline = Pipeline::start(&shared, capture, boot_id, log, index, config.encode_queue_bytes)?;
         let found = taken.iter().map(|volume| (volume.id, volume.device.clone()));
         let devices_shared: Devices = Arc::new(Mutex::new(found.collect()));
         let readback = ReadBack {
@@ -141,6 +145,8 @@ impl Agent {
                 .map(|watched| (watched.disk, watched.slot))
                 .collect(),
             next_volume,
+            watch: Watch::default(),
+            sizes_seen_at: clock::boot_ns(),
             config: config.clone(),
         };
         if let Err(error) = agent.begin(devices, &taken) {
@@ -250,7 +256,7 @@ impl Agent {
             recorder.add_disk(device.disk, slot, device.bio_based);
             let new = NewVolume::of_device(id, volume, &device, region_bytes);
             let new = match known {
-                Some(i) => new.known(self.known[i].gaps, cause),
+                Some(i) => new.known(&self.known[i], cause),
                 None => new,
             };
             recorder.add_volume(new, now);
@@ -328,6 +334,10 @@ impl Agent {
             config.ring_bytes == self.config.ring_bytes,
             "ring_bytes cannot change while the agent runs"
         );
+        ensure!(
+            config.encode_queue_bytes == self.config.encode_queue_bytes,
+            "encode_queue_bytes cannot change while the agent runs"
+        );
         let new: Vec<_> = config
             .volumes
             .iter()
@@ -370,7 +380,8 @@ impl Agent {
                 return Ok(());
             };
             let (id, disk) = (volume.id, volume.disk);
-            let state = VolumeState {
+            let is_exact = matches!(volume.state, State::Exact { .. });
+            let mut state = VolumeState {
                 info: cdp_journal::history::VolumeInfo {
                     id,
                     name: name.to_owned(),
@@ -380,18 +391,22 @@ impl Agent {
                 },
                 // History ends here: the gap is opened now, so that no later moment counts as exact.
                 inexact: Some(GapCause::AgentDown),
-                last_exact: None,
+                last_exact: volume.gap_from,
+                last_exact_at: volume
+                    .inexact_since
+                    .filter(|_| !is_exact)
+                    .or_else(|| Some(now.at_offset(clock::wall_offset_ns()))),
                 exact_since: None,
                 gaps: volume.gaps + 1,
             };
-            if matches!(volume.state, State::Exact { .. }) {
-                let last_exact = Some(recorder.note(now, None, Body::Tick));
+            if is_exact {
+                state.last_exact = Some(recorder.note(now, None, Body::Tick));
                 recorder.note(
                     now,
                     Some(id),
                     Body::GapOpen {
                         cause: GapCause::AgentDown,
-                        last_exact,
+                        last_exact: state.last_exact,
                     },
                 );
             }
@@ -408,6 +423,8 @@ impl Agent {
 
     /// Looks whether volumes have changed their size or gone away.
     pub(crate) fn check_devices(&mut self) {
+        let now = clock::boot_ns();
+        let before = std::mem::replace(&mut self.sizes_seen_at, now);
         let devices: Vec<(VolumeId, BlockDevice)> = self
             .devices
             .lock()
@@ -424,7 +441,10 @@ impl Agent {
                     device.bytes = bytes;
                     let disk = device.disk;
                     self.devices.lock().insert(id, device);
-                    self.shared.recorder.lock().resized(id, bytes, clock::boot_ns());
+                    self.shared
+                        .recorder
+                        .lock()
+                        .resized(id, bytes, before, clock::boot_ns());
                     if let Err(error) = self.watch(disk) {
                         self.shared.fail("watch a resized disk", &error);
                     }
@@ -432,6 +452,13 @@ impl Agent {
                 _ => {}
             }
         }
+    }
+
+    /// Says in the log how the volumes get on and how full the store is, where that is due.
+    pub(crate) fn watch_progress(&mut self) {
+        let room = *self.shared.room.lock();
+        self.watch
+            .look(&self.shared.recorder.lock(), room, clock::boot_ns());
     }
 
     /// How the volumes are.
@@ -445,12 +472,13 @@ impl Agent {
             seq: recorder.last_seq().map_or(0, Seq::get),
             durable_seq: self.shared.durable().map_or(0, Seq::get),
             store_bytes: self.shared.log_bytes.load(std::sync::atomic::Ordering::Relaxed),
+            store: self.watch.store_status(*self.shared.room.lock()),
             volumes: recorder
                 .volumes()
                 .iter()
                 .map(|volume| {
                     let present = devices.get(&volume.id).is_some_and(BlockDevice::is_present);
-                    volume_status(volume, offset, present)
+                    self.watch.volume_status(volume, offset, present)
                 })
                 .collect(),
             targets: Vec::new(),
@@ -473,30 +501,6 @@ impl Agent {
 
     pub(crate) fn store(&self) -> &Path {
         &self.config.store
-    }
-}
-
-fn volume_status(volume: &VolumeRun, offset: i64, present: bool) -> VolumeStatus {
-    let (state, exact_since, cause) = match volume.state {
-        State::Seeding => ("seeding", None, None),
-        State::Exact { since, .. } => ("protected", Some(since.at_offset(offset).to_string()), None),
-        State::Resyncing(cause) => ("resyncing", None, Some(cause.to_string())),
-    };
-    VolumeStatus {
-        name: volume.name.clone(),
-        kind: "block".into(),
-        path: volume.path.display().to_string(),
-        bytes: volume.bytes,
-        state: if present { state } else { "stopped" }.into(),
-        progress: volume.progress(),
-        captured_bytes: volume.captured_bytes,
-        captured_writes: volume.captured_writes,
-        dropped_writes: volume.dropped_writes,
-        exact_since,
-        gaps: volume.gaps,
-        gap_cause: cause,
-        compared_blocks: volume.compared_blocks,
-        corrected_blocks: volume.corrected_blocks,
     }
 }
 

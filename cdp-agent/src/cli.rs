@@ -142,6 +142,9 @@ pub(crate) struct RunArgs {
     /// Captured writes are durable at the latest after this long [default: 20]
     #[arg(long, value_name = "MS")]
     pub(crate) commit_interval_ms: Option<u64>,
+    /// Bytes of captured writes that may wait for the encoder; the ring holds what comes then [default: 64 MiB]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) encode_queue_bytes: Option<u64>,
     /// Stop appending when the store holds this much [default: no bound but the file system]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) store_bytes_max: Option<u64>,

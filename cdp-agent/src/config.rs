@@ -7,12 +7,13 @@ use anyhow::{Context as _, bail, ensure};
 
 use crate::cli::RunArgs;
 
-const KEYS: [&str; 6] = [
+const KEYS: [&str; 7] = [
     "store",
     "volume",
     "ring_bytes",
     "dirty_region_bytes",
     "commit_interval_ms",
+    "encode_queue_bytes",
     "store_bytes_max",
 ];
 const RING_BYTES_DEFAULT: u64 = 64 << 20;
@@ -23,6 +24,9 @@ const REGION_BYTES_MIN: u64 = 4 << 10;
 const REGION_BYTES_MAX: u64 = 16 << 20;
 const COMMIT_INTERVAL_MS_DEFAULT: u64 = 20;
 const COMMIT_INTERVAL_MS_MAX: u64 = 10_000;
+const ENCODE_QUEUE_BYTES_DEFAULT: u64 = 64 << 20;
+const ENCODE_QUEUE_BYTES_MIN: u64 = 4 << 20;
+const ENCODE_QUEUE_BYTES_MAX: u64 = 4 << 30;
 const NAME_BYTES_MAX: usize = 64;
 
 // A chunk of a bio has to fit in the smallest ring.
@@ -43,6 +47,7 @@ pub(crate) struct Config {
     pub(crate) ring_bytes: u32,
     pub(crate) dirty_region_bytes: u64,
     pub(crate) commit_interval: Duration,
+    pub(crate) encode_queue_bytes: u64,
     pub(crate) store_bytes_max: Option<u64>,
 }
 
@@ -98,12 +103,22 @@ impl Config {
             (1..=COMMIT_INTERVAL_MS_MAX).contains(&commit_ms),
             "commit_interval_ms is {commit_ms}, must be from 1 to {COMMIT_INTERVAL_MS_MAX}"
         );
+        let encode_queue_bytes = flags
+            .encode_queue_bytes
+            .or(file.encode_queue_bytes)
+            .unwrap_or(ENCODE_QUEUE_BYTES_DEFAULT);
+        ensure!(
+            (ENCODE_QUEUE_BYTES_MIN..=ENCODE_QUEUE_BYTES_MAX).contains(&encode_queue_bytes),
+            "encode_queue_bytes is {encode_queue_bytes}, must be from {ENCODE_QUEUE_BYTES_MIN} to \
+             {ENCODE_QUEUE_BYTES_MAX}"
+        );
         Ok(Self {
             store,
             volumes,
             ring_bytes: ring_bytes as u32,
             dirty_region_bytes: region_bytes,
             commit_interval: Duration::from_millis(commit_ms),
+            encode_queue_bytes,
             store_bytes_max: flags.store_bytes_max.or(file.store_bytes_max),
         })
     }
@@ -161,6 +176,7 @@ fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
             "ring_bytes" => args.ring_bytes = Some(bytes(key, value)?),
             "dirty_region_bytes" => args.dirty_region_bytes = Some(bytes(key, value)?),
             "commit_interval_ms" => args.commit_interval_ms = Some(bytes(key, value)?),
+            "encode_queue_bytes" => args.encode_queue_bytes = Some(bytes(key, value)?),
             "store_bytes_max" => args.store_bytes_max = Some(bytes(key, value)?),
             _ => {
                 let nearest = KEYS
@@ -245,6 +261,10 @@ mod tests {
             error.contains("ring_bytes is 1000") && error.contains("power of two"),
             "{error}"
         );
+        flags.ring_bytes = None;
+        flags.encode_queue_bytes = Some(1 << 20);
+        let error = Config::load(&flags).unwrap_err().to_string();
+        assert!(error.contains("encode_queue_bytes is 1048576"), "{error}");
         for volume in ["pg", "=x", "a b=x", "pg=", "../x=y"] {
             assert!(parse_volume(volume).is_err(), "{volume}");
         }

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::losses::LossCounts;
+
 /// A line of either side at most.
 pub(crate) const LINE_BYTES_MAX: u64 = 1 << 20;
 
@@ -60,9 +62,23 @@ pub(crate) struct Status {
     pub(crate) boot_id: String,
     pub(crate) seq: u64,
     pub(crate) durable_seq: u64,
+    /// Bytes of the log.
     pub(crate) store_bytes: u64,
+    /// How full the store is; nothing where no agent runs.
+    pub(crate) store: Option<StoreStatus>,
     pub(crate) volumes: Vec<VolumeStatus>,
     pub(crate) targets: Vec<serde_json::Value>,
+}
+
+/// The store in it.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct StoreStatus {
+    /// Bytes of log and index.
+    pub(crate) used_bytes: u64,
+    /// It is full when it has this many.
+    pub(crate) limit_bytes: u64,
+    /// A warning was given.
+    pub(crate) is_nearly_full: bool,
 }
 
 /// One volume in it.
@@ -77,11 +93,23 @@ pub(crate) struct VolumeStatus {
     pub(crate) progress: f64,
     pub(crate) captured_bytes: u64,
     pub(crate) captured_writes: u64,
+    /// All writes that were not captured …
     pub(crate) dropped_writes: u64,
+    /// … by why.
+    pub(crate) losses: LossCounts,
     pub(crate) exact_since: Option<String>,
     pub(crate) gaps: u64,
     /// Why the present gap is open.
     pub(crate) gap_cause: Option<String>,
+    /// The last exact time before it.
+    pub(crate) gap_since: Option<String>,
+    /// Bytes still to be read back.
+    pub(crate) dirty_bytes: u64,
+    /// Bytes read back since the agent started, and how fast that goes.
+    pub(crate) readback_bytes: u64,
+    pub(crate) readback_bytes_per_s: Option<f64>,
+    /// When the first copy or the resync will be done; nothing where that cannot be told.
+    pub(crate) resync_left_s: Option<f64>,
     /// Blocks that were compared with the device, because they may have changed while they were written.
     pub(crate) compared_blocks: u64,
     /// Blocks that changed while they were written, and were corrected by what the device holds.

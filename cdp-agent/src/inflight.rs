@@ -32,6 +32,8 @@ impl Sectors {
 pub(crate) struct Ended {
     /// Writes of ours that it covered, at least in part.
     pub(crate) writes: Vec<Seq>,
+    /// Where those of a whole bio lay. Its completion need not tell: a driver may move a bio's iterator to its end.
+    pub(crate) ranges: Vec<Sectors>,
     /// Parts that no captured write explains: somebody wrote there, and we do not know what.
     pub(crate) strangers: Vec<Sectors>,
     /// A part of a bio of ours that is still in flight ended under an unknown address: a split of it by its
@@ -106,8 +108,10 @@ impl InFlight {
     /// A bio-based driver ended a bio.
     pub(crate) fn bio_ended(&mut self, bio: u64, range: Sectors) -> Ended {
         if let Some(chunks) = self.forget_bio(bio) {
+            let (ranges, writes) = chunks.into_iter().unzip();
             return Ended {
-                writes: chunks.into_iter().map(|(_, seq)| seq).collect(),
+                writes,
+                ranges,
                 ..Ended::default()
             };
         }

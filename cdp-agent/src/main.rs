@@ -13,12 +13,16 @@ mod control;
 mod device;
 mod event;
 mod inflight;
+mod losses;
 mod pipeline;
 mod priority;
+mod progress;
 mod readback;
 mod recorder;
 mod regions;
+mod status;
 mod takeover;
+mod watermark;
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;

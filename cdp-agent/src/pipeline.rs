@@ -18,21 +18,20 @@ use anyhow::Context as _;
 use cdp_ebpf::DiskFilter;
 use cdp_journal::format::{Body, SealedFrame};
 use cdp_journal::index::IndexWriter;
-use cdp_journal::log::{FrameLocation, LogWriter};
+use cdp_journal::log::{FrameLocation, LogWriter, Room};
 use cdp_journal::view::View;
 use cdp_journal::{BootNs, Seq, VolumeId};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{Timespec, epoll};
 
-use crate::capture::{DiskNumber, Losses, Probe, RingPosition, RingPositions, Slot, WatchedDisk};
+use crate::capture::{DiskNumber, Probe, RingPosition, RingPositions, Slot, WatchedDisk};
 use crate::clock;
 use crate::event::Event;
+use crate::losses::Losses;
 use crate::priority;
-use crate::recorder::{Epoch, Recorder, Sealed};
+use crate::recorder::{Epoch, FRAME_BYTES_SEAL, Recorder, Sealed};
 
-/// Frames that wait for the encoder: what a burst may hold beside the ring, about 1 MiB each.
-const ENCODE_QUEUE_FRAMES: usize = 64;
 /// Frames, or requests, between two other stages.
 const QUEUE_FRAMES: usize = 8;
 /// Frames that the index may be behind.
@@ -67,6 +66,8 @@ pub(crate) struct Shared {
     appended_position: AtomicU64,
     pub(crate) commit_interval_ms: AtomicU64,
     pub(crate) log_bytes: AtomicU64,
+    /// How full the store is, once it was asked.
+    pub(crate) room: Mutex<Option<Room>>,
     store: Mutex<Option<StoreChange>>,
 }
 
@@ -114,6 +115,7 @@ impl Shared {
             appended_position: AtomicU64::new(0),
             commit_interval_ms: AtomicU64::new(commit_interval.as_millis() as u64),
             log_bytes: AtomicU64::new(0),
+            room: Mutex::new(None),
             store: Mutex::new(None),
         }
     }
@@ -255,8 +257,11 @@ impl Pipeline {
         boot_id: uuid::Uuid,
         log: LogWriter,
         index: IndexWriter,
+        encode_queue_bytes: u64,
     ) -> anyhow::Result<Self> {
-        let (to_encode, encode_queue) = bounded::<Sealed>(ENCODE_QUEUE_FRAMES);
+        // What a burst may hold beside the ring.
+        let encode_queue_frames = (encode_queue_bytes as usize / FRAME_BYTES_SEAL).max(1);
+        let (to_encode, encode_queue) = bounded::<Sealed>(encode_queue_frames);
         let (to_log, log_queue) = bounded::<Encoded>(QUEUE_FRAMES);
         let (to_index, index_queue) = bounded::<IndexRequest>(INDEX_QUEUE_FRAMES);
         let (requests, request_queue) = bounded::<Request>(QUEUE_FRAMES);
@@ -658,6 +663,7 @@ struct LogStage<'a> {
 
 impl LogStage<'_> {
     fn run(mut self, queue: &Receiver<Encoded>) -> anyhow::Result<()> {
+        self.tell_room();
         loop {
             let ended = match receive(queue, self.wait()) {
                 Ok(encoded) if encoded.epoch >= self.epoch => {
@@ -719,9 +725,7 @@ impl LogStage<'_> {
             return Ok(());
         }
         let durable = self.log.sync().context("make the log durable")?;
-        self.shared
-            .log_bytes
-            .store(self.log.log_bytes(), Ordering::Relaxed);
+        self.tell_room();
         self.shared.set_durable(durable);
         for (frame, location) in self.unsynced.drain(..) {
             self.to_index
@@ -732,12 +736,24 @@ impl LogStage<'_> {
         Ok(())
     }
 
+    /// What `status` and the warnings say of the store.
+    fn tell_room(&self) {
+        self.shared
+            .log_bytes
+            .store(self.log.log_bytes(), Ordering::Relaxed);
+        match self.log.room() {
+            Ok(room) => *self.shared.room.lock() = Some(room),
+            Err(error) => tracing::debug!(%error, "how full the store is could not be asked"),
+        }
+    }
+
     fn look_for_room(&mut self) {
         if self
             .full_since
             .is_some_and(|since| since.elapsed() >= ROOM_INTERVAL)
         {
             self.full_since = Some(Instant::now());
+            self.tell_room();
             let mut change = self.shared.store.lock();
             if change.is_none() && self.log.has_room(ROOM_BYTES_MIN) {
                 *change = Some(StoreChange::Room);

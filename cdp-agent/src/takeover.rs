@@ -80,7 +80,7 @@ pub(crate) fn choose(
                     exact: Some(exact),
                     ..NewVolume::of_device(state.info.id, volume, device, config.dirty_region_bytes)
                 }
-                .known(state.gaps, None),
+                .known(state, None),
             }),
             (Err(why), _) => {
                 tracing::info!(volume = %volume.name, "cannot go on where the last agent ended: {why}");

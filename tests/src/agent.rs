@@ -61,6 +61,10 @@ pub struct Status {
     pub seq: u64,
     /// The newest durable record's place.
     pub durable_seq: u64,
+    /// Bytes of the log.
+    pub store_bytes: u64,
+    /// How full the store is; nothing where no agent runs.
+    pub store: Option<StoreStatus>,
     /// Every volume.
     pub volumes: Vec<VolumeStatus>,
 }
@@ -71,6 +75,28 @@ impl Status {
         let found = self.volumes.iter().find(|volume| volume.name == name);
         found.with_context(|| format!("no volume {name} in {self:?}"))
     }
+}
+
+/// The store in [`Status`].
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct StoreStatus {
+    /// Bytes of log and index.
+    pub used_bytes: u64,
+    /// It is full when it has this many.
+    pub limit_bytes: u64,
+    /// A warning was given.
+    pub is_nearly_full: bool,
+}
+
+/// Writes that could not be captured, by why.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Losses {
+    /// The ring had no room.
+    pub ring_full: u64,
+    /// The device failed them.
+    pub failed: u64,
+    /// They came while the store was full.
+    pub store_full: u64,
 }
 
 /// One volume in [`Status`].
@@ -94,10 +120,20 @@ pub struct VolumeStatus {
     pub captured_writes: u64,
     /// Writes that could not be captured.
     pub dropped_writes: u64,
+    /// The same by why.
+    pub losses: Losses,
     /// Since when history is exact; nothing while it is not.
     pub exact_since: Option<String>,
     /// Gaps so far.
     pub gaps: u64,
+    /// Why the present gap is open.
+    pub gap_cause: Option<String>,
+    /// The last exact time before it.
+    pub gap_since: Option<String>,
+    /// Bytes still to be read back.
+    pub dirty_bytes: u64,
+    /// Bytes read back since the agent started.
+    pub readback_bytes: u64,
     /// Blocks that were compared with the device.
     pub compared_blocks: u64,
     /// Blocks that the device took otherwise than they were seen, and that were corrected.
@@ -112,6 +148,7 @@ pub struct AgentPlan {
     args: Vec<String>,
     log: PathBuf,
     probe: Arc<PinnedProbe>,
+    boot_id: Option<PathBuf>,
 }
 
 /// Where the probes of agents are pinned.
@@ -148,6 +185,7 @@ impl AgentPlan {
             args: Vec::new(),
             log,
             probe,
+            boot_id: None,
         })
     }
 
@@ -179,6 +217,20 @@ impl AgentPlan {
         AgentPlan { log, ..self }
     }
 
+    /// The same, in a mount name space of its own in which the kernel's boot id is what the file holds: what the
+    /// agent sees after a reboot.
+    pub fn boot_id(self, file: &Path) -> AgentPlan {
+        AgentPlan {
+            boot_id: Some(file.to_owned()),
+            ..self
+        }
+    }
+
+    /// The file of its log.
+    pub fn log_file(&self) -> &Path {
+        &self.log
+    }
+
     /// The folder of its store.
     pub fn store(&self) -> &Path {
         &self.store
@@ -186,7 +238,15 @@ impl AgentPlan {
 
     /// `cdp-agent run …`, not started.
     pub fn command(&self) -> Cmd {
-        cmd(&self.program)
+        let program = match &self.boot_id {
+            None => cmd(&self.program),
+            Some(file) => cmd("unshare")
+                .args(["--mount", "--", "sh", "-c"])
+                .arg("mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"")
+                .arg(file)
+                .arg(&self.program),
+        };
+        program
             .arg("run")
             .arg("--store")
             .arg(&self.store)

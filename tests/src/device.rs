@@ -110,6 +110,19 @@ impl LoopDevice {
         &self.backing
     }
 
+    /// Gives it another size, under whoever uses it.
+    pub fn resize(&self, bytes: u64) -> Result<()> {
+        let file = File::options().write(true).open(&self.backing);
+        file.and_then(|file| file.set_len(bytes))
+            .with_context(|| format!("set the size of {}", self.backing.display()))?;
+        cmd("losetup")
+            .arg("--set-capacity")
+            .arg(&self.path)
+            .run()?
+            .success()
+            .map(drop)
+    }
+
     /// Writes a GPT with one partition for each of `mib` (0: the rest) and gives their device files.
     pub fn partition(&self, mib: &[u64]) -> Result<Vec<PathBuf>> {
         let mut table = "label: gpt\n".to_owned();

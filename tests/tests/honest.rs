@@ -3,8 +3,8 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
-use cdp_tests::agent::{AgentPlan, PROTECT_TIMEOUT};
+use anyhow::{Context, Result, ensure};
+use cdp_tests::agent::{Agent, AgentPlan, PROTECT_TIMEOUT};
 use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
 use cdp_tests::moments::{QuietMoment, WallNs};
 use cdp_tests::mount::{FileSystem, Mount};
@@ -36,7 +36,11 @@ fn a_full_ring_is_a_gap_that_is_counted_named_and_refused() {
         })?;
         let restore = Restore::from(plan.store())?;
         wait_for_gap(&restore, "ring-overflow")?;
-        ensure!(agent.volume("v")?.gaps >= 1, "status counts no gap");
+        let told = agent.volume("v")?;
+        ensure!(
+            told.gaps >= 1 && told.losses.ring_full == told.dropped_writes,
+            "status counts no gap, or other losses: {told:?}"
+        );
         expect_refused(scene, &restore, inside, "ring-overflow", &before)?;
         before.check(&restore, &mut scene.rng(), &scene.path("image"))?;
         // It reads back what it lost, by itself; from then on history is exact again.
@@ -111,7 +115,7 @@ fn write_at(device: &LoopDevice, offset: u64, bytes: u64) -> Result<()> {
 
 /// Goal: a full store disk costs history, never the host's writes, and is told. Method: the store lies on
 /// a small tmpfs; write more than it holds: fio succeeds, the gap is `spool-full`, earlier moments stay
-/// exact and readable from the full disk.
+/// exact and readable from the full disk. `status` warns, and tells cause, time and counts.
 #[test]
 fn a_full_store_disk_is_a_gap_and_harms_nobody() {
     system_test("honest: store disk full", &["fio"], |scene| {
@@ -130,6 +134,7 @@ fn a_full_store_disk_is_a_gap_and_harms_nobody() {
         before.check(&restore, &mut scene.rng(), &scene.path("image"))?;
         write(scene, &device, "later", 4 * MIB)?;
         restore.verify()?.success()?;
+        expect_full_store_told(&mut agent, &plan, &restore, &before)?;
         // With room again it goes on by itself.
         cdp_tests::process::cmd("mount")
             .args(["-o", "remount,size=512m"])
@@ -193,6 +198,51 @@ fn a_store_disk_that_fails_ends_the_agent_and_costs_nothing_durable() {
         drop(disk);
         memory.unmount()
     });
+}
+
+/// While the store is full: what `status`, the log and `points` say.
+fn expect_full_store_told(
+    agent: &mut Agent,
+    plan: &AgentPlan,
+    restore: &Restore,
+    before: &QuietMoment,
+) -> Result<()> {
+    poll_until("the lost writes to be counted", NOTICE_TIMEOUT, || {
+        agent.check_alive()?;
+        let told = agent.volume("v")?;
+        Ok((told.losses.store_full > 0 && told.losses.store_full == told.dropped_writes).then_some(()))
+    })?;
+    let told = agent.volume("v")?;
+    let since = WallNs::parse(told.gap_since.as_deref().context("since when the gap is open")?)?;
+    ensure!(
+        told.gap_cause.as_deref() == Some("spool-full") && since >= before.from && since <= WallNs::now(),
+        "the open gap in status: {told:?}"
+    );
+    let store = agent.status()?.store.context("how full the store is")?;
+    ensure!(
+        store.is_nearly_full && store.used_bytes * 5 >= store.limit_bytes * 4,
+        "no warning of a full store: {store:?}"
+    );
+    let log = std::fs::read_to_string(plan.log_file()).context("read the agent's log")?;
+    let warnings = log
+        .lines()
+        .filter(|line| line.contains("% full: at 100 %"))
+        .count();
+    ensure!(
+        warnings == 1,
+        "{warnings} warnings of a store that fills up\n{log}"
+    );
+    let open: Vec<_> = restore
+        .points("v")?
+        .gaps
+        .into_iter()
+        .filter(|gap| gap.to.is_none())
+        .collect();
+    ensure!(
+        matches!(&open[..], [gap] if gap.cause == "spool-full" && gap.from.is_some()),
+        "the open gap in points: {open:?}"
+    );
+    Ok(())
 }
 
 /// Goal: `wait --for protected` means it. Method: right after it returns, a write is at once part of

@@ -5,6 +5,7 @@
 //! sleeping and can make a database *faster*: the unprotected side therefore runs beside an agent of its
 //! own, which protects another device where nothing happens.
 
+mod latency;
 mod measure;
 mod report;
 
@@ -32,6 +33,9 @@ pub(crate) struct BenchArgs {
     /// Where the table goes
     #[arg(long, value_name = "FILE", default_value = "docs/bench.md")]
     to: PathBuf,
+    /// Only the times of single writes while the engine resyncs or its store is full; writes no file
+    #[arg(long)]
+    latency: bool,
     /// How often both sides take turns (5; with --quick 2)
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
@@ -51,6 +55,8 @@ pub(crate) struct Effort {
     pub(crate) pgbench: Duration,
     /// One stretch of writing at a held rate.
     pub(crate) sustained: Duration,
+    /// One measurement of single writes: short, so that a resync lasts longer.
+    pub(crate) latency: Duration,
     /// How often an image and a copy take turns.
     pub(crate) copies: usize,
 }
@@ -64,6 +70,7 @@ impl Effort {
                 fio: secs(3),
                 pgbench: secs(5),
                 sustained: secs(10),
+                latency: secs(2),
                 copies: 1,
             }
         } else {
@@ -72,6 +79,7 @@ impl Effort {
                 fio: secs(10),
                 pgbench: secs(20),
                 sustained: secs(60),
+                latency: secs(4),
                 copies: 3,
             }
         };
@@ -96,7 +104,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     use_binaries_in(&workspace.target().join("release"));
     catch_interrupts();
     let scene = Scene::new(1)?;
-    let measured = measure_all(&scene, Effort::of(args));
+    let measured = measure_all(&scene, Effort::of(args), args.latency);
     if measured.is_err() {
         scene.show_logs();
     }
@@ -104,7 +112,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     let text = measured?.markdown()?;
     cleared?;
     println!("{text}");
-    if !args.quick {
+    if !args.quick && !args.latency {
         let path = workspace.root.join(&args.to);
         let folder = path.parent().context("a folder for the table")?;
         std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
@@ -120,15 +128,26 @@ fn again(args: &BenchArgs) -> Vec<String> {
     if args.quick {
         again.push("--quick".to_owned());
     }
+    if args.latency {
+        again.push("--latency".to_owned());
+    }
     if let Some(rounds) = args.rounds {
         again.extend(["--rounds".to_owned(), rounds.to_string()]);
     }
     again
 }
 
-fn measure_all(scene: &Scene, effort: Effort) -> Result<Report> {
+fn measure_all(scene: &Scene, effort: Effort, is_latency_only: bool) -> Result<Report> {
     let mut bench = Bench::set_up(scene, effort)?;
     let mut report = Report::new(effort);
+    if !is_latency_only {
+        measure_loads(&mut bench, effort, &mut report)?;
+    }
+    measure_latencies(&bench, effort, &mut report)?;
+    Ok(report)
+}
+
+fn measure_loads(bench: &mut Bench<'_>, effort: Effort, report: &mut Report) -> Result<()> {
     for round in 0..effort.rounds {
         // Whoever comes first in one round comes second in the next.
         let sides = if round % 2 == 0 {
@@ -160,5 +179,20 @@ fn measure_all(scene: &Scene, effort: Effort) -> Result<Report> {
         sh::say(copies.to_string());
         report.add_copies(copies);
     }
-    Ok(report)
+    Ok(())
+}
+
+fn measure_latencies(bench: &Bench<'_>, effort: Effort, report: &mut Report) -> Result<()> {
+    for round in 0..effort.rounds {
+        for (plight, latency) in bench.latencies(round % 2 == 0)? {
+            sh::say(format!(
+                "round {} of {}: {}: {latency}",
+                round + 1,
+                effort.rounds,
+                plight.name()
+            ));
+            report.add_latency(plight, latency);
+        }
+    }
+    Ok(())
 }

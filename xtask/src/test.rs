@@ -65,6 +65,9 @@ pub(crate) fn run(workspace: &Workspace, args: &TestArgs) -> Result<()> {
     verdict(&parts, args.filter.as_deref())
 }
 
+/// For how long a CI machine runs the simulator (`cdp-agent/src/recorder/sim/`), unless it is told otherwise.
+const CI_SIM_SECONDS: &str = "120";
+
 /// `cargo test` that goes on after a failure, so that one run shows all of them.
 fn cargo_test(workspace: &Workspace) -> Command {
     let mut cargo = workspace.cargo("test");
@@ -73,6 +76,10 @@ fn cargo_test(workspace: &Workspace) -> Command {
         .env("PATH", sh::search_path())
         .env("CDP_AGENT", workspace.release_binary("cdp-agent"))
         .env("CDP_RESTORE", workspace.release_binary("cdp-restore"));
+    let is_ci = std::env::var("CI").is_ok_and(|value| value == "true");
+    if is_ci && std::env::var_os("CDP_SIM_SECONDS").is_none() {
+        cargo.env("CDP_SIM_SECONDS", CI_SIM_SECONDS);
+    }
     cargo
 }
 

@@ -20,8 +20,8 @@ use aya::programs::links::FdLink;
 use aya::programs::tp_btf::BtfTracePointLinkId;
 use aya::programs::{BtfTracePoint, ProgramFd, ProgramInfo};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
-use cdp_ebpf::map::{CAUSES, COUNTERS_PER_DISK, DIRTY_WORDS_PER_DISK, DISKS_MAX, NOTES_WORDS, RANGES_MAX};
-use cdp_ebpf::{Counter, DiskFilter, Kernel};
+use cdp_ebpf::map::{COUNTERS_PER_DISK, DIRTY_WORDS_PER_DISK, DISKS_MAX, NOTES_WORDS, RANGES_MAX};
+use cdp_ebpf::{Cause, Counter, DiskFilter, Kernel};
 use cdp_journal::Seq;
 use uuid::Uuid;
 
@@ -31,6 +31,7 @@ pub(crate) use self::notes::{Notes, WatchedDisk};
 pub(crate) use self::pins::PinnedSet;
 use self::ring::Ring;
 pub(crate) use self::ring::{RingPosition, RingPositions};
+use crate::losses::Losses;
 
 /// The probe's object, built by `cargo xtask ebpf build`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../cdp-ebpf/cdp-probe.o");
@@ -62,23 +63,6 @@ impl DiskNumber {
 /// Row of a disk in the shared maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Slot(pub(crate) u32);
-
-/// Writes that a disk's ring events do not tell of, counted since the probe was loaded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Losses {
-    pub(crate) dropped: u64,
-    pub(crate) lost_completions: u64,
-}
-
-impl Losses {
-    /// Those that were not counted yet when these were.
-    pub(crate) fn since(self, earlier: Self) -> Self {
-        Self {
-            dropped: self.dropped.saturating_sub(earlier.dropped),
-            lost_completions: self.lost_completions.saturating_sub(earlier.lost_completions),
-        }
-    }
-}
 
 /// The probe, loaded, proven on a device of our own, and attached.
 pub(crate) struct Probe {
@@ -288,11 +272,8 @@ impl Probe {
 
     /// What was lost of a disk's writes since the probe was loaded.
     pub(crate) fn losses(&self, slot: Slot) -> Losses {
-        let dropped = (0..CAUSES as u32)
-            .map(|cause| self.counter(slot, Counter::Dropped, cause))
-            .sum();
         Losses {
-            dropped,
+            dropped: Cause::ALL.map(|cause| self.counter(slot, Counter::Dropped, cause as u32)),
             lost_completions: self.counter(slot, Counter::LostCompletions, 0),
         }
     }

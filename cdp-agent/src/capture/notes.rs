@@ -13,8 +13,8 @@
 //! | 6            | no write before this Seq is in flight, or waits to be compared with its device    |
 //! | 7            | skipped events (`recursion_misses`) that no longer matter                         |
 //! | 8            | frames noted so far                                                               |
-//! | 16 to 143    | 8 for each disk: its number + 1, the kernel's sequence number of it, log2 of its regions in sectors, dropped writes and lost completions that no longer matter, and whether marks of later ones were taken |
-//! | 256 to 767   | 2 for each of the last 256 frames: its last Seq, the position in the ring behind its last event |
+//! | 16 to 271    | 16 for each disk: its number + 1, the kernel's sequence number of it, log2 of its regions in sectors, whether marks of losses that matter were taken, lost completions and dropped writes by cause that no longer matter |
+//! | 512 to 1023  | 2 for each of the last 256 frames: its last Seq, the position in the ring behind its last event |
 //! | 1024 to 1536 | length of the store's path, and the path                                          |
 //!
 //! A frame is noted before it is appended: the log says which of the frames noted is the last that counts.
@@ -23,13 +23,15 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
-use cdp_ebpf::map::{DISKS_MAX, NOTES_WORDS};
+use cdp_ebpf::Cause;
+use cdp_ebpf::map::{CAUSES, DISKS_MAX, NOTES_WORDS};
 use cdp_journal::Seq;
 use uuid::Uuid;
 
 use super::maps::SharedWords;
 use super::ring::RingPosition;
-use super::{DiskNumber, Losses, Slot};
+use super::{DiskNumber, Slot};
+use crate::losses::Losses;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"CDPNOTES");
 const LAYOUT: u64 = 1;
@@ -41,12 +43,16 @@ const UNSETTLED: usize = 6;
 const MISSES: usize = 7;
 const FRAMES_NOTED: usize = 8;
 const SLOTS: usize = 16;
-const SLOT_WORDS: usize = 8;
-const FRAMES: usize = 256;
+const SLOT_WORDS: usize = 16;
+const MARKS_TAKEN: usize = 3;
+const LOST_COMPLETIONS: usize = 4;
+const DROPPED: usize = 5;
+const FRAMES: usize = 512;
 const FRAMES_KEPT: usize = 256;
 const PATH: usize = 1024;
 const PATH_BYTES_MAX: usize = 4096;
 
+const _: () = assert!(DROPPED + CAUSES <= SLOT_WORDS);
 const _: () = assert!(SLOTS + SLOT_WORDS * DISKS_MAX as usize <= FRAMES);
 const _: () = assert!(FRAMES + 2 * FRAMES_KEPT <= PATH);
 const _: () = assert!(PATH + 1 + PATH_BYTES_MAX / 8 <= NOTES_WORDS as usize);
@@ -162,10 +168,10 @@ impl<W: Words> Notes<W> {
             disk_seq: self.0.load(at + 1),
             region_shift: u32::try_from(self.0.load(at + 2)).ok()?,
             settled: Losses {
-                dropped: self.0.load(at + 3),
-                lost_completions: self.0.load(at + 4),
+                dropped: Cause::ALL.map(|cause| self.0.load(at + DROPPED + cause as usize)),
+                lost_completions: self.0.load(at + LOST_COMPLETIONS),
             },
-            marks_taken: self.0.load(at + 5) != 0,
+            marks_taken: self.0.load(at + MARKS_TAKEN) != 0,
         })
     }
 
@@ -180,9 +186,8 @@ impl<W: Words> Notes<W> {
         self.0.store(at, 0);
         self.0.store(at + 1, watched.disk_seq);
         self.0.store(at + 2, u64::from(watched.region_shift));
-        self.0.store(at + 3, watched.settled.dropped);
-        self.0.store(at + 4, watched.settled.lost_completions);
-        self.0.store(at + 5, u64::from(watched.marks_taken));
+        self.store_losses(at, watched.settled);
+        self.0.store(at + MARKS_TAKEN, u64::from(watched.marks_taken));
         self.0.store(at, u64::from(watched.disk.0) + 1);
     }
 
@@ -193,15 +198,21 @@ impl<W: Words> Notes<W> {
 
     /// Marks are about to be taken.
     pub(crate) fn take_marks(&self, slot: Slot) {
-        self.0.store(Self::slot_word(slot) + 5, 1);
+        self.0.store(Self::slot_word(slot) + MARKS_TAKEN, 1);
     }
 
     /// Losses up to these are named in the log, and repaired. A kill in between leaves marks that count as taken.
     pub(crate) fn settle(&self, slot: Slot, losses: Losses) {
         let at = Self::slot_word(slot);
-        self.0.store(at + 3, losses.dropped);
-        self.0.store(at + 4, losses.lost_completions);
-        self.0.store(at + 5, 0);
+        self.store_losses(at, losses);
+        self.0.store(at + MARKS_TAKEN, 0);
+    }
+
+    fn store_losses(&self, at: usize, losses: Losses) {
+        self.0.store(at + LOST_COMPLETIONS, losses.lost_completions);
+        for (i, dropped) in losses.dropped.into_iter().enumerate() {
+            self.0.store(at + DROPPED + i, dropped);
+        }
     }
 
     /// A frame is about to be appended: its last record, and the position behind the last event in it.
@@ -287,7 +298,7 @@ mod tests {
         assert_eq!(notes.owner(), Some(owner));
         assert_eq!(notes.store(), Some(PathBuf::from("/var/lib/cdp")));
         let losses = |dropped, lost_completions| Losses {
-            dropped,
+            dropped: [dropped, 0, 7, 8],
             lost_completions,
         };
         let watched = WatchedDisk {

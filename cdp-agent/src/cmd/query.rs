@@ -9,6 +9,7 @@ use cdp_journal::store::StoreReader;
 
 use crate::cli::WaitFor;
 use crate::control::{self, Answer, Request, Status, VolumeStatus};
+use crate::losses::LossCounts;
 
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(20);
@@ -45,9 +46,17 @@ fn status_of_store(store: &Path) -> anyhow::Result<Status> {
             captured_bytes: 0,
             captured_writes: 0,
             dropped_writes: 0,
+            losses: LossCounts::default(),
             exact_since: None,
-            gaps: history.map_or(0, |history| history.gaps.len() as u64),
+            gaps: history.as_ref().map_or(0, |history| history.gaps.len() as u64),
             gap_cause: Some("agent-down".into()),
+            gap_since: history
+                .and_then(|history| history.exact.last().map(|exact| exact.to))
+                .map(|last_exact| last_exact.to_string()),
+            dirty_bytes: 0,
+            readback_bytes: 0,
+            readback_bytes_per_s: None,
+            resync_left_s: None,
             compared_blocks: 0,
             corrected_blocks: 0,
         });
@@ -58,6 +67,7 @@ fn status_of_store(store: &Path) -> anyhow::Result<Status> {
         seq,
         durable_seq: seq,
         store_bytes: reader.log_bytes()?,
+        store: None,
         volumes,
         targets: Vec::new(),
     })
@@ -69,29 +79,66 @@ fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Resu
         "agent {}  seq {}  durable {}",
         status.agent, status.seq, status.durable_seq
     )?;
-    for volume in &status.volumes {
-        write!(out, "{:<16} {:<10}", volume.name, volume.state)?;
-        if volume.state == "seeding" || volume.state == "resyncing" {
-            write!(out, " {:.0} %", volume.progress * 100.0)?;
-        }
-        if let Some(cause) = &volume.gap_cause {
-            write!(out, " ({cause})")?;
-        }
+    if let Some(store) = &status.store {
         writeln!(
             out,
-            "  {}  {} captured in {} writes, {} dropped, {} gaps{}",
-            volume.path,
-            human(volume.captured_bytes),
-            volume.captured_writes,
-            volume.dropped_writes,
-            volume.gaps,
-            volume
-                .exact_since
-                .as_ref()
-                .map_or(String::new(), |since| format!(", exact since {since}")),
+            "store {} of {} used{}",
+            human(store.used_bytes),
+            human(store.limit_bytes),
+            if store.is_nearly_full { ", NEARLY FULL" } else { "" }
         )?;
     }
+    for volume in &status.volumes {
+        print_volume(out, volume)?;
+    }
     Ok(())
+}
+
+fn print_volume(out: &mut impl std::io::Write, volume: &VolumeStatus) -> std::io::Result<()> {
+    write!(out, "{:<16} {:<10}", volume.name, volume.state)?;
+    if volume.state == "seeding" || volume.state == "resyncing" {
+        write!(out, " {:.0} %", volume.progress * 100.0)?;
+        write!(out, ", {} left", human(volume.dirty_bytes))?;
+        if let Some(rate) = volume.readback_bytes_per_s {
+            write!(out, " at {}/s", human(rate as u64))?;
+        }
+        if let Some(left_s) = volume.resync_left_s {
+            write!(out, ", about {}", span(left_s))?;
+        }
+    }
+    if let Some(cause) = &volume.gap_cause {
+        write!(out, " ({cause}")?;
+        if let Some(since) = &volume.gap_since {
+            write!(out, " since {since}")?;
+        }
+        write!(out, ")")?;
+    }
+    write!(
+        out,
+        "  {}  {} captured in {} writes, {} dropped",
+        volume.path,
+        human(volume.captured_bytes),
+        volume.captured_writes,
+        volume.dropped_writes,
+    )?;
+    if volume.losses != LossCounts::default() {
+        write!(out, " ({})", volume.losses)?;
+    }
+    write!(out, ", {} gaps", volume.gaps)?;
+    if let Some(since) = &volume.exact_since {
+        write!(out, ", exact since {since}")?;
+    }
+    writeln!(out)
+}
+
+/// Seconds, as a person says them.
+fn span(seconds: f64) -> String {
+    let seconds = seconds.ceil() as u64;
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, seconds) => format!("{seconds} s"),
+        (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
+        (hours, minutes, _) => format!("{hours} h {minutes} min"),
+    }
 }
 
 fn human(bytes: u64) -> String {
@@ -209,5 +256,78 @@ pub(crate) fn bookmark(store: &Path, label: &str) -> anyhow::Result<()> {
             "no agent is running on {}: start `cdp-agent run` first",
             store.display()
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn volume(state: &str) -> VolumeStatus {
+        VolumeStatus {
+            name: "pg".into(),
+            kind: "block".into(),
+            path: "/dev/vdb".into(),
+            bytes: 4 << 30,
+            state: state.into(),
+            progress: 0.25,
+            captured_bytes: 1 << 20,
+            captured_writes: 7,
+            dropped_writes: 3,
+            losses: LossCounts {
+                ring_full: 2,
+                failed: 1,
+                ..LossCounts::default()
+            },
+            exact_since: None,
+            gaps: 1,
+            gap_cause: Some("ring-overflow".into()),
+            gap_since: Some("2026-11-21T10:15:00.000000000Z".into()),
+            dirty_bytes: 3 << 30,
+            readback_bytes: 1 << 30,
+            readback_bytes_per_s: Some(40.0 * 1024.0 * 1024.0),
+            resync_left_s: Some(76.8),
+            compared_blocks: 0,
+            corrected_blocks: 0,
+        }
+    }
+
+    fn printed(volume: &VolumeStatus) -> String {
+        let mut out = Vec::new();
+        print_volume(&mut out, volume).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn a_resync_tells_its_cause_since_when_and_how_long_it_takes() {
+        assert_eq!(
+            printed(&volume("resyncing")),
+            "pg               resyncing  25 %, 3.0 GiB left at 40.0 MiB/s, about 1 min 17 s (ring-overflow since \
+             2026-11-21T10:15:00.000000000Z)  /dev/vdb  1.0 MiB captured in 7 writes, 3 dropped (2 ring full, 1 \
+             failed), 1 gaps\n"
+        );
+    }
+
+    #[test]
+    fn where_all_is_well_nothing_is_said_of_gaps_and_losses() {
+        let fine = VolumeStatus {
+            dropped_writes: 0,
+            losses: LossCounts::default(),
+            exact_since: Some("2026-11-21T10:16:00Z".into()),
+            gap_cause: None,
+            gap_since: None,
+            ..volume("protected")
+        };
+        assert_eq!(
+            printed(&fine),
+            "pg               protected   /dev/vdb  1.0 MiB captured in 7 writes, 0 dropped, 1 gaps, exact since \
+             2026-11-21T10:16:00Z\n"
+        );
+    }
+
+    #[test]
+    fn spans_are_rounded_up_and_short() {
+        let spans: Vec<String> = [0.2, 59.0, 61.0, 7384.0].into_iter().map(span).collect();
+        assert_eq!(spans, ["1 s", "59 s", "1 min 1 s", "2 h 3 min"]);
     }
 }

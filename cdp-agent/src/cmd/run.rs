@@ -87,8 +87,11 @@ async fn serve_until_stopped(agent: &mut Agent, args: &RunArgs) -> anyhow::Resul
                     return Ok(());
                 }
                 agent.check_devices();
+                agent.watch_progress();
             }
             Some(reply) = asked.recv() => {
+                // What it tells of devices is as new as the question.
+                agent.check_devices();
                 let _ = reply.send(Answer::Status(agent.status()));
             }
             accepted = listener.accept() => {

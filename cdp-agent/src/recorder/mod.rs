@@ -13,6 +13,7 @@
 //!   capture can still be on its way.
 
 mod compare;
+mod full;
 #[cfg(test)]
 mod sim;
 mod suspects;
@@ -28,16 +29,17 @@ use cdp_ebpf::event::{CompleteEvent, FLAG_FUA, FLAG_PREFLUSH, FLAG_SYNC, Op, Wri
 use cdp_journal::format::{Body, FrameBuilder, GapCause, Origin, RecordFlags};
 use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 
-use crate::capture::{DiskNumber, Losses, RingPosition, Slot};
+use crate::capture::{DiskNumber, RingPosition, Slot};
 use crate::event::Event;
 use crate::inflight::{InFlight, Sectors, WholeBio};
+use crate::losses::{LossCounts, Losses};
 use crate::regions::Regions;
 use suspects::Suspects;
 use volume::PendingGap;
 pub(crate) use volume::{NewVolume, State, VolumeRun};
 
 /// A frame is sealed when it holds this much, so that a chunk still fits.
-const FRAME_BYTES_SEAL: usize = 1 << 20;
+pub(crate) const FRAME_BYTES_SEAL: usize = 1 << 20;
 /// Sealed frames that wait for the encoder before the ring is left alone.
 const SEALED_MAX: usize = 4;
 /// Times of recent records, kept to place the beginning of a gap.
@@ -226,8 +228,10 @@ impl Recorder {
             },
             captured_writes: 0,
             captured_bytes: 0,
-            dropped_writes: 0,
+            losses: LossCounts::default(),
             gaps: new.gaps,
+            inexact_since: new.inexact_since,
+            read_bytes: 0,
             suspects: Suspects::default(),
             compared_blocks: 0,
             corrected_blocks: 0,
@@ -239,7 +243,7 @@ impl Recorder {
             attached: new.exact.is_some(),
             unknown_since: now,
             pending: None,
-            gap_from: None,
+            gap_from: new.last_exact,
             in_doubt: None,
             last_cause: new.cause.unwrap_or(GapCause::AgentDown),
         });
@@ -387,71 +391,6 @@ impl Recorder {
         }
     }
 
-    fn drop_while_full(&mut self, write: &WriteEvent) {
-        for volume in self
-            .volumes
-            .iter_mut()
-            .filter(|volume| volume.disk.0 == write.disk)
-        {
-            volume.dropped_writes += u64::from(write.last);
-        }
-    }
-
-    /// The store is full: the log goes on at `next`, whatever was given a Seq from there on is lost.
-    pub(crate) fn store_full(&mut self, next: Seq, epoch: Epoch, now: BootNs) {
-        self.builder = FrameBuilder::new(next);
-        self.opened_at = None;
-        self.sealed.clear();
-        self.recent.clear();
-        self.last_seq = next.prev();
-        self.epoch = epoch;
-        for disk in &mut self.disks {
-            disk.in_flight.clear();
-        }
-        for i in 0..self.volumes.len() {
-            let volume = &mut self.volumes[i];
-            volume.pending = None;
-            // All of the volume will be read when there is room.
-            let in_doubt = volume.suspects.clear();
-            volume.doubt_since(in_doubt);
-            // What the store knows is not clear any more: what is read gets compared.
-            volume.blank = Regions::new(volume.bytes.div_ceil(volume.region_bytes));
-            if matches!(volume.state, State::Exact { .. }) {
-                volume.gaps += 1;
-            }
-            if volume.state != State::Seeding {
-                volume.state = State::Resyncing(GapCause::SpoolFull);
-            }
-            volume.last_cause = GapCause::SpoolFull;
-            // Also where a gap is open already: its record may be among those that are lost.
-            let in_doubt = volume.in_doubt.take().filter(|&first| first < next);
-            let last_exact = in_doubt.unwrap_or(next).prev();
-            volume.gap_from = last_exact;
-            let (id, cause) = (volume.id, GapCause::SpoolFull);
-            self.note(now, Some(id), Body::GapOpen { cause, last_exact });
-        }
-        self.full = true;
-        self.seal();
-        tracing::error!(
-            next = next.get(),
-            "the store is full: nothing is journaled until there is room"
-        );
-    }
-
-    /// The store has room again: everything may have changed meanwhile.
-    pub(crate) fn room_again(&mut self, now: BootNs) {
-        if !self.full {
-            return;
-        }
-        self.full = false;
-        for volume in &mut self.volumes {
-            volume.mark_all();
-            volume.dirty_at_start = volume.dirty.len();
-            volume.unknown_since = now;
-        }
-        tracing::info!("the store has room again: resyncing");
-    }
-
     fn complete(&mut self, complete: &CompleteEvent) {
         let Some(disk) = self.disks.iter_mut().find(|disk| disk.number.0 == complete.disk) else {
             return;
@@ -475,7 +414,14 @@ impl Recorder {
         }
         if complete.failed != 0 {
             let last_exact = ended.writes.iter().min().and_then(|first| first.prev());
-            self.write_failed(number, range, last_exact, at);
+            let ranges = if ended.ranges.is_empty() {
+                vec![range]
+            } else {
+                ended.ranges
+            };
+            for range in ranges {
+                self.write_failed(number, range, last_exact, at);
+            }
         }
     }
 
@@ -506,7 +452,7 @@ impl Recorder {
             }
             let Some(bytes) = volume.clip(range) else { continue };
             volume.mark(bytes);
-            volume.dropped_writes += 1;
+            volume.losses.failed += 1;
             self.open_gap(i, GapCause::IoError, last_exact, at);
         }
     }
@@ -550,7 +496,7 @@ impl Recorder {
             if !touched {
                 continue;
             }
-            volume.dropped_writes += losses.dropped;
+            volume.losses.add(&losses);
             volume.unknown_since = volume.unknown_since.max(now);
             volume.last_cause = GapCause::RingOverflow;
             if matches!(volume.state, State::Exact { .. }) && volume.pending.is_none() {
@@ -570,7 +516,7 @@ impl Recorder {
             let volume = &mut self.volumes[i];
             volume.mark_all();
             volume.unknown_since = now;
-            volume.dropped_writes += 1;
+            volume.losses.skipped += 1;
             self.open_gap(i, GapCause::RingOverflow, since, now);
         }
     }
@@ -632,15 +578,33 @@ impl Recorder {
         before.checked_sub(1).map(|last| self.recent[last].1)
     }
 
+    /// When a record was made. Of one that is older than what is kept: the oldest time that is kept, or `now`.
+    fn time_of(&self, seq: Option<Seq>, now: BootNs) -> BootNs {
+        let up_to = self.recent.partition_point(|&(_, other)| Some(other) <= seq);
+        let found = self.recent.get(up_to.saturating_sub(1));
+        found.map_or(now, |&(at, _)| at.min(now))
+    }
+
     fn open_gap(&mut self, i: usize, cause: GapCause, last_exact: Option<Seq>, at: BootNs) {
+        // A loss whose place is not reached yet may lie before this one.
+        let pending = self.volumes[i].pending;
+        let last_exact = pending.map_or(last_exact, |pending| {
+            last_exact.min(self.last_seq_before(pending.at))
+        });
         let volume = &mut self.volumes[i];
         volume.last_cause = cause;
-        if !matches!(volume.state, State::Exact { .. }) {
+        let State::Exact { seq: exact_from, .. } = volume.state else {
             self.reach_back(i, at);
             return;
-        }
+        };
         let in_doubt = volume.in_doubt.take().map(Seq::prev);
         let last_exact = in_doubt.map_or(last_exact, |before| before.min(last_exact));
+        let last_exact_at = self.time_of(last_exact, at).at_offset(self.wall_offset_ns);
+        let volume = &mut self.volumes[i];
+        // A gap that reaches back to before the exact stretch began is the one before it, and goes on.
+        if last_exact >= Some(exact_from) || volume.inexact_since.is_none() {
+            volume.inexact_since = Some(last_exact_at);
+        }
         volume.gap_from = last_exact;
         volume.state = State::Resyncing(cause);
         volume.dirty_at_start = volume.dirty.len();
@@ -773,6 +737,8 @@ impl Recorder {
             volume.reading = None;
             if failed || run.epoch != self.epoch {
                 volume.mark(run.bytes.clone());
+            } else {
+                volume.read_bytes += run.bytes.end - run.bytes.start;
             }
         }
     }
@@ -824,8 +790,8 @@ impl Recorder {
         true
     }
 
-    /// A volume has another size now. What it gained has to be read.
-    pub(crate) fn resized(&mut self, id: VolumeId, bytes: u64, now: BootNs) {
+    /// A volume has another size now, and had not yet at `before`. What it gained has to be read.
+    pub(crate) fn resized(&mut self, id: VolumeId, bytes: u64, before: BootNs, now: BootNs) {
         let Some(i) = self.volumes.iter().position(|volume| volume.id == id) else {
             return;
         };
@@ -834,7 +800,8 @@ impl Recorder {
         if bytes == old {
             return;
         }
-        let last = self.last_seq;
+        let last_exact = self.last_seq_before(before);
+        let volume = &mut self.volumes[i];
         volume.bytes = bytes;
         let regions = bytes.div_ceil(volume.region_bytes);
         volume.dirty.resize(regions);
@@ -851,7 +818,7 @@ impl Recorder {
             let volume = &mut self.volumes[i];
             volume.mark(old..bytes);
             volume.attached = false;
-            self.open_gap(i, GapCause::Resized, last, now);
+            self.open_gap(i, GapCause::Resized, last_exact, now);
         }
     }
 

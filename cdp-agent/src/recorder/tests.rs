@@ -31,6 +31,8 @@ fn recorder() -> Recorder {
         region_bytes: REGION,
         blank: true,
         gaps: 0,
+        last_exact: None,
+        inexact_since: None,
         cause: None,
         exact: None,
     };
@@ -114,7 +116,7 @@ fn lose(recorder: &mut Recorder, dropped: u64, first_at: u64, now: u64, ring_pos
     recorder.losses(
         SLOT,
         Losses {
-            dropped,
+            dropped: [dropped, 0, 0, 0],
             lost_completions: 0,
         },
         Some(BootNs(first_at)),
@@ -202,7 +204,7 @@ fn a_gap_opens_right_before_the_first_record_that_is_not_older_than_the_loss() {
         "{records:?}"
     );
     assert_eq!(state(&recorder), State::Resyncing(GapCause::RingOverflow));
-    assert_eq!(recorder.volumes()[0].dropped_writes, 1);
+    assert_eq!(recorder.volumes()[0].losses.ring_full, 1);
     let run = recorder.take_run(BYTES).unwrap();
     assert_eq!(run.bytes, 3 * REGION..4 * REGION, "only what was lost is read");
 }
@@ -263,6 +265,23 @@ fn a_failed_write_opens_a_gap_before_it_and_its_region_is_read_again() {
             last_exact: exact
         }
     );
+    assert_eq!(recorder.take_run(BYTES).unwrap().bytes, 0..REGION);
+}
+
+/// A driver of whole bios may move a bio's iterator to its end before it ends it, failed or not.
+#[test]
+fn a_failed_bio_that_does_not_tell_where_it_was_is_a_gap_all_the_same() {
+    let mut recorder = protected();
+    recorder.disks[0].bio_based = true;
+    let event = write_event(8, 4096, 20 * SECOND);
+    self::event(&mut recorder, &Event::Write(event, &[1; 4096]));
+    let failed = CompleteEvent {
+        whole_bio: 1,
+        bio: event.bio,
+        ..completion(EventKind::Complete, 16, 0, true, 21 * SECOND)
+    };
+    self::event(&mut recorder, &Event::Complete(failed));
+    assert_eq!(state(&recorder), State::Resyncing(GapCause::IoError));
     assert_eq!(recorder.take_run(BYTES).unwrap().bytes, 0..REGION);
 }
 
@@ -417,7 +436,7 @@ fn of_writes_in_flight_to_one_place_the_overlap_is_compared() {
 fn more_changes_in_flight_than_can_be_compared_are_a_gap() {
     let mut recorder = recorder();
     let bytes = (suspects::SUSPECT_BLOCKS_MAX as u64 + 1) * BLOCK_BYTES;
-    recorder.resized(volume_id(), bytes, BootNs(1));
+    recorder.resized(volume_id(), bytes, BootNs(1), BootNs(1));
     recorder.attached(DISK, BootNs(1));
     read_everything(&mut recorder);
     assert!(recorder.try_close(volume_id(), None, BootNs(10 * SECOND)));
@@ -470,6 +489,43 @@ fn a_gap_begins_before_what_was_in_doubt() {
         assert_eq!(gaps_from(&mut recorder), [in_doubt.prev()], "late: {late}");
         assert_eq!(recorder.take_suspects(), None);
     }
+}
+
+/// Between two looks at its size a device may grow and be written to beyond its old end.
+#[test]
+fn a_volume_that_grew_is_not_exact_since_it_was_last_seen_smaller() {
+    let mut recorder = protected();
+    write(&mut recorder, 0, 20 * SECOND);
+    let seen_smaller = recorder.last_seq();
+    write(&mut recorder, 8, 22 * SECOND);
+    records(&mut recorder);
+    recorder.resized(volume_id(), 2 * BYTES, BootNs(21 * SECOND), BootNs(23 * SECOND));
+    assert_eq!(state(&recorder), State::Resyncing(GapCause::Resized));
+    let opened = records(&mut recorder);
+    assert!(
+        opened
+            .iter()
+            .any(|(_, body)| matches!(body, Body::GapOpen { last_exact, .. } if *last_exact == seen_smaller)),
+        "{opened:?}"
+    );
+}
+
+/// A loss waits for its place among the records; another gap must not open behind it meanwhile.
+#[test]
+fn a_gap_that_opens_while_a_loss_waits_for_its_place_begins_before_the_loss() {
+    let mut recorder = protected();
+    write(&mut recorder, 0, 20 * SECOND);
+    let before = recorder.last_seq();
+    lose(&mut recorder, 1, 21 * SECOND, 22 * SECOND, 1000, 4);
+    recorder.note(BootNs(22 * SECOND), None, Body::Tick);
+    recorder.resized(volume_id(), 2 * BYTES, BootNs(23 * SECOND), BootNs(23 * SECOND));
+    let opened = records(&mut recorder);
+    assert!(
+        opened
+            .iter()
+            .any(|(_, body)| matches!(body, Body::GapOpen { last_exact, .. } if *last_exact == before)),
+        "{opened:?}"
+    );
 }
 
 #[test]
@@ -554,6 +610,8 @@ fn a_bio_is_cut_to_the_volumes_it_touches() {
                 region_bytes: REGION,
                 blank: true,
                 gaps: 0,
+                last_exact: None,
+                inexact_since: None,
                 cause: None,
                 exact: None,
             },

@@ -4,13 +4,15 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use cdp_journal::format::GapCause;
-use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
+use cdp_journal::store::VolumeState;
+use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId, WallNs};
 
 use super::suspects::Suspects;
 use crate::capture::DiskNumber;
 use crate::config::VolumeConfig;
 use crate::device::BlockDevice;
 use crate::inflight::Sectors;
+use crate::losses::LossCounts;
 use crate::regions::Regions;
 
 /// How exact a volume's history is at the moment.
@@ -47,8 +49,14 @@ pub(crate) struct VolumeRun {
     pub(crate) state: State,
     pub(crate) captured_writes: u64,
     pub(crate) captured_bytes: u64,
-    pub(crate) dropped_writes: u64,
+    /// What was written and could not be captured.
+    pub(crate) losses: LossCounts,
     pub(crate) gaps: u64,
+    /// The last exact time before the present gap, or before the last one; where that is longer ago than the times
+    /// that are kept, the oldest of them. `None`: there was no gap.
+    pub(crate) inexact_since: Option<WallNs>,
+    /// Bytes read back.
+    pub(crate) read_bytes: u64,
     pub(super) region_bytes: u64,
     pub(super) dirty: Regions,
     /// Regions that have never been read and of which the store knows nothing: zeroes need no record.
@@ -68,7 +76,7 @@ pub(crate) struct VolumeRun {
     pub(super) unknown_since: BootNs,
     pub(super) pending: Option<PendingGap>,
     /// Where the gap that is open begins: its last exact record. None where that is not known, or none is open.
-    pub(super) gap_from: Option<Seq>,
+    pub(crate) gap_from: Option<Seq>,
     /// The oldest suspect that was forgotten: no gap that is opened may begin after it.
     pub(super) in_doubt: Option<Seq>,
     pub(super) last_cause: GapCause,
@@ -128,12 +136,21 @@ impl VolumeRun {
             .all(|region| self.dirty.contains(region) && !self.blank.contains(region))
     }
 
+    fn regions_left(&self) -> u64 {
+        self.dirty.len() + self.reading.as_ref().map_or(0, |run| run.end - run.start)
+    }
+
+    /// Bytes that are still to be read back.
+    pub(crate) fn left_bytes(&self) -> u64 {
+        (self.regions_left() * self.region_bytes).min(self.bytes)
+    }
+
     /// How much of the first copy or of the resync is done.
     pub(crate) fn progress(&self) -> f64 {
         if matches!(self.state, State::Exact { .. }) {
             return 1.0;
         }
-        let left = self.dirty.len() + self.reading.as_ref().map_or(0, |run| run.end - run.start);
+        let left = self.regions_left();
         if self.dirty_at_start == 0 {
             0.0
         } else {
@@ -156,6 +173,9 @@ pub(crate) struct NewVolume {
     pub(crate) blank: bool,
     /// Gaps that its history has already.
     pub(crate) gaps: u64,
+    /// Its last exact record and time, if its history is interrupted.
+    pub(crate) last_exact: Option<Seq>,
+    pub(crate) inexact_since: Option<WallNs>,
     /// Why its history is interrupted, if it is.
     pub(crate) cause: Option<GapCause>,
     /// It is not: the probe has watched it all the time since this record, which began the exact stretch.
@@ -180,16 +200,20 @@ impl NewVolume {
             region_bytes,
             blank: true,
             gaps: 0,
+            last_exact: None,
+            inexact_since: None,
             cause: None,
             exact: None,
         }
     }
 
-    /// The store knows it: with so many gaps, and the cause of the one that is open.
-    pub(crate) fn known(self, gaps: u64, cause: Option<GapCause>) -> Self {
+    /// The store knows it, and why its history is interrupted, if it is.
+    pub(crate) fn known(self, state: &VolumeState, cause: Option<GapCause>) -> Self {
         Self {
             blank: false,
-            gaps,
+            gaps: state.gaps,
+            last_exact: state.last_exact,
+            inexact_since: state.last_exact_at,
             cause,
             ..self
         }

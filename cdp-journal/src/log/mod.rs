@@ -41,6 +41,15 @@ pub struct FrameLocation {
     pub offset: u64,
 }
 
+/// How full a store is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes of log and index.
+    pub used_bytes: u64,
+    /// It is full when it has this many: by its own bound, or because its file system has no more.
+    pub limit_bytes: u64,
+}
+
 /// A frame was not appended, or the log not synced.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -544,6 +544,12 @@ fn a_full_store_refuses_before_its_bound_and_has_room_to_say_so() {
     assert!(error.is_full());
     assert!(error.to_string().contains("store_bytes_max is 200000"), "{error}");
     assert!(log.log_bytes() < 150_000);
+    let room = log.room().unwrap();
+    assert_eq!((room.used_bytes, room.limit_bytes), (log.log_bytes(), 150_000));
+    disk.leave_free(1000);
+    let room = log.room().unwrap();
+    assert_eq!(room.limit_bytes, log.log_bytes() + 1000);
+    disk.leave_free(u64::MAX);
     let mut note = FrameBuilder::new(log.next_seq());
     note.push(
         BootNs(1),

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::disk::Disk;
 use super::recover::LogState;
 use super::scan::{Segment, segments};
-use super::{FrameLocation, LogError};
+use super::{FrameLocation, LogError, Room};
 use crate::format::{
     ENVELOPE_BYTES, Envelope, FRAME_BYTES_MAX, SEGMENT_HEADER_BYTES, SealedFrame, SegmentHeader,
 };
@@ -252,14 +252,37 @@ impl LogWriter {
         }
     }
 
+    fn used_bytes(&self) -> u64 {
+        self.log_bytes() + self.limits.index_bytes.load(Ordering::Relaxed)
+    }
+
+    fn free_bytes(&self) -> Result<u64, LogError> {
+        self.disk.free_bytes().map_err(|source| LogError::Io {
+            action: "ask for free space of",
+            path: self.disk.path(""),
+            source,
+        })
+    }
+
+    /// How much is used, and how much can be.
+    pub fn room(&self) -> Result<Room, LogError> {
+        let used_bytes = self.used_bytes();
+        let free_bytes = self.free_bytes()?.saturating_sub(self.limits.free_bytes_min);
+        let by_file_system = used_bytes.saturating_add(free_bytes);
+        let by_bound = self
+            .limits
+            .store_bytes_max
+            .map_or(u64::MAX, |max| max - control_reserve(max));
+        Ok(Room {
+            used_bytes,
+            limit_bytes: by_file_system.min(by_bound),
+        })
+    }
+
     fn refuse_if_full(&self, bytes: u64, has_data: bool) -> Result<(), LogError> {
-        let used_bytes = self.log_bytes() + self.limits.index_bytes.load(Ordering::Relaxed);
+        let used_bytes = self.used_bytes();
         if let Some(max) = self.limits.store_bytes_max {
-            let reserve = if has_data {
-                CONTROL_RESERVE_BYTES.min(max / 4)
-            } else {
-                0
-            };
+            let reserve = if has_data { control_reserve(max) } else { 0 };
             if used_bytes + bytes > max - reserve {
                 return Err(LogError::StoreFull {
                     used_bytes,
@@ -267,11 +290,7 @@ impl LogWriter {
                 });
             }
         }
-        let free_bytes = self.disk.free_bytes().map_err(|source| LogError::Io {
-            action: "ask for free space of",
-            path: self.disk.path(""),
-            source,
-        })?;
+        let free_bytes = self.free_bytes()?;
         let min = self.limits.free_bytes_min / if has_data { 1 } else { 2 };
         if free_bytes < min.saturating_add(bytes) {
             let limit = format!("the file system has {free_bytes} bytes left, {min} are kept free");
@@ -309,6 +328,11 @@ impl LogWriter {
     pub fn is_poisoned(&self) -> bool {
         self.poison.is_some()
     }
+}
+
+/// What of a bound is kept for frames without data.
+fn control_reserve(store_bytes_max: u64) -> u64 {
+    CONTROL_RESERVE_BYTES.min(store_bytes_max / 4)
 }
 
 fn poisoned(reason: &str) -> LogError {

@@ -65,6 +65,8 @@ pub struct VolumeState {
     pub last_exact: Option<Seq>,
     /// Where the newest exact stretch began.
     pub exact_since: Option<Point>,
+    /// And its time.
+    pub last_exact_at: Option<WallNs>,
     /// Gaps so far, an open one included.
     pub gaps: u64,
 }
@@ -264,6 +266,7 @@ fn describe(
                     seq: exact.from_seq,
                     wall: exact.from,
                 }),
+                last_exact_at: history.exact.last().map(|exact| exact.to),
                 gaps: history.gaps.len() as u64,
                 info,
             });

@@ -16,7 +16,7 @@ use cdp_tests::restore::Restore;
 
 use super::Effort;
 
-const RAW_BYTES: u64 = 1024 * MIB;
+pub(super) const RAW_BYTES: u64 = 1024 * MIB;
 const DATABASE_BYTES: u64 = 1536 * MIB;
 const IDLE_BYTES: u64 = 16 * MIB;
 /// 100 000 accounts each: some 300 MiB.
@@ -141,14 +141,14 @@ impl fmt::Display for Figures {
 
 /// The devices and the database that are measured.
 pub(super) struct Bench<'a> {
-    scene: &'a Scene,
-    effort: Effort,
+    pub(super) scene: &'a Scene,
+    pub(super) effort: Effort,
     // In the order in which they are let go.
     server: Option<Server>,
     _mount: Mount,
     database: LoopDevice,
-    raw: LoopDevice,
-    idle: LoopDevice,
+    pub(super) raw: LoopDevice,
+    pub(super) idle: LoopDevice,
 }
 
 impl<'a> Bench<'a> {
@@ -248,7 +248,8 @@ impl<'a> Bench<'a> {
         Ok(figures)
     }
 
-    fn job(&self, size: &str, pattern: &str, depth: u32, time: Duration) -> Fio {
+    /// A job of fio on the raw device.
+    pub(super) fn job(&self, size: &str, pattern: &str, depth: u32, time: Duration) -> Fio {
         Fio::new("bench", self.raw.path(), pattern)
             .option("bs", size)
             .option("size", "100%")

@@ -7,12 +7,15 @@ use anyhow::{Context as _, Result};
 use cdp_tests::device::MIB;
 
 use super::Effort;
+use super::latency::{Latency, Plight};
 use super::measure::{AgentCost, Copies, Figures, HeldLoad, Load, Side};
 
 const GIB: f64 = (1_u64 << 30) as f64;
 const MEMORY_BYTES_MAX: u64 = 512 * MIB;
 /// A held rate counts as held from this part of it on.
 const HELD_PART_MIN: f64 = 0.98;
+/// A write may take so much longer than unprotected.
+const P99_RATIO_MAX: f64 = 1.3;
 const IMAGE_RATIO_MIN: f64 = 0.7;
 
 /// All figures of one run.
@@ -21,6 +24,7 @@ pub(super) struct Report {
     figures: BTreeMap<(Load, Side), Vec<Figures>>,
     held: BTreeMap<HeldLoad, Figures>,
     copies: Vec<Copies>,
+    latencies: BTreeMap<Plight, Vec<Latency>>,
 }
 
 impl Report {
@@ -30,6 +34,7 @@ impl Report {
             figures: BTreeMap::new(),
             held: BTreeMap::new(),
             copies: Vec::new(),
+            latencies: BTreeMap::new(),
         }
     }
 
@@ -45,11 +50,16 @@ impl Report {
         self.copies.push(copies);
     }
 
+    pub(super) fn add_latency(&mut self, plight: Plight, latency: Latency) {
+        self.latencies.entry(plight).or_default().push(latency);
+    }
+
     /// The page as it is written to `docs/bench.md`.
     pub(super) fn markdown(&self) -> Result<String> {
         let mut page = format!("# What protection costs\n\n{}\n", self.how()?);
         self.write_loads(&mut page)?;
         self.write_held(&mut page)?;
+        self.write_latencies(&mut page)?;
         self.write_rest(&mut page)?;
         Ok(page)
     }
@@ -135,6 +145,41 @@ impl Report {
                 figures.agent.dropped_writes,
                 verdict(held),
                 cpu_per_gib(figures.agent),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn write_latencies(&self, page: &mut String) -> Result<()> {
+        writeln!(
+            page,
+            "\nWhat one write takes while the engine is in trouble: 4 KiB random writes, direct, depth 1, 2000 each \
+             second; microseconds that 99 of 100 stayed under.\n"
+        )?;
+        page.push_str(
+            "| | p99 | against unprotected | target | | lasted to the end |\n|---|---:|---:|---:|---|---:|\n",
+        );
+        let p99 = |plight: Plight| -> Vec<f64> {
+            let of = self.latencies.get(&plight).into_iter().flatten();
+            of.map(|latency| latency.p99_us).collect()
+        };
+        let unprotected = median(&p99(Plight::Unprotected));
+        for plight in Plight::ALL {
+            let Some(latencies) = self.latencies.get(&plight) else {
+                continue;
+            };
+            let lasted = latencies.iter().filter(|latency| latency.lasted).count();
+            let ratio = median(&p99(plight)) / unprotected;
+            let (target, met) = match plight {
+                Plight::Unprotected => (String::new(), ""),
+                _ => (format!("{P99_RATIO_MAX:.2}"), verdict(ratio <= P99_RATIO_MAX)),
+            };
+            writeln!(
+                page,
+                "| {} | {} | {ratio:.2} | {target} | {met} | {lasted} of {} |",
+                plight.name(),
+                spread(&p99(plight)),
+                latencies.len(),
             )?;
         }
         Ok(())
@@ -287,6 +332,7 @@ mod tests {
             fio: secs(1),
             pgbench: secs(1),
             sustained: secs(1),
+            latency: secs(1),
             copies: 1,
         };
         let mut report = Report::new(effort);
@@ -300,6 +346,16 @@ mod tests {
             copy: 1e9,
             synced: 6e8,
         });
+        for (plight, p99_us) in [(Plight::Unprotected, 100.0), (Plight::Resync, 131.0)] {
+            report.add_latency(
+                plight,
+                Latency {
+                    p50_us: 50.0,
+                    p99_us,
+                    lasted: true,
+                },
+            );
+        }
         let page = report.markdown().expect("a page");
         assert!(
             page.contains("| 100 (90 to 900) | 80 (10 to 85) | 0.80 | 0.85 | **missed** | 2.0 | 0 |"),
@@ -307,6 +363,10 @@ mod tests {
         );
         assert!(
             page.contains("| 4 KiB random | 100 MB/s | 100 MB/s | 0 | met | 2.0 |"),
+            "{page}"
+        );
+        assert!(
+            page.contains("| while a resync runs | 131 (131 to 131) | 1.31 | 1.30 | **missed** | 1 of 1 |"),
             "{page}"
         );
         assert!(

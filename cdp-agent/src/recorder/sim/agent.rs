@@ -9,7 +9,7 @@ use cdp_journal::format::VolumeKind;
 
 use super::super::*;
 use super::kernel::{Counters, Kernel, RingEvent};
-use super::model::{Content, Model};
+use super::model::{Content, Ended, Model};
 use super::{DISK, Profile, REGION_SECTORS, Rng, SECTORS, SLOT, START, volume_id};
 
 /// As in `readback`, but for a device of a few blocks.
@@ -61,6 +61,8 @@ struct Job {
     target: u64,
     as_of: Option<Seq>,
     began_ns: u64,
+    /// When the first of it was read.
+    read_ns: u64,
     applied: u64,
     read: Vec<Content>,
     to_record: VecDeque<(Run, Option<Seq>, Vec<Content>)>,
@@ -182,6 +184,8 @@ impl Agent {
                 region_bytes: REGION_SECTORS * SECTOR_BYTES,
                 blank: !known,
                 gaps: 0,
+                last_exact: model.last_exact(durable),
+                inexact_since: None,
                 cause: known.then_some(GapCause::AgentDown),
                 exact: None,
             },
@@ -276,7 +280,7 @@ impl Agent {
     /// What was written anew before somebody compared it stays as it was issued.
     fn overwritten(model: &mut Model, blocks: u64, at_ns: u64) {
         for block in (0..SECTORS / 8).filter(|block| blocks >> block & 1 == 1) {
-            model.exempt(block * 8..block * 8 + 8, at_ns);
+            model.exempt(block * 8..block * 8 + 8, at_ns, Ended::Changed);
         }
     }
 
@@ -329,7 +333,7 @@ impl Agent {
                     .map(|region| region * region_bytes..(region + 1) * region_bytes)
                     .collect();
                 let losses = Losses {
-                    dropped: found.dropped - self.seen.dropped,
+                    dropped: [found.dropped - self.seen.dropped, 0, 0, 0],
                     lost_completions: found.lost_completions - self.seen.lost_completions,
                 };
                 let first_at = (found.first_drop_ns != 0).then_some(BootNs(found.first_drop_ns));
@@ -559,7 +563,9 @@ impl Agent {
                         }
                         let after = self.suspects();
                         for block in (0..SECTORS / 8).filter(|block| before & !after & 1 << block != 0) {
-                            model.settled(block * 8..block * 8 + 8);
+                            if result.is_ok() {
+                                model.settled(block * 8..block * 8 + 8, job.read_ns);
+                            }
                         }
                         if result.is_err() {
                             ReadBack::Sleep(now_ns + RETRY_NS)
@@ -627,6 +633,7 @@ impl Agent {
                     job.phase = Phase::Polls(self.recorder.polls() + 2);
                     return None;
                 };
+                job.read_ns = job.read_ns.min(kernel.now_ns);
                 let contents = &kernel.volume()[sectors_of(&run.bytes)];
                 if job.run.is_some() {
                     job.record_changed(i, contents.to_vec(), model);
@@ -683,6 +690,7 @@ impl Job {
             target: u64::MAX,
             as_of: None,
             began_ns: 0,
+            read_ns: u64::MAX,
             applied: 0,
             read: Vec::new(),
             to_record: VecDeque::new(),

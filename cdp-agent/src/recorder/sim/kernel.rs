@@ -6,7 +6,7 @@ use std::ops::Range;
 use cdp_ebpf::event::{CompleteEvent, EventKind, Op, WriteEvent};
 use cdp_journal::SECTOR_BYTES;
 
-use super::model::{Content, Model};
+use super::model::{Content, Ended, Model};
 use super::{DISK, PLUG_NS, Profile, REGION_SECTORS, Rng, SECTORS, START};
 
 const DISK_SECTORS: u64 = START + SECTORS as u64 + 8;
@@ -65,6 +65,10 @@ pub(super) struct Kernel {
     pub(super) device: Vec<Content>,
     issued: Vec<Content>,
     on_its_way: Vec<u32>,
+    /// A write to the sector was lost since it was quiet last …
+    is_lost: Vec<bool>,
+    /// … or failed.
+    has_failed: Vec<bool>,
     bios: Vec<Bio>,
     next_content: Content,
     pub(super) is_watched: bool,
@@ -86,6 +90,8 @@ impl Kernel {
             now_ns: 1,
             issued: device.clone(),
             on_its_way: vec![0; device.len()],
+            is_lost: vec![false; device.len()],
+            has_failed: vec![false; device.len()],
             device,
             bios: Vec::new(),
             next_content: 10_000,
@@ -286,6 +292,9 @@ impl Kernel {
             model.tear(number);
             bio.unseen_since_ns = Some(u64::MAX);
         }
+        if bio.unseen_since_ns.is_some() {
+            self.is_lost[range.start as usize..range.end as usize].fill(true);
+        }
         self.bios.push(bio);
     }
 
@@ -400,10 +409,18 @@ impl Kernel {
         for sector in piece.clone() {
             let at = sector as usize;
             self.on_its_way[at] -= 1;
+            self.has_failed[at] |= failed;
             if self.on_its_way[at] == 0
                 && let Some(sector) = of_volume(sector)
             {
-                model.quiet(sector, at_ns, self.device[at], self.device[at] != self.issued[at]);
+                let ended = match (self.is_lost[at], self.has_failed[at]) {
+                    (false, true) => Ended::Failed,
+                    (false, false) if self.device[at] != self.issued[at] => Ended::Changed,
+                    _ => Ended::Well,
+                };
+                model.quiet(sector, at_ns, self.device[at], ended);
+                self.is_lost[at] = false;
+                self.has_failed[at] = false;
             }
         }
         let was_changed = !failed && ended.iter().any(|&(i, _)| self.bios[i].was_changed);

@@ -5,7 +5,8 @@
 //! simulated: several volumes, resizes, a write whose end is skipped by the kernel although it was dropped as
 //! well, and drivers of whole bios that do not tell where a bio was, or whose ends are skipped.
 //!
-//! `CDP_SIM_SEED` replays one run, `CDP_SIM_SEEDS` and `CDP_SIM_STEPS` set how many runs there are and how long.
+//! `CDP_SIM_SEED` replays one run, `CDP_SIM_SEEDS` and `CDP_SIM_STEPS` set how many runs there are and how long they
+//! are, `CDP_SIM_SECONDS` goes on with further seeds for that long, `CDP_SIM_FIRST` is the seed of the first run.
 
 mod agent;
 mod kernel;
@@ -155,7 +156,7 @@ impl Sim {
         if profile.crashes && rng.one_in(400) {
             let next = running.survives(rng) + 1;
             let at_ns = kernel.instant();
-            model.interrupted(at_ns, next);
+            model.crashed(at_ns, next);
             kernel.unwatch();
             *agent = None;
             return;
@@ -270,13 +271,19 @@ fn number(name: &str) -> Option<u64> {
 #[test]
 fn every_exact_moment_is_what_the_device_held() {
     let steps = number("CDP_SIM_STEPS").unwrap_or(STEPS);
-    let one = number("CDP_SIM_SEED");
-    let seeds = match one {
-        Some(seed) => seed..seed + 1,
-        None => 0..number("CDP_SIM_SEEDS").unwrap_or(SEEDS),
+    let first = number("CDP_SIM_SEED").or(number("CDP_SIM_FIRST")).unwrap_or(0);
+    let runs_min = match number("CDP_SIM_SEED") {
+        Some(_) => 1,
+        None => number("CDP_SIM_SEEDS").unwrap_or(SEEDS),
     };
+    let seconds = number("CDP_SIM_SECONDS").filter(|_| number("CDP_SIM_SEED").is_none());
+    let time_min = Duration::from_secs(seconds.unwrap_or(0));
+    let (began, mut runs) = (std::time::Instant::now(), 0);
     let (mut checked, mut gaps, mut corrected) = (0, 0, 0);
-    for seed in seeds.clone() {
+    println!("seeds from {first} on, {steps} steps each");
+    while runs < runs_min || began.elapsed() < time_min {
+        let seed = first + runs;
+        runs += 1;
         let mut sim = Sim::new(seed);
         let result = catch_unwind(AssertUnwindSafe(|| sim.run(steps)));
         let what = match result {
@@ -293,12 +300,15 @@ fn every_exact_moment_is_what_the_device_held() {
         };
         let log = sim.model.tail(40).join("\n");
         panic!(
-            "CDP_SIM_SEED={seed} CDP_SIM_STEPS={steps}: {what}\n{:?}\n{log}",
-            sim.profile
+            "CDP_SIM_SEED={seed} CDP_SIM_STEPS={steps}: {what}\n{:?}\n{log}\nfound after {} runs, {:.1} s",
+            sim.profile,
+            runs,
+            began.elapsed().as_secs_f64()
         );
     }
     println!(
-        "{} runs of {steps} steps: {checked} sectors compared, {gaps} gaps, {corrected} corrected blocks",
-        seeds.end - seeds.start
+        "seeds {first} to {}, {} steps: {checked} sectors compared, {gaps} gaps, {corrected} corrected blocks",
+        first + runs - 1,
+        runs * steps
     );
 }

@@ -27,11 +27,22 @@ struct Quiet {
     from_ns: u64,
     to_ns: u64,
     content: Content,
-    /// The device took something else than was issued last.
-    is_changed: bool,
-    /// It was overwritten before it was compared, or the agent died: the limits of ARCHITECTURE.md, "Changed in
-    /// flight".
-    is_exempt: bool,
+    ended: Ended,
+    /// Up to then it need not show: see [`Model::exempt`].
+    exempt_until_ns: u64,
+    /// It was compared, and the log has been right since this record: nothing exempts it any more.
+    settled_seq: Option<u64>,
+}
+
+/// How the writes before a quiet time ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// The device holds what was issued last; or it does not, and something was lost.
+    Well,
+    /// The device took something else, of writes that were all captured and succeeded.
+    Changed,
+    /// The device failed one that was captured.
+    Failed,
 }
 
 /// Something was queued that may change the volume.
@@ -96,8 +107,9 @@ impl Model {
                 from_ns: 0,
                 to_ns: u64::MAX,
                 content,
-                is_changed: false,
-                is_exempt: false,
+                ended: Ended::Well,
+                exempt_until_ns: 0,
+                settled_seq: None,
             }]
         });
         Self {
@@ -119,6 +131,12 @@ impl Model {
 
     pub(super) fn is_exact(&self) -> bool {
         self.exact.last().is_some_and(|exact| exact.to_seq.is_none())
+    }
+
+    /// The last exact record up to `durable`.
+    pub(super) fn last_exact(&self, durable: u64) -> Option<cdp_journal::Seq> {
+        let last = self.exact.last()?;
+        cdp_journal::Seq::new(last.to_seq.unwrap_or(durable))
     }
 
     /// Does the log know the volume?
@@ -198,12 +216,19 @@ impl Model {
         }
     }
 
-    /// The agent died, or its store filled up, and the log ends before `next`. What changed in flight is not
-    /// corrected any more.
+    /// The agent died. A gap that it had not made durable is lost, and with it that a write had failed just before:
+    /// the limit of ARCHITECTURE.md, "Completions".
+    pub(super) fn crashed(&mut self, at_ns: u64, next: u64) {
+        self.interrupted(at_ns, next);
+        self.exempt(0..SECTORS, at_ns, Ended::Failed);
+    }
+
+    /// Its store filled up, or it died, and the log ends before `next`. What changed in flight is not corrected any
+    /// more.
     pub(super) fn interrupted(&mut self, at_ns: u64, next: u64) {
         self.queued(at_ns);
-        self.exempt(0..SECTORS, u64::MAX);
         self.cut(next);
+        self.exempt(0..SECTORS, at_ns, Ended::Changed);
     }
 
     /// What was recorded from `next` on is lost.
@@ -216,6 +241,9 @@ impl Model {
         self.exact.clear();
         for seq in 1..next {
             self.apply(seq);
+        }
+        for quiet in self.quiet.iter_mut().flatten() {
+            quiet.settled_seq = quiet.settled_seq.filter(|&seq| seq < next);
         }
         for queued in &mut self.queued {
             queued.first_seq = queued.first_seq.filter(|&first| first < next);
@@ -255,26 +283,40 @@ impl Model {
     }
 
     /// Nothing is any more.
-    pub(super) fn quiet(&mut self, sector: usize, at_ns: u64, content: Content, is_changed: bool) {
+    pub(super) fn quiet(&mut self, sector: usize, at_ns: u64, content: Content, ended: Ended) {
         self.quiet[sector].push(Quiet {
             from_ns: at_ns,
             to_ns: u64::MAX,
             content,
-            is_changed,
-            is_exempt: false,
+            ended,
+            exempt_until_ns: 0,
+            settled_seq: None,
         });
         self.to_check[sector] = true;
     }
 
-    /// What changed in flight in these sectors will not be corrected for times before `before_ns`.
-    pub(super) fn exempt(&mut self, sectors: std::ops::Range<usize>, before_ns: u64) {
+    /// What ended so in these sectors and was not compared yet will not be corrected for times before `before_ns`:
+    /// the limits of ARCHITECTURE.md, "Changed in flight". It hides no other fault, because
+    /// - only a write that was captured and succeeded, and whose bytes the device took otherwise, is exempt (what
+    ///   failed is at a crash only); what was lost never is;
+    /// - what was compared once stays compared: a later loss must not spoil what the log had right;
+    /// - from `before_ns` on the same sectors must show what the device holds, whether they are written again or not.
+    pub(super) fn exempt(&mut self, sectors: std::ops::Range<usize>, before_ns: u64, ended: Ended) {
         for quiet in self.quiet[sectors].iter_mut().flatten() {
-            quiet.is_exempt |= quiet.is_changed && quiet.from_ns < before_ns;
+            if quiet.ended == ended && quiet.settled_seq.is_none() && quiet.from_ns < before_ns {
+                quiet.exempt_until_ns = quiet.exempt_until_ns.max(before_ns);
+            }
         }
     }
 
-    /// The sectors of a block have to be looked at again.
-    pub(super) fn settled(&mut self, sectors: std::ops::Range<usize>) {
+    /// The sectors of a block were read at `read_ns` and compared.
+    pub(super) fn settled(&mut self, sectors: std::ops::Range<usize>, read_ns: u64) {
+        let last_seq = self.last_seq();
+        for quiet in self.quiet[sectors.clone()].iter_mut().flatten() {
+            if quiet.from_ns < read_ns {
+                quiet.settled_seq.get_or_insert(last_seq);
+            }
+        }
         self.to_check[sectors].fill(true);
     }
 
@@ -368,10 +410,12 @@ impl Model {
     ) -> Result<(), String> {
         for quiet in &self.quiet[sector] {
             let end_ns = quiet.to_ns.min(known_ns);
-            if quiet.is_exempt || quiet.is_changed && is_suspect || quiet.from_ns >= end_ns {
+            let from_ns = quiet.from_ns.max(quiet.exempt_until_ns);
+            let waits = quiet.ended == Ended::Changed && is_suspect && quiet.settled_seq.is_none();
+            if waits || from_ns >= end_ns {
                 continue;
             }
-            let first = classes.partition_point(|class| class.to_ns <= quiet.from_ns);
+            let first = classes.partition_point(|class| class.to_ns <= from_ns);
             let past = classes.partition_point(|class| class.from_ns < end_ns);
             for group in classes[first.min(past)..past].chunk_by(|a, b| a.stretch == b.stretch) {
                 let (from, to) = (group[0].from_seq, group[group.len() - 1].to_seq);

@@ -1,0 +1,177 @@
+//! What the host does to the engine: reboots, and devices that grow and shrink.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use cdp_tests::agent::{Agent, AgentPlan, PROTECT_TIMEOUT};
+use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
+use cdp_tests::moments::{QuietMoment, WallNs};
+use cdp_tests::process::poll_until;
+use cdp_tests::restore::{NOT_EXACT, Points, Restore};
+use cdp_tests::rng::Rng;
+use cdp_tests::{Scene, system_test};
+
+/// What the log may grow by beside the bytes that changed: frames, ticks, records of start and gap.
+const OVERHEAD_BYTES: u64 = 256 << 10;
+
+/// Goal: a device that changed over a reboot costs a gap and the bytes that changed. Method: kill the agent (then,
+/// in another round, stop it), change some MiB of the device, start it in a mount name space in which the kernel's
+/// boot id is another: the gap is `reboot`, `latest` equals the device, earlier quiet moments stay exact, and the
+/// log grew by at most 1.2 times of what changed.
+#[test]
+fn a_reboot_is_a_gap_that_costs_what_changed() {
+    system_test("host: reboot", &["unshare"], |scene| {
+        let mut rng = scene.rng();
+        let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(64 * MIB))?;
+        write(scene, &mut rng, &device, 0, 16 * MIB)?;
+        let plan = AgentPlan::new(scene, &scene.path("store"))?.volume("v", device.path());
+        let restore = Restore::from(plan.store())?;
+        let mut agent = plan.protect()?;
+        let mut moments = Vec::new();
+        let ends: [fn(Agent) -> Result<()>; 2] = [Agent::kill, Agent::stop];
+        for (round, end) in ends.into_iter().enumerate() {
+            write(scene, &mut rng, &device, 20 * MIB + round as u64 * MIB, MIB)?;
+            let before = QuietMoment::of_raw("v", device.path())?;
+            agent.wait_and_check()?;
+            let log_bytes = agent.status()?.store_bytes;
+            end(agent)?;
+            // Scattered, and in part over what the log holds as something else.
+            let places = [MIB, 7 * MIB + 4096, 40 * MIB, 63 * MIB];
+            for place in places {
+                write(scene, &mut rng, &device, place, MIB)?;
+            }
+            let inside = WallNs::now();
+            let boot_id = uuid_of(scene, round)?;
+            agent = plan.clone().boot_id(&boot_id).protect()?;
+            let after = QuietMoment::of_raw("v", device.path())?;
+            agent.wait_and_check()?;
+            let told = agent.status()?.boot_id;
+            ensure!(
+                told == std::fs::read_to_string(&boot_id)?,
+                "the agent sees boot {told}"
+            );
+            expect_gaps(&restore.points("v")?, &["reboot"; 2][..=round])?;
+            after.check_at(&restore, "latest", &scene.path("image"))?;
+            moments.extend([before, after]);
+            for moment in &moments {
+                moment.check(&restore, &mut rng, &scene.path("image"))?;
+            }
+            let refused = restore.image("v", &inside.to_string(), &scene.path("image"))?;
+            refused.expect_code(NOT_EXACT)?.expect_message(&["reboot"])?;
+            let grown = agent.status()?.store_bytes - log_bytes;
+            let changed = places.len() as u64 * MIB;
+            ensure!(
+                (changed..changed * 6 / 5 + OVERHEAD_BYTES).contains(&grown),
+                "{changed} bytes changed, the log grew by {grown}"
+            );
+        }
+        agent.stop()
+    });
+}
+
+/// Goal: history has the size of its moment. Method: let a device grow under the agent, write to what it gained,
+/// shrink it again: growing is a gap `resized` that ends by itself, `latest` equals the device each time, and
+/// earlier moments keep their size and content.
+#[test]
+fn a_device_that_grows_and_shrinks_keeps_the_size_of_every_moment() {
+    system_test("host: resized", &[], |scene| {
+        let mut rng = scene.rng();
+        let (small, large, smaller) = (24 * MIB, 40 * MIB + 512, 12 * MIB + 4096);
+        let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(small))?;
+        write(scene, &mut rng, &device, 0, 4 * MIB)?;
+        let plan = AgentPlan::new(scene, &scene.path("store"))?.volume("v", device.path());
+        let restore = Restore::from(plan.store())?;
+        let mut agent = plan.protect()?;
+        write(scene, &mut rng, &device, small - MIB, MIB)?;
+        let mut moments = vec![QuietMoment::of_raw("v", device.path())?];
+        agent.wait_and_check()?;
+
+        // What it gains is not blank, and it is written to while it is read.
+        File::options()
+            .write(true)
+            .open(device.backing())?
+            .write_all_at(&noise(&mut rng, MIB), large - MIB)?;
+        device.resize(large)?;
+        write(scene, &mut rng, &device, small - MIB / 2, MIB)?;
+        wait_for_size(&mut agent, large)?;
+        agent.wait_protected(PROTECT_TIMEOUT)?;
+        write(scene, &mut rng, &device, small + 4 * MIB, MIB)?;
+        moments.push(QuietMoment::of_raw("v", device.path())?);
+        agent.wait_and_check()?;
+        expect_gaps(&restore.points("v")?, &["resized"])?;
+        moments[1].check_at(&restore, "latest", &scene.path("image"))?;
+
+        device.resize(smaller)?;
+        wait_for_size(&mut agent, smaller)?;
+        write(scene, &mut rng, &device, smaller - MIB, MIB)?;
+        moments.push(QuietMoment::of_raw("v", device.path())?);
+        agent.wait_and_check()?;
+        moments[2].check_at(&restore, "latest", &scene.path("image"))?;
+
+        // While nobody looks, it grows again.
+        agent.stop()?;
+        device.resize(large)?;
+        write(scene, &mut rng, &device, large - 2 * MIB - 512, MIB)?;
+        let mut agent = plan.protect()?;
+        moments.push(QuietMoment::of_raw("v", device.path())?);
+        agent.wait_and_check()?;
+        moments[3].check_at(&restore, "latest", &scene.path("image"))?;
+        expect_gaps(&restore.points("v")?, &["resized", "agent-down"])?;
+        for moment in &moments {
+            moment.check(&restore, &mut rng, &scene.path("image"))?;
+        }
+        restore.verify()?.success()?;
+        agent.stop()
+    });
+}
+
+fn wait_for_size(agent: &mut Agent, bytes: u64) -> Result<()> {
+    poll_until("the new size in status", PROTECT_TIMEOUT, || {
+        agent.check_alive()?;
+        Ok((agent.volume("v")?.bytes == bytes).then_some(()))
+    })
+}
+
+/// Random bytes past the page cache, and onto the disk before it returns.
+fn write(scene: &Scene, rng: &mut Rng, device: &LoopDevice, offset: u64, bytes: u64) -> Result<()> {
+    let source = scene.path("random");
+    std::fs::write(&source, noise(rng, bytes)).context("write random bytes")?;
+    let written = cdp_tests::process::cmd("dd")
+        .args(["bs=256k", "oflag=direct,seek_bytes", "conv=notrunc,fsync"])
+        .arg(format!("if={}", source.display()))
+        .arg(format!("of={}", device.path().display()))
+        .arg(format!("seek={offset}"))
+        .run()?
+        .success();
+    std::fs::remove_file(&source).context("remove random bytes")?;
+    written.map(drop)
+}
+
+fn noise(rng: &mut Rng, bytes: u64) -> Vec<u8> {
+    let mut noise = vec![0; bytes as usize];
+    rng.fill_noise(&mut noise);
+    noise
+}
+
+/// A file with a boot id of its own for each round.
+fn uuid_of(scene: &Scene, round: usize) -> Result<PathBuf> {
+    let path = scene.path(&format!("boot-{round}"));
+    let number = scene.seed() + round as u64;
+    std::fs::write(
+        &path,
+        format!("6f9c1e52-7d7a-4b0e-9c3d-{:012x}", number & 0xffff_ffff_ffff),
+    )
+    .with_context(|| format!("write {}", path.display()))?;
+    Ok(path)
+}
+
+fn expect_gaps(points: &Points, causes: &[&str]) -> Result<()> {
+    let found: Vec<&str> = points.gaps.iter().map(|gap| gap.cause.as_str()).collect();
+    ensure!(
+        found == causes && points.exact.len() == causes.len() + 1,
+        "gaps {causes:?} and exact stretches around them, not {points:?}"
+    );
+    Ok(())
+}
