@@ -8,6 +8,8 @@
 //! reads both beside a live writer and never touches the folder; [`view::View`] is a volume at a
 //! [`Seq`], readable at any offset.
 //!
+//! What agents, servers and readers say to each other is [`wire`]; a server's folder is a [`site`].
+//!
 //! Always true:
 //! - J1: `applied <= durable <= appended`: only what survived an fsync is ever indexed.
 //! - J2: every byte that leaves a [`view::View`] was checked against its checksum.
@@ -18,12 +20,16 @@ pub mod format;
 pub mod history;
 pub mod index;
 pub mod log;
+pub mod ship;
+pub mod site;
 pub mod store;
 pub mod verify;
 pub mod view;
 pub mod when;
+pub mod wire;
 
 mod error;
+mod files;
 mod types;
 
 pub use error::{OpenError, ReadError};
