@@ -8,7 +8,9 @@
 //! reads both beside a live writer and never touches the folder; [`view::View`] is a volume at a
 //! [`Seq`], readable at any offset.
 //!
-//! What agents, servers and readers say to each other is [`wire`]; a server's folder is a [`site`].
+//! What agents, servers and readers say to each other is [`wire`]; a server's folder is a [`site`]. With the feature
+//! `net` (on by default) there are also the [`server`] itself, who may do what with it ([`trust`]), and its clients
+//! ([`net`]). Everything else needs no runtime.
 //!
 //! Always true:
 //! - J1: `applied <= durable <= appended`: only what survived an fsync is ever indexed.
@@ -20,9 +22,17 @@ pub mod format;
 pub mod history;
 pub mod index;
 pub mod log;
+#[cfg(feature = "net")]
+pub mod net;
+#[cfg(feature = "net")]
+pub mod remote;
+#[cfg(feature = "net")]
+pub mod server;
 pub mod ship;
 pub mod site;
 pub mod store;
+#[cfg(feature = "net")]
+pub mod trust;
 pub mod verify;
 pub mod view;
 pub mod when;
