@@ -24,6 +24,7 @@ use crate::device::{self, BlockDevice};
 use crate::pipeline::{Capture, Pipeline, Request, Shared};
 use crate::readback::{Devices, ReadBack};
 use crate::recorder::{NewVolume, Recorder, State, VolumeRun};
+use crate::ship::Ships;
 use crate::takeover::{self, TakenOver};
 
 /// How long the agent waits for the capture thread to take a request.
@@ -41,6 +42,7 @@ pub(crate) struct Agent {
     pipeline: Pipeline,
     readback: JoinHandle<()>,
     devices: Devices,
+    pub(crate) ships: Arc<Ships>,
     /// Volumes that the store knows of, protected just now or not.
     known: Vec<VolumeState>,
     interrupted: GapCause,
@@ -96,6 +98,8 @@ impl Agent {
             Vec::new()
         };
         let shared = Arc::new(Shared::new(recorder, probe.positions(), config.commit_interval));
+        // What was found is durable: recovery has synced it.
+        shared.set_durable(recovered.last_seq);
         let (log, index) = store.split();
         let watched: Vec<WatchedDisk> = taken.iter().map(|volume| volume.disk).collect();
         let capture = Capture::new(probe, &watched, recovered.last_seq)?;
@@ -124,6 +128,7 @@ impl Agent {
             .unwrap_or(0)
             + 1;
         let mut agent = Self {
+            ships: Arc::new(Ships::new(&shared)),
             shared,
             agent_id,
             boot_id,
@@ -144,6 +149,10 @@ impl Agent {
             config: config.clone(),
         };
         if let Err(error) = agent.begin(devices, &taken) {
+            agent.finish();
+            return Err(error);
+        }
+        if let Err(error) = agent.ships.set(&agent.config) {
             agent.finish();
             return Err(error);
         }
@@ -357,6 +366,7 @@ impl Agent {
             config.commit_interval.as_millis() as u64,
             std::sync::atomic::Ordering::Relaxed,
         );
+        self.ships.set(&config)?;
         self.config = config;
         Ok(())
     }
@@ -436,6 +446,7 @@ impl Agent {
 
     /// How the volumes are.
     pub(crate) fn status(&self) -> Status {
+        let targets = self.ships.status();
         let recorder = self.shared.recorder.lock();
         let offset = clock::wall_offset_ns();
         let devices = self.devices.lock();
@@ -453,7 +464,7 @@ impl Agent {
                     volume_status(volume, offset, present)
                 })
                 .collect(),
-            targets: Vec::new(),
+            targets,
         }
     }
 
@@ -468,6 +479,7 @@ impl Agent {
             tracing::error!("the read-back thread panicked");
         }
         self.pipeline.finish();
+        self.ships.stop();
         shared.failure()
     }
 

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use cdp_journal::net::TargetStatus;
 use serde::{Deserialize, Serialize};
 
 /// A line of either side at most.
@@ -62,7 +63,7 @@ pub(crate) struct Status {
     pub(crate) durable_seq: u64,
     pub(crate) store_bytes: u64,
     pub(crate) volumes: Vec<VolumeStatus>,
-    pub(crate) targets: Vec<serde_json::Value>,
+    pub(crate) targets: Vec<TargetStatus>,
 }
 
 /// One volume in it.
