@@ -18,6 +18,15 @@
 //! - J3: a reader opens files for reading only.
 //! - J4: a failed fsync poisons the writer for good.
 
+#![cfg_attr(
+    not(feature = "net"),
+    allow(
+        dead_code,
+        unused_imports,
+        reason = "the server reads views and stores by ways of its own"
+    )
+)]
+
 pub mod format;
 pub mod history;
 pub mod index;
