@@ -24,6 +24,7 @@ use crate::device::{self, BlockDevice};
 use crate::pipeline::{Capture, Pipeline, Request, Shared};
 use crate::readback::{Devices, ReadBack};
 use crate::recorder::{NewVolume, Recorder, State};
+use crate::ship::Ships;
 use crate::status::Watch;
 use crate::takeover::{self, TakenOver};
 
@@ -42,6 +43,7 @@ pub(crate) struct Agent {
     pipeline: Pipeline,
     readback: JoinHandle<()>,
     devices: Devices,
+    pub(crate) ships: Arc<Ships>,
     /// Volumes that the store knows of, protected just now or not.
     known: Vec<VolumeState>,
     interrupted: GapCause,
@@ -100,6 +102,8 @@ impl Agent {
             Vec::new()
         };
         let shared = Arc::new(Shared::new(recorder, probe.positions(), config.commit_interval));
+        // What was found is durable: recovery has synced it.
+        shared.set_durable(recovered.last_seq);
         let (log, index) = store.split();
         let watched: Vec<WatchedDisk> = taken.iter().map(|volume| volume.disk).collect();
         let capture = Capture::new(probe, &watched, recovered.last_seq)?;
@@ -128,6 +132,7 @@ impl Agent {
             .unwrap_or(0)
             + 1;
         let mut agent = Self {
+            ships: Arc::new(Ships::new(&shared)),
             shared,
             agent_id,
             boot_id,
@@ -150,6 +155,10 @@ impl Agent {
             config: config.clone(),
         };
         if let Err(error) = agent.begin(devices, &taken) {
+            agent.finish();
+            return Err(error);
+        }
+        if let Err(error) = agent.ships.set(&agent.config) {
             agent.finish();
             return Err(error);
         }
@@ -367,6 +376,7 @@ impl Agent {
             config.commit_interval.as_millis() as u64,
             std::sync::atomic::Ordering::Relaxed,
         );
+        self.ships.set(&config)?;
         self.config = config;
         Ok(())
     }
@@ -463,6 +473,7 @@ impl Agent {
 
     /// How the volumes are.
     pub(crate) fn status(&self) -> Status {
+        let targets = self.ships.status();
         let recorder = self.shared.recorder.lock();
         let offset = clock::wall_offset_ns();
         let devices = self.devices.lock();
@@ -481,7 +492,7 @@ impl Agent {
                     self.watch.volume_status(volume, offset, present)
                 })
                 .collect(),
-            targets: Vec::new(),
+            targets,
         }
     }
 
@@ -496,6 +507,7 @@ impl Agent {
             tracing::error!("the read-back thread panicked");
         }
         self.pipeline.finish();
+        self.ships.stop();
         shared.failure()
     }
 

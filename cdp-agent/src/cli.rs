@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cdp_journal::trust::Token;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "Examples:
@@ -10,6 +11,8 @@ const EXAMPLES: &str = "Examples:
   cdp-agent run --store /var/lib/cdp --volume pg=/dev/vdb
   cdp-agent wait --store /var/lib/cdp --for protected
   cdp-agent bookmark --store /var/lib/cdp before-upgrade
+  cdp-agent enroll --server dr1:7443 --token cdp1-… --identity /etc/cdp/identity
+  cdp-agent run --store /var/lib/cdp --volume pg=/dev/vdb --server dr1:7443 --identity /etc/cdp/identity
 
 Exit codes: 0 done; 1 failed, the message says what, why and what to do; 2 wrong usage.";
 
@@ -91,6 +94,18 @@ pub(crate) enum Command {
         #[arg(long, conflicts_with = "store")]
         all: bool,
     },
+    /// Turn a token of a journal server into a certificate
+    Enroll {
+        /// The server
+        #[arg(long, value_name = "HOST:PORT")]
+        server: String,
+        /// What `cdp-journal token` printed there
+        #[arg(long)]
+        token: Token,
+        /// The folder that the certificate and its key are put into
+        #[arg(long, value_name = "DIR")]
+        identity: PathBuf,
+    },
     /// Tell whether this host can be protected, and what to mend
     Doctor {
         /// Print JSON
@@ -117,7 +132,7 @@ pub(crate) struct StoreArg {
 pub(crate) enum WaitFor {
     /// The first copy (or a resync) is done and history is exact from now on
     Protected,
-    /// Everything written before this call is durable in the store
+    /// Everything written before this call is durable in the store, and on every server
     Synced,
 }
 
@@ -130,6 +145,12 @@ pub(crate) struct RunArgs {
     /// A volume to protect: a name of your choice and a block device. May be given several times
     #[arg(long, value_name = "NAME=PATH")]
     pub(crate) volume: Vec<String>,
+    /// A journal server to ship to, enrolled with before. May be given several times
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) server: Vec<String>,
+    /// The folder that `enroll` put the certificates into
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
     /// A TOML file with these settings; read again on SIGHUP
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

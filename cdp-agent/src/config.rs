@@ -7,9 +7,11 @@ use anyhow::{Context as _, bail, ensure};
 
 use crate::cli::RunArgs;
 
-const KEYS: [&str; 7] = [
+const KEYS: [&str; 9] = [
     "store",
     "volume",
+    "server",
+    "identity",
     "ring_bytes",
     "dirty_region_bytes",
     "commit_interval_ms",
@@ -28,6 +30,7 @@ const ENCODE_QUEUE_BYTES_DEFAULT: u64 = 64 << 20;
 const ENCODE_QUEUE_BYTES_MIN: u64 = 4 << 20;
 const ENCODE_QUEUE_BYTES_MAX: u64 = 4 << 30;
 const NAME_BYTES_MAX: usize = 64;
+const SERVERS_MAX: usize = 8;
 
 // A chunk of a bio has to fit in the smallest ring.
 const _: () = assert!(RING_BYTES_MIN > cdp_ebpf::event::CHUNK_BYTES as u64 * 2);
@@ -44,6 +47,10 @@ pub(crate) struct VolumeConfig {
 pub(crate) struct Config {
     pub(crate) store: PathBuf,
     pub(crate) volumes: Vec<VolumeConfig>,
+    /// Journal servers, as HOST:PORT.
+    pub(crate) servers: Vec<String>,
+    /// Where the certificates for them are; there if there are servers.
+    pub(crate) identity: Option<PathBuf>,
     pub(crate) ring_bytes: u32,
     pub(crate) dirty_region_bytes: u64,
     pub(crate) commit_interval: Duration,
@@ -83,6 +90,13 @@ impl Config {
                 volume.name
             );
         }
+        let servers = if flags.server.is_empty() {
+            file.server
+        } else {
+            flags.server.clone()
+        };
+        let identity = flags.identity.clone().or(file.identity);
+        check_servers(&servers, identity.is_some())?;
         let ring_bytes = flags.ring_bytes.or(file.ring_bytes).unwrap_or(RING_BYTES_DEFAULT);
         let region_bytes = flags
             .dirty_region_bytes
@@ -115,6 +129,8 @@ impl Config {
         Ok(Self {
             store,
             volumes,
+            servers,
+            identity,
             ring_bytes: ring_bytes as u32,
             dirty_region_bytes: region_bytes,
             commit_interval: Duration::from_millis(commit_ms),
@@ -122,6 +138,30 @@ impl Config {
             store_bytes_max: flags.store_bytes_max.or(file.store_bytes_max),
         })
     }
+}
+
+fn check_servers(servers: &[String], has_identity: bool) -> anyhow::Result<()> {
+    for (i, server) in servers.iter().enumerate() {
+        let port = server.rsplit_once(':').and_then(|(host, port)| {
+            let port = port.parse::<u16>().ok()?;
+            (!host.is_empty()).then_some(port)
+        });
+        ensure!(
+            port.is_some(),
+            "server {server:?}: give it as HOST:PORT, such as dr1.example.org:7443"
+        );
+        ensure!(!servers[..i].contains(server), "server {server} is given twice");
+    }
+    ensure!(
+        servers.len() <= SERVERS_MAX,
+        "{} servers; {SERVERS_MAX} at most can be shipped to",
+        servers.len()
+    );
+    ensure!(
+        servers.is_empty() || has_identity,
+        "no identity: a server needs --identity DIR, the folder that `cdp-agent enroll` put the certificate into"
+    );
+    Ok(())
 }
 
 fn power_of_two(key: &str, value: u64, min: u64, max: u64) -> anyhow::Result<()> {
@@ -164,15 +204,9 @@ fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
     for (key, value) in &table {
         match key.as_str() {
             "store" => args.store = Some(PathBuf::from(string(key, value)?)),
-            "volume" => {
-                let list = value
-                    .as_array()
-                    .with_context(|| format!("{key} is a list of \"NAME=PATH\""))?;
-                args.volume = list
-                    .iter()
-                    .map(|item| string(key, item))
-                    .collect::<anyhow::Result<_>>()?;
-            }
+            "volume" => args.volume = strings(key, value, "NAME=PATH")?,
+            "server" => args.server = strings(key, value, "HOST:PORT")?,
+            "identity" => args.identity = Some(PathBuf::from(string(key, value)?)),
             "ring_bytes" => args.ring_bytes = Some(bytes(key, value)?),
             "dirty_region_bytes" => args.dirty_region_bytes = Some(bytes(key, value)?),
             "commit_interval_ms" => args.commit_interval_ms = Some(bytes(key, value)?),
@@ -190,6 +224,13 @@ fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
         }
     }
     Ok(args)
+}
+
+fn strings(key: &str, value: &toml::Value, form: &str) -> anyhow::Result<Vec<String>> {
+    let list = value
+        .as_array()
+        .with_context(|| format!("{key} is a list of \"{form}\""))?;
+    list.iter().map(|item| string(key, item)).collect()
 }
 
 fn string(key: &str, value: &toml::Value) -> anyhow::Result<String> {
@@ -241,6 +282,22 @@ mod tests {
         assert_eq!(config.store, PathBuf::from("/s"));
         assert_eq!(config.ring_bytes, 1 << 20);
         assert_eq!(config.commit_interval, Duration::from_millis(7));
+    }
+
+    #[test]
+    fn a_server_needs_a_port_and_an_identity() {
+        let mut flags = flags("pg=/dev/x");
+        flags.server = vec!["dr1:7443".into()];
+        let refused = |flags: &RunArgs| Config::load(flags).unwrap_err().to_string();
+        assert!(refused(&flags).contains("--identity"));
+        flags.identity = Some("/i".into());
+        assert_eq!(Config::load(&flags).unwrap().servers, ["dr1:7443"]);
+        flags.server.push("dr1:7443".into());
+        assert!(refused(&flags).contains("twice"));
+        for bad in ["dr1", ":7443", "dr1:x"] {
+            flags.server = vec![bad.into()];
+            assert!(refused(&flags).contains("HOST:PORT"), "{bad}");
+        }
     }
 
     #[test]

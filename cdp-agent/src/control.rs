@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use cdp_journal::net::TargetStatus;
 use serde::{Deserialize, Serialize};
 
 use crate::losses::LossCounts;
@@ -67,7 +68,7 @@ pub(crate) struct Status {
     /// How full the store is; nothing where no agent runs.
     pub(crate) store: Option<StoreStatus>,
     pub(crate) volumes: Vec<VolumeStatus>,
-    pub(crate) targets: Vec<serde_json::Value>,
+    pub(crate) targets: Vec<TargetStatus>,
 }
 
 /// The store in it.

@@ -20,6 +20,7 @@ mod progress;
 mod readback;
 mod recorder;
 mod regions;
+mod ship;
 mod status;
 mod takeover;
 mod watermark;
@@ -60,6 +61,11 @@ fn run(command: Command) -> anyhow::Result<()> {
         } => cmd::query::wait(&store.dir, volume.as_deref(), state, timeout),
         Command::Bookmark { store, label } => cmd::query::bookmark(&store.dir, &label),
         Command::Unload { store, all: _ } => cmd::unload::run(store.as_deref()),
+        Command::Enroll {
+            server,
+            token,
+            identity,
+        } => cmd::enroll::run(&server, &token, &identity),
         Command::Doctor { json } => cmd::doctor::run(json),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "cdp-agent", &mut std::io::stdout());

@@ -158,7 +158,7 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    fn set_durable(&self, seq: Option<Seq>) {
+    pub(crate) fn set_durable(&self, seq: Option<Seq>) {
         let mut durable = self.durable.lock();
         if seq > durable.seq {
             durable.seq = seq;

@@ -141,6 +141,14 @@ pub enum ReadError {
     /// The index failed.
     #[error("read the index")]
     Index(#[from] crate::index::IndexError),
+    /// A server did not answer, or could not.
+    #[error("{server}: {why}")]
+    Server {
+        /// HOST:PORT.
+        server: String,
+        /// Why.
+        why: String,
+    },
 }
 
 fn moments(seqs: Option<(Seq, Seq)>) -> String {

@@ -1,10 +1,12 @@
 //! What is known of a volume over time: where history is exact, and why not elsewhere.
 
+use serde::{Deserialize, Serialize};
+
 use crate::format::{GapCause, VolumeKind};
 use crate::types::{Seq, VolumeId, WallNs};
 
 /// A volume as last declared.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeInfo {
     /// Its number in the store.
     pub id: VolumeId,
@@ -19,7 +21,7 @@ pub struct VolumeInfo {
 }
 
 /// A stretch of history in which every moment is exact.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExactInterval {
     /// Time of the first record in it.
     pub from: WallNs,
@@ -34,7 +36,7 @@ pub struct ExactInterval {
 }
 
 /// A stretch of history that is not exact.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gap {
     /// Last time known to be exact.
     pub from: WallNs,
@@ -49,7 +51,7 @@ pub struct Gap {
 }
 
 /// A named moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bookmark {
     /// Its name.
     pub label: String,
@@ -60,7 +62,7 @@ pub struct Bookmark {
 }
 
 /// The volume's size from a record on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resize {
     /// When.
     pub at: WallNs,
@@ -71,7 +73,7 @@ pub struct Resize {
 }
 
 /// Something else worth knowing.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Note {
     /// When.
     pub at: WallNs,
@@ -82,7 +84,7 @@ pub struct Note {
 }
 
 /// A volume over time.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct History {
     /// The volume as last declared.
     pub volume: VolumeInfo,

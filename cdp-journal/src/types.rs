@@ -3,6 +3,8 @@
 use std::fmt;
 use std::num::NonZeroU64;
 
+use serde::{Deserialize, Serialize};
+
 /// Smallest unit of a write to a block device.
 pub const SECTOR_BYTES: u64 = 512;
 /// What the index addresses: one key per block and version.
@@ -19,7 +21,7 @@ const _: () = assert!(SECTORS_PER_BLOCK == 8); // a block's sectors fit a mask o
 /// Place of a record in its agent's order. Dense from 1: a missing number is a lost record.
 ///
 /// "Nothing yet" is spelled `Option<Seq>`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Seq(NonZeroU64);
 
 impl Seq {
@@ -81,7 +83,7 @@ impl fmt::Display for Seq {
 }
 
 /// Names a volume inside one store. Never reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct VolumeId(std::num::NonZeroU16);
 
 impl VolumeId {
@@ -118,7 +120,7 @@ impl BootNs {
 }
 
 /// Nanoseconds since 1970-01-01T00:00:00Z. Names moments; order comes from [`Seq`] alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct WallNs(pub i64);
 
 impl WallNs {

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::ReadError;
@@ -11,7 +12,7 @@ use crate::log::{Depth, Disk, Found, HeaderState, Segment, header_error, segment
 use crate::types::Seq;
 
 /// A stretch of the log that does not match its checksums.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Damage {
     /// The segment.
     pub path: PathBuf,
@@ -26,7 +27,7 @@ pub struct Damage {
 }
 
 /// What reading the whole log found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerifyReport {
     /// Files of the log.
     pub segments: u64,

@@ -4,6 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::ReadError;
 use crate::format::GapCause;
 use crate::types::{Seq, WallNs};
@@ -104,7 +106,7 @@ impl fmt::Display for When {
 }
 
 /// A moment that a [`When`] was found to name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Moment {
     /// Last record that belongs to it; `None` if it lies before the first.
     pub seq: Option<Seq>,
@@ -115,7 +117,7 @@ pub struct Moment {
 }
 
 /// A place in history, for messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Point {
     /// The record.
     pub seq: Seq,
@@ -130,7 +132,7 @@ impl fmt::Display for Point {
 }
 
 /// Why a moment is not exact, and what is nearest to it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NotExact {
     /// The moment asked for.
     pub moment: Moment,
@@ -145,7 +147,7 @@ pub struct NotExact {
 }
 
 /// Why a moment is not exact.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NotExactCause {
     /// It lies in a gap.
     Gap(GapCause),

@@ -3,11 +3,12 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use cdp_journal::trust::Token;
 use cdp_journal::when::When;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use crate::source::Source;
+use crate::source::{Opened, Source};
 
 /// More would only queue on the disk, and each holds a buffer.
 const THREADS_MAX: usize = 64;
@@ -94,15 +95,26 @@ pub(crate) enum Command {
     Image(Image),
     Diff(Diff),
     Verify(Verify),
+    Enroll(Enroll),
     Completions(Completions),
 }
 
 /// Where history is read from.
 #[derive(Debug, Args)]
 pub(crate) struct From {
-    /// The store to read: its folder, such as /var/lib/cdp
+    /// The store to read: an agent's folder, such as /var/lib/cdp, or a journal server's; or a server, as HOST:PORT
     #[arg(long, value_name = "SRC")]
     pub(crate) from: Source,
+    /// The folder with the certificate for the server, which `enroll` put there
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
+}
+
+impl From {
+    /// Opens every store of the source.
+    pub(crate) fn open(&self) -> anyhow::Result<Vec<Opened>> {
+        self.from.open(self.identity.as_deref())
+    }
 }
 
 /// List the volumes of a store, with how far their history reaches.
@@ -221,6 +233,20 @@ pub(crate) struct Verify {
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Turn a token of a journal server into a certificate that reads an agent's history.
+#[derive(Debug, Args)]
+pub(crate) struct Enroll {
+    /// The server
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) server: String,
+    /// What `cdp-journal token --restore` printed there
+    #[arg(long)]
+    pub(crate) token: Token,
+    /// The folder that the certificate and its key are put into
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
 }
 
 /// Print the completion script for a shell.

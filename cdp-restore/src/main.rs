@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         Command::Image(args) => cmd::image::run(&args, &report),
         Command::Diff(args) => cmd::diff::run(&args, &report),
         Command::Verify(args) => cmd::verify::run(&args, &report),
+        Command::Enroll(args) => cmd::enroll::run(&args, &report),
         Command::Completions(args) => cmd::completions::run(&args, &report),
     };
     let exit = match done {

@@ -5,6 +5,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use anyhow::{Context, bail};
+use cdp_journal::remote::RemoteSite;
+use cdp_journal::site::Site;
+use cdp_journal::store::{Archive, StoreReader};
+
+use crate::exit::UsageError;
+
 /// What `--from` names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
@@ -14,26 +21,84 @@ pub(crate) enum Source {
     Server(String),
 }
 
-/// The source is a kind that this build does not read.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "{server} names a journal server, and this build reads folders; run it on the host that has the store, \
-     with --from FOLDER (a folder of that name is written ./{server})"
-)]
-pub(crate) struct ServerNotRead {
-    server: String,
+/// A store among those of a source.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    /// The agent whose history it is, where the source holds those of several.
+    pub(crate) agent: Option<String>,
+    /// Has the agent begun another history since?
+    pub(crate) is_newest: bool,
+    pub(crate) archive: Box<dyn Archive>,
+}
+
+impl Opened {
+    /// How `volume` of this store is named on the command line.
+    pub(crate) fn qualified(&self, volume: &str) -> String {
+        match &self.agent {
+            Some(agent) => format!("{agent}/{volume}"),
+            None => volume.to_owned(),
+        }
+    }
 }
 
 impl Source {
-    /// The store's folder, if the source is one.
-    pub(crate) fn folder(&self) -> Result<&Path, ServerNotRead> {
+    /// The folder, if it is one of this host.
+    pub(crate) fn folder(&self) -> Option<&Path> {
         match self {
-            Source::Folder(path) => Ok(path),
-            Source::Server(server) => Err(ServerNotRead {
-                server: server.clone(),
-            }),
+            Source::Folder(path) => Some(path),
+            Source::Server(_) => None,
         }
     }
+
+    /// Opens every store of the source: one of an agent's folder, one for each history of a server's. A server is
+    /// shown the certificate in the folder `identity`.
+    pub(crate) fn open(&self, identity: Option<&Path>) -> anyhow::Result<Vec<Opened>> {
+        match (self, identity) {
+            (Source::Folder(folder), _) => open_folder(folder),
+            (Source::Server(server), Some(identity)) => open_server(server, identity),
+            (Source::Server(server), None) => Err(UsageError(format!(
+                "{server} names a journal server: give --identity DIR, the folder that `cdp-restore enroll` put the \
+                 certificate into (a folder of that name is written ./{server})"
+            ))
+            .into()),
+        }
+    }
+}
+
+fn open_server(server: &str, identity: &Path) -> anyhow::Result<Vec<Opened>> {
+    let site = RemoteSite::open(server, identity).with_context(|| format!("read from {server}"))?;
+    let opened = site.stores()?.into_iter().map(|(label, age, archive)| Opened {
+        agent: Some(label),
+        is_newest: age == 0,
+        archive: Box::new(archive) as _,
+    });
+    Ok(opened.collect())
+}
+
+fn open_folder(folder: &Path) -> anyhow::Result<Vec<Opened>> {
+    let exists = folder.try_exists();
+    if !exists.with_context(|| format!("look at {}", folder.display()))? {
+        bail!(
+            "{}: no such folder; give the store that `cdp-agent run` or `cdp-journal serve` writes to",
+            folder.display()
+        );
+    }
+    let Some(site) = Site::open(folder)? else {
+        return Ok(vec![Opened {
+            agent: None,
+            is_newest: true,
+            archive: Box::new(StoreReader::open(folder)?),
+        }]);
+    };
+    let mut opened = Vec::new();
+    for log in site.logs()? {
+        opened.push(Opened {
+            agent: Some(log.label()),
+            is_newest: log.age == 0,
+            archive: Box::new(StoreReader::open(&log.dir)?),
+        });
+    }
+    Ok(opened)
 }
 
 impl FromStr for Source {

@@ -24,7 +24,7 @@ pub fn use_binaries_in(folder: &Path) {
     BINARIES.get_or_init(|| folder.to_owned());
 }
 
-/// A program of the product: what `CDP_AGENT` or `CDP_RESTORE` names, else from the folder of
+/// A program of the product: what `CDP_AGENT`, `CDP_JOURNAL` or `CDP_RESTORE` names, else from the folder of
 /// [`use_binaries_in`], else beside the test's own build, else the release build.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let variable = name.to_uppercase().replace('-', "_");
@@ -67,6 +67,27 @@ pub struct Status {
     pub store: Option<StoreStatus>,
     /// Every volume.
     pub volumes: Vec<VolumeStatus>,
+    /// Every server that the agent ships to.
+    pub targets: Vec<TargetStatus>,
+}
+
+/// One server in [`Status`].
+#[derive(Clone, Debug, Deserialize)]
+pub struct TargetStatus {
+    /// Its address.
+    pub server: String,
+    /// `connected`, `connecting` or `refused`.
+    pub state: String,
+    /// The last record known to be durable there.
+    pub acked_seq: u64,
+    /// Age of the oldest record that is not.
+    pub lag_seconds: f64,
+    /// Bytes sent to it.
+    pub sent_bytes: u64,
+    /// Bytes that are still to be sent or acknowledged.
+    pub backlog_bytes: u64,
+    /// Why it is not connected.
+    pub why: Option<String>,
 }
 
 impl Status {
@@ -210,6 +231,12 @@ impl AgentPlan {
     pub fn flag(mut self, flag: &str, value: &str) -> AgentPlan {
         self.args.extend([flag.to_owned(), value.to_owned()]);
         self
+    }
+
+    /// The same, shipping to `server` with the certificate in folder `identity`.
+    pub fn ships_to(self, server: &str, identity: &Path) -> AgentPlan {
+        self.flag("--server", server)
+            .flag("--identity", &identity.display().to_string())
     }
 
     /// The same with its log in another file.

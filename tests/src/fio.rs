@@ -8,6 +8,14 @@ use serde_json::Value;
 
 use crate::process::{Background, Cmd, cmd};
 
+/// Writes `bytes` to random places of a device, past the page cache, four requests at a time.
+pub fn write_randomly(device: &Path, name: &str, bytes: u64, seed: u64, dir: &Path) -> Result<()> {
+    let fio = Fio::new(name, device, "randwrite")
+        .option("bs", "16k")
+        .option("io_size", bytes);
+    fio.option("size", "100%").direct(4).seed(seed).run(dir).map(drop)
+}
+
 /// A job of fio.
 #[derive(Clone, Debug)]
 pub struct Fio {

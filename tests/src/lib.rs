@@ -12,8 +12,9 @@
 //!
 //! Knobs, all environment variables: `CDP_SEED` (replay a run), `CDP_REPS` (repetitions of each test,
 //! default 1; 20 or more is the long run), `CDP_MOMENTS` (moments checked under load, default 8, in
-//! the long run 50), `CDP_STATES` (crash states opened, see `tests/crash_states`), `CDP_TMP` (where scenes are built, default `/var/tmp`), `CDP_KEEP=1` (leave the
-//! folder of a failed test), `CDP_AGENT` and `CDP_RESTORE` (the binaries), `CI=true` (a test that
+//! the long run 50), `CDP_STATES` (crash states opened, see `tests/crash_states`), `CDP_TMP` (where
+//! scenes are built, default `/var/tmp`), `CDP_KEEP=1` (leave the folder of a failed test),
+//! `CDP_AGENT`, `CDP_JOURNAL` and `CDP_RESTORE` (the binaries), `CI=true` (a test that
 //! cannot run here fails instead of being skipped).
 
 pub mod agent;
@@ -29,6 +30,7 @@ pub mod refused;
 pub mod restore;
 pub mod rng;
 pub mod scene;
+pub mod server;
 pub mod small;
 pub mod sqlite;
 pub mod trace;

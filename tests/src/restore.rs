@@ -1,5 +1,6 @@
 //! `cdp-restore`, as a user runs it.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -76,7 +77,7 @@ pub struct Bookmark {
 #[derive(Clone, Debug)]
 pub struct Restore {
     program: PathBuf,
-    store: PathBuf,
+    source: Vec<OsString>,
 }
 
 impl Restore {
@@ -84,7 +85,15 @@ impl Restore {
     pub fn from(store: &Path) -> Result<Restore> {
         Ok(Restore {
             program: binary("cdp-restore")?,
-            store: store.to_owned(),
+            source: vec![store.into()],
+        })
+    }
+
+    /// From the journal server at `address`, with the certificate in folder `identity`.
+    pub fn from_server(address: &str, identity: &Path) -> Result<Restore> {
+        Ok(Restore {
+            program: binary("cdp-restore")?,
+            source: vec![address.into(), "--identity".into(), identity.into()],
         })
     }
 
@@ -93,7 +102,7 @@ impl Restore {
         cmd(&self.program)
             .arg(command)
             .arg("--from")
-            .arg(&self.store)
+            .args(&self.source)
             .timeout(Duration::from_secs(300))
     }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use cdp_tests::agent::AgentPlan;
 use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
 use cdp_tests::fingerprint::Fingerprint;
-use cdp_tests::fio::Fio;
+use cdp_tests::fio::{Fio, write_randomly};
 use cdp_tests::moments::{QuietMoment, WallNs};
 use cdp_tests::mount::Mount;
 use cdp_tests::process::{cmd, poll_until};
@@ -348,14 +348,7 @@ fn read(device: &Path) -> Result<Vec<u8>> {
 }
 
 fn write(scene: &Scene, device: &Path, name: &str, bytes: u64) -> Result<()> {
-    let fio = Fio::new(name, device, "randwrite")
-        .option("bs", "16k")
-        .option("io_size", bytes);
-    fio.option("size", "100%")
-        .direct(4)
-        .seed(scene.seed())
-        .run(scene.dir())
-        .map(drop)
+    write_randomly(device, name, bytes, scene.seed(), scene.dir())
 }
 
 fn wait_for_state(agent: &cdp_tests::agent::Agent, volume: &str, state: &str) -> Result<()> {

@@ -35,7 +35,9 @@ pub(crate) fn run(workspace: &Workspace, args: &TestArgs) -> Result<()> {
         let mut build = workspace.cargo("build");
         build.arg("--release");
         if args.root {
-            build.args(["--package", "cdp-agent", "--package", "cdp-restore"]);
+            for package in ["cdp-agent", "cdp-journal", "cdp-restore"] {
+                build.args(["--package", package]);
+            }
         } else {
             // Together with the tests: built apart, they differ in the features of what they depend on,
             // and much would be compiled twice.
@@ -75,6 +77,7 @@ fn cargo_test(workspace: &Workspace) -> Command {
     cargo
         .env("PATH", sh::search_path())
         .env("CDP_AGENT", workspace.release_binary("cdp-agent"))
+        .env("CDP_JOURNAL", workspace.release_binary("cdp-journal"))
         .env("CDP_RESTORE", workspace.release_binary("cdp-restore"));
     let is_ci = std::env::var("CI").is_ok_and(|value| value == "true");
     if is_ci && std::env::var_os("CDP_SIM_SECONDS").is_none() {

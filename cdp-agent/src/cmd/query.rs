@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use cdp_journal::net::{TargetState, TargetStatus};
 use cdp_journal::store::StoreReader;
 
 use crate::cli::WaitFor;
@@ -91,6 +92,9 @@ fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Resu
     for volume in &status.volumes {
         print_volume(out, volume)?;
     }
+    for target in &status.targets {
+        print_target(out, target)?;
+    }
     Ok(())
 }
 
@@ -138,6 +142,31 @@ fn span(seconds: f64) -> String {
         (0, 0, seconds) => format!("{seconds} s"),
         (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
         (hours, minutes, _) => format!("{hours} h {minutes} min"),
+    }
+}
+
+fn print_target(out: &mut impl std::io::Write, target: &TargetStatus) -> std::io::Result<()> {
+    let state = match target.state {
+        TargetState::Connected if target.full => "full",
+        TargetState::Connected => "connected",
+        TargetState::Connecting => "connecting",
+        TargetState::Refused => "refused",
+    };
+    write!(
+        out,
+        "{:<16} {state:<10}  acked {}, lag {:.3} s, {} sent, {} to go",
+        target.server,
+        target.acked_seq,
+        target.lag_seconds,
+        human(target.sent_bytes),
+        human(target.backlog_bytes),
+    )?;
+    if let Some(seconds) = target.catch_up_seconds.filter(|seconds| *seconds >= 1.0) {
+        write!(out, " (about {seconds:.0} s)")?;
+    }
+    match &target.why {
+        Some(why) => writeln!(out, ": {why}"),
+        None => writeln!(out),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use cdp_journal::format::Body;
@@ -17,6 +17,7 @@ use crate::clock;
 use crate::config::Config;
 use crate::control::{Answer, LINE_BYTES_MAX, Request, socket_path};
 use crate::pipeline::Shared;
+use crate::ship::Ships;
 
 /// Requests under way at once.
 const REQUESTS_MAX: usize = 64;
@@ -97,9 +98,10 @@ async fn serve_until_stopped(agent: &mut Agent, args: &RunArgs) -> anyhow::Resul
             accepted = listener.accept() => {
                 let Ok((stream, _)) = accepted else { continue };
                 let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else { continue };
-                let (shared, ask) = (Arc::clone(&agent.shared), ask.clone());
+                let (shared, ships) = (Arc::clone(&agent.shared), Arc::clone(&agent.ships));
+                let ask = ask.clone();
                 tokio::spawn(async move {
-                    if let Err(error) = answer_one(stream, shared, ask).await {
+                    if let Err(error) = answer_one(stream, shared, ships, ask).await {
                         tracing::debug!("control socket: {error:#}");
                     }
                     drop(permit);
@@ -121,6 +123,7 @@ fn reload(agent: &mut Agent, args: &RunArgs) {
 async fn answer_one(
     stream: UnixStream,
     shared: Arc<Shared>,
+    ships: Arc<Ships>,
     ask: mpsc::Sender<StatusRequest>,
 ) -> anyhow::Result<()> {
     let (read, mut write) = stream.into_split();
@@ -135,7 +138,7 @@ async fn answer_one(
             answer.await.context("the agent is stopping")?
         }
         Ok(Request::Sync { timeout_ms }) => {
-            blocking(move || sync(&shared, Duration::from_millis(timeout_ms))).await?
+            blocking(move || sync(&shared, &ships, Duration::from_millis(timeout_ms))).await?
         }
         Ok(Request::Bookmark { label }) => blocking(move || bookmark(&shared, label)).await?,
         Err(error) => Answer::Failed {
@@ -154,7 +157,8 @@ async fn blocking(work: impl FnOnce() -> Answer + Send + 'static) -> anyhow::Res
         .context("a request panicked")
 }
 
-fn sync(shared: &Shared, timeout: Duration) -> Answer {
+fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
+    let deadline = Instant::now() + timeout;
     let now = clock::boot_ns();
     if shared.drained().is_none() {
         return Answer::Failed {
@@ -179,14 +183,16 @@ fn sync(shared: &Shared, timeout: Duration) -> Answer {
         // So that the time of the call is known to be covered, too.
         Some(recorder.note(now, None, Body::Tick))
     };
-    if shared.wait_durable(seq, timeout) {
-        Answer::Synced {
-            seq: seq.map_or(0, cdp_journal::Seq::get),
-        }
-    } else {
-        Answer::Failed {
+    if !shared.wait_durable(seq, timeout) {
+        return Answer::Failed {
             why: format!("not durable after {} ms", timeout.as_millis()),
-        }
+        };
+    }
+    match ships.wait_acked(seq, deadline) {
+        Ok(()) => Answer::Synced {
+            seq: seq.map_or(0, cdp_journal::Seq::get),
+        },
+        Err(why) => Answer::Failed { why },
     }
 }
 

@@ -14,6 +14,7 @@
 
 mod compare;
 mod full;
+mod gaps;
 #[cfg(test)]
 mod sim;
 mod suspects;
@@ -32,10 +33,9 @@ use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 use crate::capture::{DiskNumber, RingPosition, Slot};
 use crate::event::Event;
 use crate::inflight::{InFlight, Sectors, WholeBio};
-use crate::losses::{LossCounts, Losses};
+use crate::losses::LossCounts;
 use crate::regions::Regions;
 use suspects::Suspects;
-use volume::PendingGap;
 pub(crate) use volume::{NewVolume, State, VolumeRun};
 
 /// A frame is sealed when it holds this much, so that a chunk still fits.
@@ -423,220 +423,6 @@ impl Recorder {
                 self.write_failed(number, range, last_exact, at);
             }
         }
-    }
-
-    /// A write ended of which we do not have the bytes.
-    fn unknown(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
-        for i in 0..self.volumes.len() {
-            let volume = &mut self.volumes[i];
-            if volume.disk != disk {
-                continue;
-            }
-            let Some(bytes) = volume.clip(range) else { continue };
-            volume.mark(bytes);
-            volume.unknown_since = volume.unknown_since.max(at);
-            if let (State::Exact { seq, .. }, None) = (volume.state, volume.pending) {
-                // It had been on its way while we called the volume exact: that was never true.
-                let cause = volume.last_cause;
-                self.open_gap(i, cause, seq.prev(), at);
-            }
-            self.reach_back(i, at);
-        }
-    }
-
-    fn write_failed(&mut self, disk: DiskNumber, range: Sectors, last_exact: Option<Seq>, at: BootNs) {
-        for i in 0..self.volumes.len() {
-            let volume = &mut self.volumes[i];
-            if volume.disk != disk {
-                continue;
-            }
-            let Some(bytes) = volume.clip(range) else { continue };
-            volume.mark(bytes);
-            volume.losses.failed += 1;
-            self.open_gap(i, GapCause::IoError, last_exact, at);
-        }
-    }
-
-    /// What the probe's counters say was lost since the last call, read before the ring is drained. `ring_position`: when the ring has been emptied
-    /// to here, everything queued before this call has been seen. `marks`: regions of the disk (in bytes).
-    pub(crate) fn losses(
-        &mut self,
-        slot: Slot,
-        losses: Losses,
-        first_at: Option<BootNs>,
-        now: BootNs,
-        ring_position: u64,
-        marks: &[Range<u64>],
-    ) {
-        let Some(disk) = self.disks.iter_mut().find(|disk| disk.slot == slot) else {
-            return;
-        };
-        if losses.lost_completions > 0 {
-            // Which writes have ended is not known any more. Those that end later show up as strangers.
-            disk.in_flight.clear();
-        }
-        let number = disk.number;
-        let floor = self.recent.front().map_or(now, |&(at, _)| at);
-        for i in 0..self.volumes.len() {
-            let volume = &mut self.volumes[i];
-            if volume.disk != number {
-                continue;
-            }
-            let mut touched = false;
-            for mark in marks {
-                let range = Sectors {
-                    start: mark.start / SECTOR_BYTES,
-                    end: mark.end.div_ceil(SECTOR_BYTES),
-                };
-                if let Some(bytes) = volume.clip(range) {
-                    volume.mark(bytes);
-                    touched = true;
-                }
-            }
-            if !touched {
-                continue;
-            }
-            volume.losses.add(&losses);
-            volume.unknown_since = volume.unknown_since.max(now);
-            volume.last_cause = GapCause::RingOverflow;
-            if matches!(volume.state, State::Exact { .. }) && volume.pending.is_none() {
-                volume.pending = Some(PendingGap {
-                    cause: GapCause::RingOverflow,
-                    at: first_at.unwrap_or(floor),
-                    ring_position,
-                });
-            }
-            self.reach_back(i, now);
-        }
-    }
-
-    /// Events were lost, and nobody knows of which disk: since `since`.
-    pub(crate) fn everything_unknown(&mut self, since: Option<Seq>, now: BootNs) {
-        for i in 0..self.volumes.len() {
-            let volume = &mut self.volumes[i];
-            volume.mark_all();
-            volume.unknown_since = now;
-            volume.losses.skipped += 1;
-            self.open_gap(i, GapCause::RingOverflow, since, now);
-        }
-    }
-
-    /// What was written to a disk lately is not known.
-    pub(crate) fn disk_unknown(&mut self, disk: DiskNumber, now: BootNs) {
-        for i in 0..self.volumes.len() {
-            let volume = &mut self.volumes[i];
-            if volume.disk == disk {
-                volume.mark_all();
-                volume.unknown_since = now;
-                let last_exact = self.last_seq;
-                self.open_gap(i, GapCause::RingOverflow, last_exact, now);
-            }
-        }
-    }
-
-    /// Opens the gaps whose place is reached: a record of time `at` comes next.
-    fn open_pending_gaps(&mut self, at: BootNs) {
-        for i in 0..self.volumes.len() {
-            if let Some(pending) = self.volumes[i].pending
-                && at >= pending.at
-            {
-                self.volumes[i].pending = None;
-                let last_exact = self.last_seq_before(pending.at);
-                self.open_gap(i, pending.cause, last_exact, at);
-            }
-        }
-    }
-
-    /// The ring has been emptied up to `position`.
-    pub(crate) fn drained_to(&mut self, position: u64, now: BootNs) {
-        for i in 0..self.volumes.len() {
-            if let Some(pending) = self.volumes[i].pending
-                && position >= pending.ring_position
-            {
-                self.volumes[i].pending = None;
-                let last_exact = self.last_seq_before(pending.at);
-                self.open_gap(i, pending.cause, last_exact, now);
-            }
-        }
-    }
-
-    /// The counters showed no loss: what was recorded a while ago will not be doubted by a later one. A bio
-    /// is copied within `RECENT_TIME`, so the first chunks of one that is dropped half-way are still here.
-    pub(crate) fn no_loss(&mut self) {
-        if self.volumes.iter().any(|volume| volume.pending.is_some()) {
-            return;
-        }
-        let oldest = BootNs(self.latest.0.saturating_sub(RECENT_TIME.as_nanos() as u64));
-        let old = self.recent.partition_point(|&(time, _)| time < oldest);
-        // The last of them stays: it may turn out to be the last exact one.
-        self.recent.drain(..old.saturating_sub(1));
-    }
-
-    /// The last record before a time; None if that is too long ago to tell.
-    fn last_seq_before(&self, at: BootNs) -> Option<Seq> {
-        let before = self.recent.partition_point(|&(time, _)| time < at);
-        before.checked_sub(1).map(|last| self.recent[last].1)
-    }
-
-    /// When a record was made. Of one that is older than what is kept: the oldest time that is kept, or `now`.
-    fn time_of(&self, seq: Option<Seq>, now: BootNs) -> BootNs {
-        let up_to = self.recent.partition_point(|&(_, other)| Some(other) <= seq);
-        let found = self.recent.get(up_to.saturating_sub(1));
-        found.map_or(now, |&(at, _)| at.min(now))
-    }
-
-    fn open_gap(&mut self, i: usize, cause: GapCause, last_exact: Option<Seq>, at: BootNs) {
-        // A loss whose place is not reached yet may lie before this one.
-        let pending = self.volumes[i].pending;
-        let last_exact = pending.map_or(last_exact, |pending| {
-            last_exact.min(self.last_seq_before(pending.at))
-        });
-        let volume = &mut self.volumes[i];
-        volume.last_cause = cause;
-        let State::Exact { seq: exact_from, .. } = volume.state else {
-            self.reach_back(i, at);
-            return;
-        };
-        let in_doubt = volume.in_doubt.take().map(Seq::prev);
-        let last_exact = in_doubt.map_or(last_exact, |before| before.min(last_exact));
-        let last_exact_at = self.time_of(last_exact, at).at_offset(self.wall_offset_ns);
-        let volume = &mut self.volumes[i];
-        // A gap that reaches back to before the exact stretch began is the one before it, and goes on.
-        if last_exact >= Some(exact_from) || volume.inexact_since.is_none() {
-            volume.inexact_since = Some(last_exact_at);
-        }
-        volume.gap_from = last_exact;
-        volume.state = State::Resyncing(cause);
-        volume.dirty_at_start = volume.dirty.len();
-        volume.gaps += 1;
-        volume.pending = None;
-        let (id, name) = (volume.id, volume.name.clone());
-        let body = Body::GapOpen { cause, last_exact };
-        let seq = self.push(at, Some(id), Origin::default(), RecordFlags::default(), body, &[]);
-        tracing::warn!(volume = %name, %cause, seq = seq.get(), last_exact = last_exact.map(Seq::get), "gap opened");
-    }
-
-    /// A gap that is open begins earlier than was said, if a write before it came to be in doubt.
-    fn reach_back(&mut self, i: usize, at: BootNs) {
-        let volume = &mut self.volumes[i];
-        if matches!(volume.state, State::Exact { .. }) {
-            return;
-        }
-        let Some(first) = volume
-            .in_doubt
-            .take()
-            .filter(|&first| Some(first) <= volume.gap_from)
-        else {
-            return;
-        };
-        volume.gap_from = first.prev();
-        let body = Body::GapOpen {
-            cause: volume.last_cause,
-            last_exact: first.prev(),
-        };
-        let (id, name) = (volume.id, volume.name.clone());
-        self.push(at, Some(id), Origin::default(), RecordFlags::default(), body, &[]);
-        tracing::warn!(volume = %name, last_exact = first.prev().map(Seq::get), "the gap began earlier");
     }
 
     /// Chooses what to read back next: the first volume with something dirty, at most `bytes_max` of it.

@@ -6,6 +6,7 @@ use cdp_journal::format::Frame;
 use proptest::prelude::*;
 
 use super::*;
+use crate::losses::Losses;
 
 const DISK: DiskNumber = DiskNumber(7 << 20);
 const SLOT: Slot = Slot(0);

@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::{
     Body, CODEC_LZ4, CODEC_PLAIN, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX, FRAME_DATA_BYTES_MAX,
-    FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, GROUP_BYTES_MAX,
-    GROUP_HEADER_BYTES, Origin, Record, RecordFlags, TAIL_BYTES_MAX,
+    FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, Frame, FrameError,
+    GROUP_BYTES_MAX, GROUP_HEADER_BYTES, Origin, Record, RecordFlags, TAIL_BYTES_MAX,
 };
 use crate::types::{BLOCK_BYTES, BootNs, Seq, UNIT_BYTES, VolumeId};
 
@@ -376,7 +376,8 @@ fn encode_groups(
     bytes.truncate(end);
 }
 
-/// A frame as it lies in a log and travels on a wire. Only [`FrameBuilder::seal`] makes one.
+/// A frame as it lies in a log and travels on a wire: [`FrameBuilder::seal`] makes it, [`SealedFrame::check`] takes
+/// one that came from elsewhere.
 #[derive(Clone, Debug)]
 pub struct SealedFrame {
     pub(super) bytes: Vec<u8>,
@@ -389,6 +390,23 @@ pub struct SealedFrame {
 }
 
 impl SealedFrame {
+    /// Takes bytes for a frame after checking every byte of them.
+    pub fn check(bytes: Vec<u8>) -> Result<Self, FrameError> {
+        let frame = Frame::parse(&bytes)?;
+        if bytes.len() != frame.header.frame_bytes {
+            return Err(FrameError::Short);
+        }
+        frame.check_groups(&bytes)?;
+        Ok(Self {
+            start: 0,
+            head_bytes: frame.header.prefix_bytes(),
+            first_seq: frame.header.first_seq,
+            last_seq: frame.header.last_seq(),
+            has_data: !frame.groups.is_empty(),
+            bytes,
+        })
+    }
+
     /// All of it.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[self.start..]

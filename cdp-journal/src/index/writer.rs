@@ -195,6 +195,6 @@ impl IndexWriter {
         let seq = self.applied.last.unwrap_or(Seq::FIRST);
         let bytes = self.applied.volume_bytes.get(&volume.get()).copied();
         let bytes = bytes.ok_or(ReadError::NoVolume { volume, seq })?;
-        Ok(View::new(Arc::clone(&self.views), volume, seq, bytes))
+        Ok(View::new(Arc::clone(&self.views) as _, volume, seq, bytes))
     }
 }

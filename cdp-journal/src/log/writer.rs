@@ -87,8 +87,18 @@ impl LogWriter {
 
     /// Appends a frame. It is durable after the next [`LogWriter::sync`].
     pub fn append(&mut self, frame: &SealedFrame) -> Result<FrameLocation, LogError> {
+        self.append_after(frame.first_seq().prev(), frame)
+    }
+
+    /// Appends a frame of another log, in which it comes after `previous`. That may be less than the Seq before it:
+    /// then that log has lost records, and this one has the same hole.
+    pub fn append_after(
+        &mut self,
+        previous: Option<Seq>,
+        frame: &SealedFrame,
+    ) -> Result<FrameLocation, LogError> {
         self.refuse_if_poisoned()?;
-        if frame.first_seq() != self.next_seq() {
+        if previous != self.appended || previous >= Some(frame.first_seq()) {
             return Err(LogError::OutOfOrder {
                 expected: self.next_seq(),
                 found: frame.first_seq(),

@@ -7,18 +7,20 @@
 //! | `log/`       | segments, see [`crate::format`]                                               |
 //! | `index/`     | RocksDB, see [`crate::index`]; may be deleted while no writer runs            |
 //!
+//! The id names the history rather than the folder: a server's copy of an agent's store has the agent's id.
+//!
 //! | Store format | First in | Change | Read | Written |
 //! |-------------:|----------|--------|------|---------|
 //! |            1 | 0.1      | first  | yes  | yes     |
 
+mod archive;
 mod lock;
 mod reader;
 mod records;
 mod timeline;
 mod writer;
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -26,6 +28,7 @@ use uuid::Uuid;
 
 use crate::error::OpenError;
 
+pub use archive::{Archive, RecordsOf};
 pub(crate) use lock::StoreLock;
 pub use reader::StoreReader;
 pub use records::{FrameRecords, Records};
@@ -42,6 +45,32 @@ pub(crate) const STORE_FILE: &str = "store.json";
 pub(crate) const LOCK_FILE: &str = "lock";
 pub(crate) const LOG_DIR: &str = "log";
 pub(crate) const INDEX_DIR: &str = "index";
+
+/// What a store's own file says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct StoreIdentity {
+    pub(crate) uuid: Uuid,
+    /// When this folder was made.
+    pub(crate) created: jiff::Timestamp,
+}
+
+/// Reads it; `None` if the folder is not a store.
+pub(crate) fn identity(dir: &Path) -> Result<Option<StoreIdentity>, OpenError> {
+    let Some(store) = StoreFile::read(dir)? else {
+        return Ok(None);
+    };
+    let created = store
+        .created
+        .parse()
+        .map_err(|error: jiff::Error| OpenError::BadStoreFile {
+            path: dir.join(STORE_FILE),
+            reason: error.to_string(),
+        })?;
+    Ok(Some(StoreIdentity {
+        uuid: store.uuid,
+        created,
+    }))
+}
 
 /// `store.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -82,25 +111,18 @@ impl StoreFile {
     }
 
     /// Makes the file of a new store, durable before anything else is in the folder.
-    fn create(dir: &Path) -> Result<Self, OpenError> {
+    fn create(dir: &Path, uuid: Uuid) -> Result<Self, OpenError> {
         let store = Self {
             format: STORE_FORMAT,
-            uuid: Uuid::new_v4(),
+            uuid,
             created: jiff::Timestamp::now().to_string(),
         };
-        let (path, draft) = (dir.join(STORE_FILE), dir.join("store.json.new"));
+        let path = dir.join(STORE_FILE);
         let text = serde_json::to_vec_pretty(&store).map_err(|error| OpenError::BadStoreFile {
             path: path.clone(),
             reason: error.to_string(),
         })?;
-        let write = || {
-            let mut file = File::create(&draft)?;
-            file.write_all(&text)?;
-            file.sync_all()?;
-            std::fs::rename(&draft, &path)?;
-            File::open(dir)?.sync_all()
-        };
-        write().map_err(OpenError::io("make", &path))?;
+        crate::files::replace(&path, &text, 0o666).map_err(OpenError::io("make", &path))?;
         Ok(store)
     }
 }

@@ -1,7 +1,7 @@
 //! Reading a store, also beside a live writer.
 
 use std::io;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,11 +14,11 @@ use super::timeline::Timeline;
 use super::{INDEX_DIR, LOCK_FILE, LOG_DIR, StoreFile, StoreLock};
 use crate::error::{OpenError, ReadError};
 use crate::history::{History, VolumeInfo};
-use crate::index::{Applied, Applier, DbCursor, EventBody, HeadCache, IndexError, open_reader};
+use crate::index::{Applied, Applier, BlockVersion, DbCursor, EventBody, HeadCache, IndexError, open_reader};
 use crate::log::{Disk, RealDisk, Tail, open_error, segments};
 use crate::types::{SegmentId, Seq, VolumeId, WallNs};
 use crate::verify::{self, VerifyReport};
-use crate::view::{View, ViewStore};
+use crate::view::{Blocks, View, ViewStore};
 use crate::when::{Moment, NotExact, NotExactCause, Point, When, WhenError};
 
 /// How long a live writer is given to cover a moment that has just passed.
@@ -308,6 +308,26 @@ impl StoreReader {
         let head = self.head().map_or(Seq::FIRST, |head| head.seq);
         let seqs = *seqs.start()..=head.min(*seqs.end());
         Records::new(self.state(), &self.disk, seqs)
+    }
+
+    /// The versions that a view of `volume` at `seq` shows in `blocks`, which lie in one run of the index.
+    pub(crate) fn versions(
+        &self,
+        volume: VolumeId,
+        seq: Option<Seq>,
+        blocks: Range<u64>,
+    ) -> Result<Vec<BlockVersion>, ReadError> {
+        let mut versions = Vec::new();
+        self.state().versions(volume, seq, blocks, &mut versions)?;
+        Ok(versions)
+    }
+
+    /// Header and record table of the frame that begins with `seq`.
+    pub(crate) fn frame_head(&self, seq: Seq) -> Result<Vec<u8>, ReadError> {
+        let state = self.state();
+        let entry = state.ask(|lookup| lookup.frame_at_or_before(seq.get()))?;
+        let entry = entry.ok_or(IndexError::Corrupt("a frame that is not there"))?;
+        state.frame_head(&entry).map(|(_, head)| head)
     }
 
     /// Reads the whole log. `progress` is told how many more bytes were read.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 use uuid::Uuid;
 
 use super::timeline::Timeline;
-use super::{INDEX_DIR, LOCK_FILE, LOG_DIR, StoreFile, StoreLock};
+use super::{INDEX_DIR, LOCK_FILE, LOG_DIR, STORE_FILE, StoreFile, StoreLock};
 use crate::error::{OpenError, ReadError};
 use crate::format::{FRAME_BYTES_MAX, GapCause};
 use crate::history::VolumeInfo;
@@ -16,6 +16,7 @@ use crate::log::{Disk, LogLimits, LogState, LogWriter, RealDisk, Tail, open_erro
 use crate::types::{BootNs, SegmentId, Seq, WallNs};
 use crate::verify::Damage;
 use crate::when::Point;
+use crate::wire::FrameId;
 
 /// The index addresses a segment with 32 bits; and a smaller one than a frame makes no sense.
 const SEGMENT_BYTES_RANGE: std::ops::RangeInclusive<u64> = 1 << 16..=1 << 31;
@@ -107,6 +108,20 @@ pub struct StoreWriter {
 impl StoreWriter {
     /// Opens the store in `dir`, or makes one, and recovers it.
     pub fn open(dir: &Path, options: &WriterOptions) -> Result<(Self, Recovered), OpenError> {
+        Self::open_as(dir, None, options)
+    }
+
+    /// Opens the copy of another store, or begins one. Records that it has lost can be had again from where it is a
+    /// copy of: it goes on after the last that is there.
+    pub fn open_copy(dir: &Path, of: Uuid, options: &WriterOptions) -> Result<(Self, Recovered), OpenError> {
+        Self::open_as(dir, Some(of), options)
+    }
+
+    fn open_as(
+        dir: &Path,
+        copy_of: Option<Uuid>,
+        options: &WriterOptions,
+    ) -> Result<(Self, Recovered), OpenError> {
         std::fs::create_dir_all(dir).map_err(OpenError::io("make", dir))?;
         // The format first: a store of a newer one is not even locked.
         let known = StoreFile::read(dir)?;
@@ -114,8 +129,14 @@ impl StoreWriter {
         let created = known.is_none();
         let store = match known {
             Some(store) => store,
-            None => StoreFile::create(dir)?,
+            None => StoreFile::create(dir, copy_of.unwrap_or_else(Uuid::new_v4))?,
         };
+        if let Some(other) = copy_of.filter(|uuid| *uuid != store.uuid) {
+            return Err(OpenError::BadStoreFile {
+                path: dir.join(STORE_FILE),
+                reason: format!("it is the store {}, not {other}", store.uuid),
+            });
+        }
         let (log_dir, index_dir) = (dir.join(LOG_DIR), dir.join(INDEX_DIR));
         std::fs::create_dir_all(&log_dir).map_err(OpenError::io("make", &log_dir))?;
         sync_names(dir)?;
@@ -123,7 +144,10 @@ impl StoreWriter {
         let disk = Arc::new(RealDisk::writable(&log_dir));
         let is_new_store = created || !index_dir.exists() && is_empty(&*disk)?;
         let parts = open_index(&index_dir, store.uuid, is_new_store)?;
-        let state = recover(&*disk, store.uuid, parts.applied.last)?;
+        let mut state = recover(&*disk, store.uuid, parts.applied.last)?;
+        if let (Some(_), Some(last)) = (copy_of, state.lost_after) {
+            state.last = last;
+        }
         let parts = match &state.lost_after {
             Some(last) => {
                 let last = last.map_or(0, Seq::get);
@@ -166,6 +190,17 @@ impl StoreWriter {
     /// The store's own id.
     pub fn uuid(&self) -> Uuid {
         self.uuid
+    }
+
+    /// The last frame of the log, as another log knows it.
+    pub fn last_frame(&self) -> Result<Option<FrameId>, ReadError> {
+        let Some(last) = self.log.appended() else {
+            return Ok(None);
+        };
+        let views = self.index.views();
+        let entry = views.ask(|lookup| lookup.frame_at_or_before(last.get()))?;
+        let found = entry.map(|entry| views.frame_head(&entry)).transpose()?;
+        Ok(found.map(|(header, head)| FrameId::of(header.first_seq, header.last_seq(), &head)))
     }
 
     /// Both halves, for a thread each. The lock is held until both are dropped.

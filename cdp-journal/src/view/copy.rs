@@ -8,19 +8,15 @@
 //! and for blocks written at random that costs more than it gains; so one writes while the others read and unpack.
 
 use std::cmp::Reverse;
-use std::fs::File;
-use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
-use rustix::fs::{Advice, fadvise};
 
-use super::plan::{Item, plan};
-use super::source::{GROUP_STORED_BYTES_MAX, ViewStore};
-use super::{CopyError, CopyOptions, CopyReport, Sink, View};
+use super::source::GROUP_STORED_BYTES_MAX;
+use super::{Blocks, CopyError, CopyOptions, CopyReport, Item, SegmentBytes, Sink, View};
 use crate::error::ReadError;
 use crate::format::{GROUP_BYTES_MAX, decode_group};
 use crate::types::BLOCK_BYTES;
@@ -46,7 +42,7 @@ static ZERO_BLOCK: [u8; BLOCK_BYTES as usize] = [0; BLOCK_BYTES as usize];
 enum Job {
     Zero(Vec<Range<u64>>),
     /// Pieces of one run of neighbouring groups, sorted by place, and the file that they lie in.
-    Data(Arc<File>, Vec<Item>),
+    Data(Arc<dyn SegmentBytes>, Vec<Item>),
 }
 
 struct Shared<'a> {
@@ -111,16 +107,12 @@ impl Shared<'_> {
             let window = at..self.view.bytes.min(at.saturating_add(window_bytes));
             at = window.end;
             let (mut zeroes, mut data) = (Vec::new(), Vec::new());
-            plan(
-                &self.view.store,
-                self.view.volume,
-                self.view.seq,
-                window,
-                |item| match item.data {
-                    Some(_) => data.push(item),
-                    None => zeroes.push(item.offset..item.offset + item.len),
-                },
-            )?;
+            let mut sort = |item: Item| match item.data {
+                Some(_) => data.push(item),
+                None => zeroes.push(item.offset..item.offset + item.len),
+            };
+            let View { volume, seq, .. } = *self.view;
+            self.view.store.plan(volume, seq, window, &mut sort)?;
             self.tell_scattered(&data);
             // Newer segments first: what was overwritten here and there comes before the long runs that it lies in,
             // so that these are complete as they are written.
@@ -132,7 +124,7 @@ impl Shared<'_> {
                 return Ok(());
             }
             for run in data.chunk_by(run_together(&data)) {
-                let file = ahead.file(&self.view.store, run)?;
+                let file = ahead.file(&*self.view.store, run)?;
                 // A closed channel means that every worker has stopped, and the reason is known.
                 if self.stop.load(Ordering::Relaxed) || jobs.send(Job::Data(file, run.to_vec())).is_err() {
                     return Ok(());
@@ -161,7 +153,7 @@ impl Shared<'_> {
             }
             let done = match job {
                 Job::Zero(ranges) => self.zero(&ranges),
-                Job::Data(file, items) => worker.copy(self, &file, &items),
+                Job::Data(file, items) => worker.copy(self, &*file, &items),
             };
             if let Err(error) = done {
                 self.fail(error);
@@ -202,28 +194,22 @@ fn place_of(item: &Item) -> (u64, u32, u32) {
 #[derive(Default)]
 struct ReadAhead {
     /// The segment that is being read, and where its last run ended.
-    current: Option<(u64, Arc<File>, u32)>,
+    current: Option<(u64, Arc<dyn SegmentBytes>, u32)>,
 }
 
 impl ReadAhead {
     /// The file that a run lies in, which is soon read.
-    fn file(&mut self, store: &ViewStore, run: &[Item]) -> Result<Arc<File>, ReadError> {
+    fn file(&mut self, store: &dyn Blocks, run: &[Item]) -> Result<Arc<dyn SegmentBytes>, ReadError> {
         let (segment, start, _) = run.first().map_or((0, 0, 0), place_of);
         let end = run.last().map_or(0, |item| place_of(item).1);
         let end = end.saturating_add(GROUP_STORED_BYTES_MAX as u32);
         let (file, last_end) = match self.current.take() {
             Some((current, file, last_end)) if current == segment => (file, last_end),
-            _ => {
-                let file = Arc::new(store.open_segment(segment)?);
-                // Hints may fail: all is read all the same.
-                let _ = fadvise(&*file, 0, None, Advice::Sequential);
-                (file, 0)
-            }
+            _ => (store.segment_bytes(segment)?, 0),
         };
         // Within a stretch the kernel reads ahead by itself, but it cannot know where the next one begins.
         if start.saturating_sub(last_end) > JOB_HOLE_BYTES || last_end == 0 {
-            let bytes = NonZeroU64::new(u64::from(end - start).min(STRETCH_AHEAD_BYTES));
-            let _ = fadvise(&*file, u64::from(start), bytes, Advice::WillNeed);
+            file.will_read(u64::from(start), u64::from(end - start).min(STRETCH_AHEAD_BYTES));
         }
         self.current = Some((segment, Arc::clone(&file), end));
         Ok(file)
@@ -280,16 +266,21 @@ fn split_zeroes(bytes: &[u8], mut visit: impl FnMut(Range<usize>, bool)) {
 }
 
 impl Worker {
-    fn copy(&mut self, shared: &Shared<'_>, file: &File, items: &[Item]) -> Result<(), CopyError> {
+    fn copy(
+        &mut self,
+        shared: &Shared<'_>,
+        file: &dyn SegmentBytes,
+        items: &[Item],
+    ) -> Result<(), CopyError> {
         let (Some(first), Some(last)) = (items.first(), items.last()) else {
             return Ok(());
         };
-        let ((segment, start, _), (_, last_start, _)) = (place_of(first), place_of(last));
+        let ((_, start, _), (_, last_start, _)) = (place_of(first), place_of(last));
         let store = &shared.view.store;
         let wanted = (last_start - start) as usize + GROUP_STORED_BYTES_MAX;
         self.stored.resize(JOB_BYTES, 0);
         self.raw.resize(JOB_BYTES, 0);
-        let filled = store.read(file, segment, u64::from(start), &mut self.stored[..wanted])?;
+        let filled = file.read(u64::from(start), &mut self.stored[..wanted])?;
         for group in items.chunk_by(|one, next| place_of(one).1 == place_of(next).1) {
             let Some(data) = group[0].data else { continue };
             if self.raw_bytes + GROUP_BYTES_MAX > self.raw.len() {

@@ -1,5 +1,6 @@
 //! A volume at a [`Seq`], readable at any offset.
 
+mod blocks;
 mod copy;
 mod plan;
 mod source;
@@ -11,7 +12,9 @@ use std::sync::Arc;
 use crate::error::ReadError;
 use crate::types::{BLOCK_BYTES, Seq, VolumeId};
 
-pub(crate) use source::ViewStore;
+pub(crate) use blocks::{Blocks, SegmentBytes};
+pub(crate) use plan::{GroupRange, Item};
+pub(crate) use source::{GroupCache, ViewStore, group_through, read_full};
 
 /// What a stretch of a view is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,14 +98,14 @@ pub enum CopyError {
 /// A volume at a [`Seq`].
 #[derive(Debug, Clone)]
 pub struct View {
-    store: Arc<ViewStore>,
+    store: Arc<dyn Blocks>,
     volume: VolumeId,
     seq: Seq,
     bytes: u64,
 }
 
 impl View {
-    pub(crate) fn new(store: Arc<ViewStore>, volume: VolumeId, seq: Seq, bytes: u64) -> Self {
+    pub(crate) fn new(store: Arc<dyn Blocks>, volume: VolumeId, seq: Seq, bytes: u64) -> Self {
         Self {
             store,
             volume,
@@ -130,7 +133,8 @@ impl View {
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
         let range = self.checked(offset, buf.len() as u64)?;
         let mut items = Vec::new();
-        plan::plan(&self.store, self.volume, self.seq, range, |item| items.push(item))?;
+        self.store
+            .plan(self.volume, self.seq, range, &mut |item| items.push(item))?;
         for item in items {
             let start = (item.offset - offset) as usize;
             let target = &mut buf[start..start + item.len as usize];
@@ -158,11 +162,17 @@ impl View {
         }
     }
 
+    /// Where the bytes of a range lie, in order, without holes.
+    pub(crate) fn items(&self, range: Range<u64>, visit: &mut dyn FnMut(Item)) -> Result<(), ReadError> {
+        let range = self.checked(range.start, range.end.saturating_sub(range.start))?;
+        self.store.plan(self.volume, self.seq, range, visit)
+    }
+
     /// What lies in a range, in order, without holes.
     pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, ReadError> {
         let range = self.checked(range.start, range.end.saturating_sub(range.start))?;
         let mut extents: Vec<Extent> = Vec::new();
-        plan::plan(&self.store, self.volume, self.seq, range, |item| {
+        self.store.plan(self.volume, self.seq, range, &mut |item| {
             let kind = if item.data.is_some() {
                 ExtentKind::Data
             } else {
@@ -185,16 +195,8 @@ impl View {
     pub fn written_by(&self, offset: u64) -> Result<Option<Seq>, ReadError> {
         let block = self.checked(offset, 1)?.start / BLOCK_BYTES;
         let mut versions = Vec::new();
-        self.store.ask(|lookup| {
-            let mut cursor = lookup.cursor();
-            lookup.blocks(
-                &mut cursor,
-                self.volume,
-                block..block + 1,
-                self.seq.get(),
-                &mut versions,
-            )
-        })?;
+        self.store
+            .versions(self.volume, Some(self.seq), block..block + 1, &mut versions)?;
         Ok(versions.first().and_then(|version| Seq::new(version.seq)))
     }
 
@@ -216,17 +218,10 @@ impl View {
         let (mut now, mut before) = (Vec::new(), Vec::new());
         for chunk in plan::chunks(range.clone()) {
             let blocks = plan::blocks_of(&chunk);
-            self.store.ask(|lookup| {
-                let mut cursor = lookup.cursor();
-                lookup.blocks(&mut cursor, self.volume, blocks.clone(), self.seq.get(), &mut now)?;
-                lookup.blocks(
-                    &mut cursor,
-                    self.volume,
-                    blocks.clone(),
-                    older.map_or(0, Seq::get),
-                    &mut before,
-                )
-            })?;
+            self.store
+                .versions(self.volume, Some(self.seq), blocks.clone(), &mut now)?;
+            self.store
+                .versions(self.volume, older, blocks.clone(), &mut before)?;
             for (block, _) in blocks
                 .zip(now.iter().zip(&before))
                 .filter(|(_, (now, before))| now != before)

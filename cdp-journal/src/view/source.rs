@@ -3,16 +3,21 @@
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
+use rustix::fs::{Advice, fadvise};
 
+use super::plan::plan;
+use super::{Blocks, Item, SegmentBytes};
 use crate::error::ReadError;
-use crate::format::{GROUP_BYTES_MAX, GROUP_HEADER_BYTES, decode_group};
-use crate::index::{Db, Lookup, Overlay, Place};
-use crate::types::{SegmentId, Seq};
+use crate::format::{Frame, FrameError, FrameHeader, GROUP_BYTES_MAX, GROUP_HEADER_BYTES, decode_group};
+use crate::index::{BlockVersion, Db, FrameEntry, Lookup, Overlay, Place};
+use crate::types::{SegmentId, Seq, VolumeId};
 
 /// Decoded groups that are kept for the next read: 4 MiB.
 const CACHED_GROUPS_MAX: usize = 64;
@@ -33,10 +38,50 @@ pub(crate) struct ViewStore {
 
 type GroupKey = (u64, u32);
 
+/// The groups that were decoded last.
 #[derive(Debug, Default)]
-struct GroupCache {
+pub(crate) struct GroupCache {
     groups: HashMap<GroupKey, Arc<Vec<u8>>>,
     order: VecDeque<GroupKey>,
+}
+
+impl GroupCache {
+    fn get(&self, place: &Place) -> Option<Arc<Vec<u8>>> {
+        self.groups.get(&(place.segment, place.group_offset)).cloned()
+    }
+
+    fn put(&mut self, place: &Place, group: &Arc<Vec<u8>>) {
+        while self.order.len() >= CACHED_GROUPS_MAX {
+            if let Some(oldest) = self.order.pop_front() {
+                self.groups.remove(&oldest);
+            }
+        }
+        let key = (place.segment, place.group_offset);
+        if self.groups.insert(key, Arc::clone(group)).is_none() {
+            self.order.push_back(key);
+        }
+    }
+}
+
+/// The checked raw bytes of the group at `place`: from the cache, or through `read`, which fills a buffer with what lies
+/// there.
+pub(crate) fn group_through(
+    cache: &Mutex<GroupCache>,
+    place: &Place,
+    read: impl FnOnce(&mut [u8]) -> Result<usize, ReadError>,
+    damage: impl FnOnce() -> ReadError,
+) -> Result<Arc<Vec<u8>>, ReadError> {
+    if let Some(group) = cache.lock().get(place) {
+        return Ok(group);
+    }
+    let mut stored = vec![0; GROUP_STORED_BYTES_MAX];
+    let filled = read(&mut stored)?;
+    let mut raw = vec![0; GROUP_BYTES_MAX];
+    let header = decode_group(&stored[..filled], place.group_crc, &mut raw).ok_or_else(damage)?;
+    raw.truncate(header.raw_bytes);
+    let group = Arc::new(raw);
+    cache.lock().put(place, &group);
+    Ok(group)
 }
 
 impl ViewStore {
@@ -104,57 +149,28 @@ impl ViewStore {
         offset: u64,
         buf: &mut [u8],
     ) -> Result<usize, ReadError> {
-        let mut filled = 0;
-        while filled < buf.len() {
-            match file.read_at(&mut buf[filled..], offset + filled as u64) {
-                Ok(0) => break,
-                Ok(bytes) => filled += bytes,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(source) => {
-                    return Err(ReadError::Io {
-                        path: self.segment_path(segment),
-                        source,
-                    });
-                }
-            }
-        }
-        Ok(filled)
+        read_full(file, offset, buf).map_err(|source| ReadError::Io {
+            path: self.segment_path(segment),
+            source,
+        })
     }
 
-    /// The checked raw bytes of the group at `place`.
-    pub(crate) fn group(&self, place: &Place) -> Result<Arc<Vec<u8>>, ReadError> {
-        let key = (place.segment, place.group_offset);
-        if let Some(group) = self.groups.lock().groups.get(&key) {
-            return Ok(Arc::clone(group));
-        }
-        let mut stored = vec![0; GROUP_STORED_BYTES_MAX];
-        let file = self.segment(place.segment)?;
-        let filled = self.read(&file, place.segment, u64::from(place.group_offset), &mut stored)?;
-        let mut raw = vec![0; GROUP_BYTES_MAX];
-        let header = decode_group(&stored[..filled], place.group_crc, &mut raw);
-        let header = header.ok_or_else(|| self.damage(place))?;
-        raw.truncate(header.raw_bytes);
-        let group = Arc::new(raw);
-        let mut cache = self.groups.lock();
-        while cache.order.len() >= CACHED_GROUPS_MAX {
-            if let Some(oldest) = cache.order.pop_front() {
-                cache.groups.remove(&oldest);
-            }
-        }
-        if cache.groups.insert(key, Arc::clone(&group)).is_none() {
-            cache.order.push_back(key);
-        }
-        Ok(group)
-    }
-
-    /// The error that says that the group at `place` is damaged.
-    pub(crate) fn damage(&self, place: &Place) -> ReadError {
-        ReadError::Damaged {
-            path: self.segment_path(place.segment),
-            offset: u64::from(place.group_offset),
-            what: "bad checksum of a data group".to_owned(),
-            seqs: self.frame_around(place),
-        }
+    /// Header, and header and record table as they lie in the log, of a frame that the index knows.
+    pub(crate) fn frame_head(&self, entry: &FrameEntry) -> Result<(FrameHeader, Vec<u8>), ReadError> {
+        let damaged = |error: FrameError| ReadError::Damaged {
+            path: self.segment_path(entry.segment),
+            offset: entry.offset,
+            what: error.to_string(),
+            seqs: Seq::new(entry.first_seq).zip(Seq::new(entry.last_seq)),
+        };
+        let file = self.segment(entry.segment)?;
+        let mut head = vec![0; FrameHeader::BYTES];
+        self.read(&file, entry.segment, entry.offset, &mut head)?;
+        let header = FrameHeader::decode(&head).map_err(damaged)?;
+        head.resize(header.prefix_bytes(), 0);
+        self.read(&file, entry.segment, entry.offset, &mut head)?;
+        Frame::parse(&head).map_err(damaged)?;
+        Ok((header, head))
     }
 
     /// First and last record of the frame that holds a group. A walk, for messages only.
@@ -172,4 +188,81 @@ impl ViewStore {
             around
         })
     }
+}
+
+impl Blocks for ViewStore {
+    fn plan(
+        &self,
+        volume: VolumeId,
+        seq: Seq,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Item),
+    ) -> Result<(), ReadError> {
+        plan(self, volume, seq, range, visit)
+    }
+
+    fn versions(
+        &self,
+        volume: VolumeId,
+        seq: Option<Seq>,
+        blocks: Range<u64>,
+        out: &mut Vec<BlockVersion>,
+    ) -> Result<(), ReadError> {
+        let seq = Seq::number_of(seq);
+        Ok(self.ask(|lookup| lookup.blocks(&mut lookup.cursor(), volume, blocks, seq, out))?)
+    }
+
+    fn group(&self, place: &Place) -> Result<Arc<Vec<u8>>, ReadError> {
+        let read = |buf: &mut [u8]| {
+            let file = self.segment(place.segment)?;
+            self.read(&file, place.segment, u64::from(place.group_offset), buf)
+        };
+        group_through(&self.groups, place, read, || self.damage(place))
+    }
+
+    fn segment_bytes(&self, segment: u64) -> Result<Arc<dyn SegmentBytes>, ReadError> {
+        let file = self.open_segment(segment)?;
+        // Hints may fail: all is read all the same.
+        let _ = fadvise(&file, 0, None, Advice::Sequential);
+        let path = self.segment_path(segment);
+        Ok(Arc::new(LocalSegment { file, path }))
+    }
+
+    fn damage(&self, place: &Place) -> ReadError {
+        ReadError::Damaged {
+            path: self.segment_path(place.segment),
+            offset: u64::from(place.group_offset),
+            what: "bad checksum of a data group".to_owned(),
+            seqs: self.frame_around(place),
+        }
+    }
+}
+
+struct LocalSegment {
+    file: File,
+    path: PathBuf,
+}
+
+impl SegmentBytes for LocalSegment {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<usize, ReadError> {
+        read_full(&self.file, offset, buf).map_err(ReadError::io(&self.path))
+    }
+
+    fn will_read(&self, offset: u64, len: u64) {
+        let _ = fadvise(&self.file, offset, NonZeroU64::new(len), Advice::WillNeed);
+    }
+}
+
+/// Reads until `buf` is full or the file ends.
+pub(crate) fn read_full(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buf.len() {
+        match file.read_at(&mut buf[filled..], offset.saturating_add(filled as u64)) {
+            Ok(0) => break,
+            Ok(bytes) => filled += bytes,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
 }

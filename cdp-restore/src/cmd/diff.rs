@@ -7,7 +7,7 @@ use cdp_journal::format::{Body, PlacedRecord};
 use cdp_journal::history::{Gap, History};
 use serde::Serialize;
 
-use super::{Instant, find_volume, open_store, require_block, resolve, table};
+use super::{Instant, open_volume, require_block, resolve, table};
 use crate::args::Diff;
 use crate::changes::{Changes, Kind, Range};
 use crate::exit::UsageError;
@@ -65,12 +65,11 @@ struct JsonGap {
 }
 
 pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
-    let store = open_store(&args.source.from)?;
-    let volume = find_volume(&store, &args.source.from, &args.volume)?;
+    let (store, volume) = open_volume(&args.source, &args.volume)?;
     require_block(&volume, "diff")?;
     // The later one first: it may have to wait until it is covered, and the earlier one never does then.
-    let until = resolve(&store, &volume, &args.until)?;
-    let since = resolve(&store, &volume, &args.since)?;
+    let until = resolve(&*store, &volume, &args.until)?;
+    let since = resolve(&*store, &volume, &args.since)?;
     if since.seq > until.seq {
         let message = format!("--since {since} is later than --until {until}; swap them");
         return Err(UsageError(message).into());

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant as Clock};
 use anyhow::{Context, bail};
 use cdp_journal::ReadError;
 use cdp_journal::history::VolumeInfo;
-use cdp_journal::store::StoreReader;
+use cdp_journal::store::Archive;
 use cdp_journal::view::{CopyError, CopyOptions, CopyReport, ExtentKind, Sink, View};
 use serde::Serialize;
 
-use super::{Instant, find_volume, open_store, require_block, resolve};
+use super::{Instant, open_volume, require_block, resolve};
 use crate::args::Image;
 use crate::interrupt::Interrupt;
 use crate::report::Report;
@@ -54,12 +54,13 @@ struct Job<'a> {
 }
 
 pub(crate) fn run(args: &Image, report: &Report) -> anyhow::Result<()> {
-    let store = open_store(&args.source.from)?;
-    let volume = find_volume(&store, &args.source.from, &args.volume)?;
+    let (store, volume) = open_volume(&args.source, &args.volume)?;
     require_block(&volume, "image")?;
-    let instant = resolve(&store, &volume, &args.at)?;
+    let instant = resolve(&*store, &volume, &args.at)?;
     let view = store.view(volume.id, instant.seq)?;
-    refuse_own_files(&args.to, args.source.from.folder()?)?;
+    if let Some(folder) = args.source.from.folder() {
+        refuse_own_files(&args.to, folder)?;
+    }
     let target = Target::inspect(&args.to, &volume.name, view.bytes())?;
     let job = Job {
         args,
@@ -71,7 +72,7 @@ pub(crate) fn run(args: &Image, report: &Report) -> anyhow::Result<()> {
     match target {
         Target::File(target) => job.to_file(target),
         Target::Device(target) => {
-            warn_if_protected(report, &store, &target, &args.to)?;
+            warn_if_protected(report, &*store, &target, &args.to)?;
             job.to_device(target)
         }
     }
@@ -349,7 +350,7 @@ fn refuse_own_files(to: &Path, store: &Path) -> anyhow::Result<()> {
 /// Says so if the device is one that a running agent protects into this very store.
 fn warn_if_protected(
     report: &Report,
-    store: &StoreReader,
+    store: &dyn Archive,
     target: &DeviceTarget,
     to: &Path,
 ) -> anyhow::Result<()> {

@@ -2,24 +2,33 @@
 
 use anyhow::Context;
 use cdp_journal::history::History;
-use cdp_journal::store::StoreReader;
+use cdp_journal::store::Archive;
 use serde::Serialize;
 
-use super::{open_store, table};
+use super::table;
 use crate::args::Ls;
 use crate::report::Report;
+use crate::source::Opened;
 use crate::time::Time;
 use crate::units::{Bytes, count};
 
 /// What `ls --json` prints.
 #[derive(Debug, Serialize)]
 struct Listing {
-    store: Store,
+    /// The store, where the source is one agent's folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    store: Option<Store>,
+    /// Every history, where the source is a server's.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    stores: Vec<Store>,
     volumes: Vec<Volume>,
 }
 
 #[derive(Debug, Serialize)]
 struct Store {
+    /// Whose history it is, where the source holds those of several agents.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    agent: Option<String>,
     path: String,
     uuid: String,
     /// Somebody is writing to it now.
@@ -31,6 +40,8 @@ struct Store {
 
 #[derive(Debug, Serialize)]
 struct Volume {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    agent: Option<String>,
     name: String,
     kind: String,
     bytes: u64,
@@ -46,18 +57,29 @@ struct Volume {
 }
 
 pub(crate) fn run(args: &Ls, report: &Report) -> anyhow::Result<()> {
-    let store = open_store(&args.source.from)?;
-    let listing = Listing {
-        store: Store {
-            path: args.source.from.to_string(),
-            uuid: store.uuid().to_string(),
-            live: store.writer_alive().context("ask whether an agent is running")?,
-            log_bytes: store.log_bytes()?,
-            records: store.head().map_or(0, |head| head.seq.get()),
-            covered_until: store.covered_until().map(Time),
-        },
-        volumes: volumes(&store)?,
+    let mut listing = Listing {
+        store: None,
+        stores: Vec::new(),
+        volumes: Vec::new(),
     };
+    for Opened { agent, archive, .. } in args.source.open()? {
+        let store = Store {
+            agent: agent.clone(),
+            path: args.source.from.to_string(),
+            uuid: archive.uuid().to_string(),
+            live: archive
+                .writer_alive()
+                .context("ask whether an agent is running")?,
+            log_bytes: archive.log_bytes()?,
+            records: archive.head().map_or(0, |head| head.seq.get()),
+            covered_until: archive.covered_until().map(Time),
+        };
+        listing.volumes.extend(volumes(&*archive, &agent)?);
+        match agent {
+            None => listing.store = Some(store),
+            Some(_) => listing.stores.push(store),
+        }
+    }
     if args.json {
         report.json(&listing)
     } else {
@@ -65,18 +87,20 @@ pub(crate) fn run(args: &Ls, report: &Report) -> anyhow::Result<()> {
     }
 }
 
-fn volumes(store: &StoreReader) -> anyhow::Result<Vec<Volume>> {
+fn volumes(store: &dyn Archive, agent: &Option<String>) -> anyhow::Result<Vec<Volume>> {
     let mut volumes = Vec::new();
     for info in store.volumes()? {
-        volumes.extend(store.history(info.id)?.map(Volume::from));
+        let history = store.history(info.id)?;
+        volumes.extend(history.map(|history| Volume::new(agent.clone(), history)));
     }
     Ok(volumes)
 }
 
-impl From<History> for Volume {
-    fn from(history: History) -> Self {
+impl Volume {
+    fn new(agent: Option<String>, history: History) -> Self {
         let newest = history.exact.last();
         Volume {
+            agent,
             kind: history.volume.kind.to_string(),
             bytes: history.volume.bytes,
             exact_since: newest.map(|stretch| Time(stretch.from)),
@@ -89,33 +113,47 @@ impl From<History> for Volume {
             path: history.volume.path,
         }
     }
+
+    /// As it is named on the command line.
+    fn qualified(&self) -> String {
+        match &self.agent {
+            Some(agent) => format!("{agent}/{}", self.name),
+            None => self.name.clone(),
+        }
+    }
+}
+
+impl Store {
+    fn line(&self) -> String {
+        let name = self.agent.as_ref().unwrap_or(&self.path);
+        let mut line = format!(
+            "{name}: {} in {} of log",
+            count(self.records, "record"),
+            Bytes(self.log_bytes)
+        );
+        if let Some(until) = self.covered_until {
+            line.push_str(&format!(", until {until}"));
+        }
+        line.push_str(if self.live {
+            ", an agent is writing to it\n"
+        } else {
+            ", no agent is writing to it\n"
+        });
+        line
+    }
 }
 
 fn text(listing: &Listing) -> String {
-    let Store {
-        path,
-        live,
-        log_bytes,
-        records,
-        covered_until,
-        ..
-    } = &listing.store;
-    let mut text = format!(
-        "{path}: {} in {} of log",
-        count(*records, "record"),
-        Bytes(*log_bytes)
-    );
-    if let Some(until) = covered_until {
-        text.push_str(&format!(", until {until}"));
-    }
-    text.push_str(if *live {
-        ", an agent is writing to it\n"
-    } else {
-        ", no agent is writing to it\n"
-    });
+    let mut text: String = listing
+        .store
+        .iter()
+        .chain(&listing.stores)
+        .map(Store::line)
+        .collect();
     if listing.volumes.is_empty() {
         return text + "no volumes yet\n";
     }
+    text.push('\n');
     let title = [
         "VOLUME",
         "KIND",
@@ -129,7 +167,7 @@ fn text(listing: &Listing) -> String {
     rows.extend(listing.volumes.iter().map(|volume| {
         let time = |time: Option<Time>| time.map_or_else(|| "-".to_owned(), |time| time.to_string());
         vec![
-            volume.name.clone(),
+            volume.qualified(),
             volume.kind.clone(),
             Bytes(volume.bytes).to_string(),
             time(volume.exact_since),
@@ -138,7 +176,7 @@ fn text(listing: &Listing) -> String {
             volume.path.clone(),
         ]
     }));
-    text + "\n" + &table(&rows)
+    text + &table(&rows)
 }
 
 #[cfg(test)]
@@ -149,6 +187,7 @@ mod tests {
 
     fn listing(volumes: Vec<Volume>) -> Listing {
         let store = Store {
+            agent: None,
             path: "/var/lib/cdp".to_owned(),
             uuid: "u".to_owned(),
             live: true,
@@ -156,7 +195,11 @@ mod tests {
             records: 7,
             covered_until: Some(Time(WallNs(0))),
         };
-        Listing { store, volumes }
+        Listing {
+            store: Some(store),
+            stores: Vec::new(),
+            volumes,
+        }
     }
 
     #[test]
@@ -167,6 +210,7 @@ mod tests {
     #[test]
     fn a_volume_is_one_row_under_its_title() {
         let volume = Volume {
+            agent: None,
             name: "pg".to_owned(),
             kind: "block".to_owned(),
             bytes: 1 << 30,

@@ -2,18 +2,19 @@
 
 use std::fmt;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use cdp_journal::Seq;
 use cdp_journal::format::{GapCause, VolumeKind};
 use cdp_journal::history::VolumeInfo;
-use cdp_journal::store::StoreReader;
+use cdp_journal::store::Archive;
 use cdp_journal::when::{NotExact, NotExactCause, Point, When, WhenError};
 
-use crate::source::Source;
+use crate::args::From;
 use crate::time::Time;
 
 pub(crate) mod completions;
 pub(crate) mod diff;
+pub(crate) mod enroll;
 pub(crate) mod image;
 pub(crate) mod ls;
 pub(crate) mod points;
@@ -39,31 +40,41 @@ impl fmt::Display for Instant {
     }
 }
 
-/// Opens the store that `--from` names.
-fn open_store(source: &Source) -> anyhow::Result<StoreReader> {
-    let folder = source.folder()?;
-    if !folder
-        .try_exists()
-        .with_context(|| format!("look at {}", folder.display()))?
-    {
-        bail!(
-            "{}: no such folder; give the store that `cdp-agent run` writes to",
-            folder.display()
-        );
+/// Opens the store that holds the volume of that name: `VOLUME`, or `AGENT/VOLUME` where a server has several of them.
+fn open_volume(source: &From, name: &str) -> anyhow::Result<(Box<dyn Archive>, VolumeInfo)> {
+    let from = &source.from;
+    let (agent, volume) = match name.split_once('/') {
+        Some((agent, volume)) => (Some(agent), volume),
+        None => (None, name),
+    };
+    let (mut found, mut names) = (Vec::new(), Vec::new());
+    for opened in source.open()? {
+        let volumes = opened.archive.volumes()?;
+        names.extend(volumes.iter().map(|volume| opened.qualified(&volume.name)));
+        let is_meant = match agent {
+            Some(_) => opened.agent.as_deref() == agent,
+            None => opened.is_newest,
+        };
+        let of_name = volumes.into_iter().rfind(|found| found.name == volume);
+        if let Some(info) = of_name.filter(|_| is_meant) {
+            found.push((opened, info));
+        }
     }
-    Ok(StoreReader::open(folder)?)
-}
-
-/// Finds a volume by its name.
-fn find_volume(store: &StoreReader, source: &Source, name: &str) -> anyhow::Result<VolumeInfo> {
-    if let Some(volume) = store.volume(name)? {
-        return Ok(volume);
+    let several: Vec<_> = found
+        .iter()
+        .map(|(opened, info)| opened.qualified(&info.name))
+        .collect();
+    match (found.pop(), several.as_slice()) {
+        (Some((opened, info)), [_]) => Ok((opened.archive, info)),
+        (Some(_), several) => bail!(
+            "{from} has the volume {name:?} of several agents; give one of {}",
+            several.join(", ")
+        ),
+        (None, _) if names.is_empty() => {
+            bail!("no volume {name:?} in {from}: nothing was captured there yet")
+        }
+        (None, _) => bail!("no volume {name:?} in {from}; there is {}", names.join(", ")),
     }
-    let names: Vec<_> = store.volumes()?.into_iter().map(|volume| volume.name).collect();
-    Err(match names.as_slice() {
-        [] => anyhow!("no volume {name:?} in {source}: nothing was captured there yet"),
-        names => anyhow!("no volume {name:?} in {source}; there is {}", names.join(", ")),
-    })
 }
 
 /// Refuses volumes that are not block devices.
@@ -79,7 +90,7 @@ fn require_block(volume: &VolumeInfo, command: &str) -> anyhow::Result<()> {
 }
 
 /// Finds the moment that `when` names, if it can be restored exactly.
-fn resolve(store: &StoreReader, volume: &VolumeInfo, when: &When) -> anyhow::Result<Instant> {
+fn resolve(store: &dyn Archive, volume: &VolumeInfo, when: &When) -> anyhow::Result<Instant> {
     let moment = match store.resolve(volume.id, when) {
         Ok(moment) => moment,
         Err(WhenError::NotExact(inner)) => {

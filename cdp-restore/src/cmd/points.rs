@@ -4,7 +4,7 @@ use cdp_journal::history::{Bookmark, ExactInterval, Gap, History, Note, Resize};
 use cdp_journal::{Seq, WallNs};
 use serde::Serialize;
 
-use super::{explain, find_volume, open_store, table};
+use super::{explain, open_volume, table};
 use crate::args::Points as Args;
 use crate::report::Report;
 use crate::time::Time;
@@ -66,8 +66,7 @@ struct JsonNote<'a> {
 }
 
 pub(crate) fn run(args: &Args, report: &Report) -> anyhow::Result<()> {
-    let store = open_store(&args.source.from)?;
-    let volume = find_volume(&store, &args.source.from, &args.volume)?;
+    let (store, volume) = open_volume(&args.source, &args.volume)?;
     let Some(history) = store.history(volume.id)? else {
         anyhow::bail!("{} has no history in {}", volume.name, args.source.from);
     };

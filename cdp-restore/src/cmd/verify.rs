@@ -8,17 +8,18 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant as Clock};
 
-use cdp_journal::store::StoreReader;
+use cdp_journal::store::Archive;
 use cdp_journal::verify::Damage;
 use cdp_journal::view::{CopyError, CopyOptions, ExtentKind, Sink, View};
 use cdp_journal::when::When;
 use cdp_journal::{ReadError, Seq};
 use serde::Serialize;
 
-use super::{Damaged, find_volume, open_store, require_block, resolve};
-use crate::args::Verify;
+use super::{Damaged, open_volume, require_block, resolve};
+use crate::args::{From, Verify};
 use crate::digest;
 use crate::report::{Progress, Report};
+use crate::source::Opened;
 use crate::time::Time;
 use crate::units::{Bytes, Elapsed, Rate, count};
 
@@ -43,7 +44,7 @@ struct Outcome {
     damages: Vec<JsonDamage>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct Log {
     segments: u64,
     frames: u64,
@@ -78,11 +79,10 @@ struct JsonDamage {
 }
 
 pub(crate) fn run(args: &Verify, report: &Report) -> anyhow::Result<()> {
-    let store = open_store(&args.source.from)?;
     let started = Clock::now();
     let mut outcome = match &args.volume {
-        None => verify_log(&store, report)?,
-        Some(name) => verify_volume(&store, name, args, report)?,
+        None => verify_logs(&args.source, report)?,
+        Some(name) => verify_volume(name, args, report)?,
     };
     let elapsed = started.elapsed();
     outcome.seconds = elapsed.as_secs_f64();
@@ -111,31 +111,37 @@ fn damaged(what: &str) -> anyhow::Error {
     .into()
 }
 
-fn verify_log(store: &StoreReader, report: &Report) -> anyhow::Result<Outcome> {
-    let progress = report.progress("verifying", store.log_bytes()?);
-    let found = store.verify_log(&mut |bytes| progress.advance(bytes))?;
+/// Every log of the source.
+fn verify_logs(source: &From, report: &Report) -> anyhow::Result<Outcome> {
+    let stores = source.open()?;
+    let log_bytes = stores.iter().map(|opened| opened.archive.log_bytes());
+    let progress = report.progress("verifying", log_bytes.sum::<Result<u64, _>>()?);
+    let mut log = Log::default();
+    let (mut bytes, mut damages) = (0, Vec::new());
+    for Opened { archive, .. } in &stores {
+        let found = archive.verify_log(&mut |bytes| progress.advance(bytes))?;
+        log.segments += found.segments;
+        log.frames += found.frames;
+        log.records += found.records;
+        bytes += found.bytes;
+        let found = found.damages.into_iter();
+        damages.extend(found.map(|damage| JsonDamage::of_log(&**archive, damage)));
+    }
     drop(progress);
     Ok(Outcome {
-        ok: found.damages.is_empty(),
+        ok: damages.is_empty(),
         checked: "log".to_owned(),
-        log: Some(Log {
-            segments: found.segments,
-            frames: found.frames,
-            records: found.records,
-        }),
+        log: Some(log),
         moment: None,
-        bytes: found.bytes,
+        bytes,
         seconds: 0.0,
-        damages: found
-            .damages
-            .into_iter()
-            .map(|damage| JsonDamage::of_log(store, damage))
-            .collect(),
+        damages,
     })
 }
 
-fn verify_volume(store: &StoreReader, name: &str, args: &Verify, report: &Report) -> anyhow::Result<Outcome> {
-    let volume = find_volume(store, &args.source.from, name)?;
+fn verify_volume(name: &str, args: &Verify, report: &Report) -> anyhow::Result<Outcome> {
+    let (store, volume) = open_volume(&args.source, name)?;
+    let store = &*store;
     require_block(&volume, "verify VOLUME")?;
     let instant = resolve(store, &volume, args.at.as_ref().unwrap_or(&When::Latest))?;
     let view = store.view(volume.id, instant.seq)?;
@@ -199,7 +205,7 @@ impl Sink for Discard {
 }
 
 /// Reads a damaged view piece by piece and lists every place that cannot be read.
-fn damages_of(store: &StoreReader, view: &View, progress: &Progress) -> anyhow::Result<Vec<JsonDamage>> {
+fn damages_of(store: &dyn Archive, view: &View, progress: &Progress) -> anyhow::Result<Vec<JsonDamage>> {
     let mut damages = BTreeMap::new();
     let mut buffer = vec![0; STEP_BYTES as usize];
     let mut at = 0;
@@ -239,7 +245,7 @@ fn damages_of(store: &StoreReader, view: &View, progress: &Progress) -> anyhow::
 
 impl JsonDamage {
     fn new(
-        store: &StoreReader,
+        store: &dyn Archive,
         segment: PathBuf,
         offset: u64,
         what: String,
@@ -260,7 +266,7 @@ impl JsonDamage {
         }
     }
 
-    fn of_log(store: &StoreReader, damage: Damage) -> Self {
+    fn of_log(store: &dyn Archive, damage: Damage) -> Self {
         let Damage {
             path,
             offset,

@@ -71,12 +71,12 @@ fn a_source_that_is_not_a_store_is_told_apart() {
     let store = Store::known();
     let log = store.path().join("log");
     let missing = store.beside("missing");
-    for (from, says) in [
-        ("dr1:7443", "journal server"),
-        (missing.to_str().unwrap(), "no such folder"),
-        (log.to_str().unwrap(), "store.json"),
+    for (from, code, says) in [
+        ("dr1:7443", 2, "--identity"),
+        (missing.to_str().unwrap(), 1, "no such folder"),
+        (log.to_str().unwrap(), 1, "store.json"),
     ] {
-        run(["ls", "--from", from]).exits(1).says(&[says]);
+        run(["ls", "--from", from]).exits(code).says(&[says]);
     }
     assert_eq!(crate::program::names_in(&log).len(), 1, "nothing was made there");
 }

@@ -11,6 +11,7 @@ use super::super::*;
 use super::kernel::{Counters, Kernel, RingEvent};
 use super::model::{Content, Ended, Model};
 use super::{DISK, Profile, REGION_SECTORS, Rng, SECTORS, SLOT, START, volume_id};
+use crate::losses::Losses;
 
 /// As in `readback`, but for a device of a few blocks.
 const RUN_BYTES_MAX: u64 = 32 << 10;

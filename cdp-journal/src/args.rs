@@ -1,0 +1,161 @@
+//! The command line of `cdp-journal`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cdp_journal::site::AgentName;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXAMPLES: &str = "\
+Examples:
+  cdp-journal serve  --store /srv/cdp --listen [::]:7443
+  cdp-journal token  --store /srv/cdp --agent web01
+  cdp-journal token  --store /srv/cdp --agent web01 --restore --ttl 15m
+  cdp-journal revoke --store /srv/cdp web01
+  cdp-journal status --store /srv/cdp
+
+Exit codes: 0 done; 1 failed, the message says what, why and what to do; 2 wrong usage.";
+
+/// The journal server: keeps what agents elsewhere capture, so that any moment can be restored from here.
+#[derive(Debug, Parser)]
+#[command(name = "cdp-journal", version, after_help = EXAMPLES, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How to talk.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Common {
+    /// Say more on stderr; twice for everything
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+    /// Say only what went wrong
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+    /// Form of the messages on stderr
+    #[arg(long, value_enum, default_value = "text", global = true)]
+    pub(crate) log_format: LogFormat,
+}
+
+/// Form of the messages on stderr.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Take in what agents ship, and serve restores, until SIGTERM or SIGINT
+    Serve(ServeArgs),
+    /// Print a token that turns into a certificate, once
+    Token(TokenArgs),
+    /// Refuse the certificates of an agent from now on, those of its restores included
+    Revoke(RevokeArgs),
+    /// Tell who ships, and how much is there
+    Status(StatusArgs),
+}
+
+/// Which server.
+#[derive(Debug, Args)]
+pub(crate) struct StoreArg {
+    /// The server's folder
+    #[arg(long = "store", value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+}
+
+/// Flags of `serve`. Each has a key of the same name in the file that `--config` names; flags win.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct ServeArgs {
+    /// The server's folder; made on the first start, with a certificate authority of its own
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    /// Where to listen (UDP)
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) listen: Option<String>,
+    /// A TOML file with these settings
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Each agent's store is full when it holds this much [default: no bound but the file system]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) store_bytes_max: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokenArgs {
+    #[command(flatten)]
+    pub(crate) store: StoreArg,
+    /// What the agent is called here
+    #[arg(long, value_name = "NAME")]
+    pub(crate) agent: AgentName,
+    /// For a certificate that reads the agent's history, rather than appends to it
+    #[arg(long)]
+    pub(crate) restore: bool,
+    /// How long the token can be used, such as 15m or 24h
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_duration)]
+    pub(crate) ttl: Duration,
+    /// How long the certificate will be good, such as 365d
+    #[arg(long, value_name = "TIME", default_value = "1825d", value_parser = parse_duration)]
+    pub(crate) valid: Duration,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RevokeArgs {
+    #[command(flatten)]
+    pub(crate) store: StoreArg,
+    /// The agent
+    pub(crate) name: AgentName,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) store: StoreArg,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `90s`, `15m`, `24h`, `365d`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let error = || format!("{text}: a number and s, m, h or d, such as 15m");
+    let split = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(error)?;
+    let (number, unit) = text.split_at(split);
+    let factor = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 24 * 3600,
+        _ => return Err(error()),
+    };
+    let number: u64 = number.parse().map_err(|_| error())?;
+    let seconds = number.checked_mul(factor).filter(|seconds| *seconds > 0);
+    seconds.map(Duration::from_secs).ok_or_else(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_are_read_with_their_units() {
+        assert_eq!(parse_duration("15m"), Ok(Duration::from_secs(900)));
+        assert_eq!(parse_duration("2d"), Ok(Duration::from_secs(172_800)));
+        for bad in ["", "5", "0s", "soon", "5y", "99999999999999999999d"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+}

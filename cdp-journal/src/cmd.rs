@@ -1,0 +1,175 @@
+//! What each command does, and prints.
+
+use std::io::Write as _;
+use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use cdp_journal::WallNs;
+use cdp_journal::server::{AgentStatus, ServeOptions, Server, ServerStatus, ask_status, status_of_folder};
+use cdp_journal::site::Site;
+use cdp_journal::store::WriterOptions;
+use cdp_journal::trust::{Authority, Grants, TokenGrant};
+use cdp_journal::wire::Right;
+use serde::Deserialize;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::args::{RevokeArgs, ServeArgs, StatusArgs, TokenArgs};
+
+/// The file of `--config`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    store: Option<std::path::PathBuf>,
+    listen: Option<String>,
+    store_bytes_max: Option<u64>,
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
+    let file = match &args.config {
+        Some(path) => read_config(path)?,
+        None => File::default(),
+    };
+    let store = args.store.clone().or(file.store);
+    let store = store.context("no store: give --store DIR, or `store = \"DIR\"` in the file of --config")?;
+    let listen = args.listen.clone().or(file.listen);
+    let listen =
+        listen.context("nowhere to listen: give --listen HOST:PORT, or `listen` in the file of --config")?;
+    let options = ServeOptions {
+        store,
+        listen: address(&listen)?,
+        writer: WriterOptions {
+            store_bytes_max: args.store_bytes_max.or(file.store_bytes_max),
+            ..WriterOptions::default()
+        },
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let (stop, stopped) = watch::channel(false);
+        let server = Server::start(&options)?;
+        tracing::info!(listen = %server.address()?, store = %options.store.display(), "serving");
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        let stopper = tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+            let _ = stop.send(true);
+        });
+        server.run(stopped).await;
+        stopper.abort();
+        anyhow::Ok(())
+    })
+}
+
+fn read_config(path: &Path) -> anyhow::Result<File> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    toml::from_str(&text).with_context(|| format!("{}", path.display()))
+}
+
+fn address(listen: &str) -> anyhow::Result<SocketAddr> {
+    let mut found = listen
+        .to_socket_addrs()
+        .with_context(|| format!("listen on {listen:?}: give HOST:PORT, such as 0.0.0.0:7443"))?;
+    found
+        .next()
+        .with_context(|| format!("listen on {listen:?}: the name has no address"))
+}
+
+/// The server's folder, which `serve` has made.
+fn open_site(dir: &Path) -> anyhow::Result<Site> {
+    Site::open(dir)?.with_context(|| {
+        format!(
+            "{} is not a journal server's folder; `cdp-journal serve` makes one on its first start",
+            dir.display()
+        )
+    })
+}
+
+/// Prints a token.
+pub(crate) fn token(args: &TokenArgs) -> anyhow::Result<()> {
+    let site = open_site(&args.store.dir)?;
+    let grants = Grants::open(site.dir())?;
+    let Some(authority) = Authority::open(grants.dir())? else {
+        bail!(
+            "{} has no certificate authority yet; `cdp-journal serve` makes it on its first start",
+            site.dir().display()
+        );
+    };
+    let grant = TokenGrant {
+        agent: args.agent.clone(),
+        right: if args.restore { Right::Read } else { Right::Append },
+        valid_seconds: args.valid.as_secs(),
+        expires_ns: WallNs::now().saturating_add(args.ttl).0,
+    };
+    let token = grants.issue(&authority, &grant)?;
+    writeln!(std::io::stdout(), "{token}")?;
+    Ok(())
+}
+
+/// Revokes an agent's certificates.
+pub(crate) fn revoke(args: &RevokeArgs) -> anyhow::Result<()> {
+    let site = open_site(&args.store.dir)?;
+    Grants::open(site.dir())?.revoke(&args.name)?;
+    writeln!(
+        std::io::stdout(),
+        "the certificates of {} are refused from now on; its history stays",
+        args.name
+    )?;
+    Ok(())
+}
+
+/// Prints how the server is doing.
+pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<()> {
+    let site = open_site(&args.store.dir)?;
+    let status = match ask_status(site.dir()).context("ask the running server")? {
+        Some(status) => status,
+        None => status_of_folder(&site)?,
+    };
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&status)?)?;
+    } else {
+        print_status(&mut out, &status)?;
+    }
+    Ok(())
+}
+
+fn print_status(out: &mut impl std::io::Write, status: &ServerStatus) -> std::io::Result<()> {
+    match &status.listen {
+        Some(listen) => writeln!(out, "serving on {listen}")?,
+        None => writeln!(out, "not running")?,
+    }
+    for agent in &status.agents {
+        let AgentStatus {
+            agent: name,
+            from,
+            durable_seq,
+            log_bytes,
+            full,
+            ..
+        } = agent;
+        let state = match from {
+            Some(from) => format!("connected from {from}"),
+            None => "not connected".to_owned(),
+        };
+        let full = if *full { ", NO ROOM" } else { "" };
+        writeln!(
+            out,
+            "{name:<24} {state}{full}  seq {durable_seq}, {:.1} MiB of log",
+            *log_bytes as f64 / f64::from(1 << 20)
+        )?;
+    }
+    for reader in &status.readers {
+        writeln!(out, "{:<24} read from {}", reader.agent, reader.from)?;
+    }
+    Ok(())
+}

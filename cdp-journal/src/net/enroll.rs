@@ -1,0 +1,98 @@
+//! A token turns into a certificate. The key is made here and never leaves this host.
+
+use std::path::{Path, PathBuf};
+
+use rcgen::{CertificateParams, KeyPair};
+use rustls::pki_types::CertificateDer;
+
+use super::identity::{self, IdentityError};
+use super::link::{self, Link, LinkError};
+use super::tls;
+use crate::trust::{Holder, Token, fingerprint};
+use crate::wire::{Kind, Message, Right};
+
+/// No certificate was had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EnrollError {
+    /// The server at that address is not the one that made the token.
+    #[error("{server} is not the server that made this token; check the address and the token")]
+    OtherServer {
+        /// As it was given.
+        server: String,
+    },
+    /// The server said no, or nothing.
+    #[error("enroll with {server}: {source}")]
+    Link {
+        /// As it was given.
+        server: String,
+        /// Why.
+        #[source]
+        source: LinkError,
+    },
+    /// The folder cannot take the certificate.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// A key could not be made, or the server's answer is not what was asked for.
+    #[error("{0}")]
+    Bad(String),
+}
+
+/// Enrols with `server` (HOST:PORT) and puts the certificate into the folder `dir`. Returns its file and whom it is
+/// for. Blocks; makes a runtime of its own.
+pub fn enroll(
+    server: &str,
+    token: &Token,
+    right: Right,
+    dir: &Path,
+) -> Result<(PathBuf, Holder), EnrollError> {
+    let bad = |error: &dyn std::fmt::Display| EnrollError::Bad(error.to_string());
+    identity::make_dir(dir)?;
+    let key = KeyPair::generate().map_err(|error| bad(&error))?;
+    let request = CertificateParams::default()
+        .serialize_request(&key)
+        .map_err(|error| bad(&error))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| bad(&error))?;
+    let message = Message::Enroll {
+        right,
+        secret: token.secret,
+        request: request.der().to_vec(),
+    };
+    let answer = runtime
+        .block_on(ask(server, token, &message))
+        .map_err(|source| match source {
+            LinkError::OtherServer => EnrollError::OtherServer {
+                server: server.to_owned(),
+            },
+            source => EnrollError::Link {
+                server: server.to_owned(),
+                source,
+            },
+        })?;
+    let Message::Enrolled {
+        certificate,
+        authority,
+    } = answer
+    else {
+        return Err(EnrollError::Bad("the server gave no certificate".to_owned()));
+    };
+    let (certificate, authority) = (CertificateDer::from(certificate), CertificateDer::from(authority));
+    let holder = Holder::of(&certificate)
+        .filter(|holder| holder.right == right && fingerprint(&authority) == token.authority)
+        .ok_or_else(|| EnrollError::Bad("the server gave a certificate for something else".to_owned()))?;
+    let path = identity::save(dir, &holder, &certificate, &authority, &key.serialize_pem())?;
+    Ok((path, holder))
+}
+
+async fn ask(server: &str, token: &Token, message: &Message) -> Result<Message, LinkError> {
+    let link = Link::connect(server, tls::enrolling_client(token.authority)?).await?;
+    let (mut send, mut receive) = link.connection.open_bi().await?;
+    send.write_all(&message.encode()).await?;
+    let _ = send.finish();
+    let answer = link::expect(&mut receive, Kind::Enrolled).await?;
+    link.close().await;
+    Ok(answer)
+}

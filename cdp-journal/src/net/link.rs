@@ -1,0 +1,226 @@
+//! Connections and messages, and what it means when they end.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use quinn::{Connection, ConnectionError, Endpoint, ReadExactError, RecvStream, SendStream, VarInt};
+
+use super::tls;
+use crate::trust::SERVER_NAME;
+use crate::wire::{Close, HEADER_BYTES, Header, Kind, Message, WireError};
+
+/// How long one address of a server is tried.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Addresses of one name that are tried.
+const ADDRESSES_MAX: usize = 8;
+
+/// TLS alerts (RFC 8446) that the other end closes a handshake with.
+const ALERT_CERTIFICATE_EXPIRED: u64 = 45;
+const ALERT_UNKNOWN_CA: u64 = 48;
+const ALERT_NO_PROTOCOL: u64 = 120;
+/// QUIC's error code of TLS alert 0 (RFC 9001).
+const CRYPTO_ERROR: u64 = 0x100;
+
+/// A connection was not made, or ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LinkError {
+    /// The other end will not have us, and says why.
+    #[error("{why}")]
+    Refused {
+        /// Why.
+        why: String,
+    },
+    /// The server's certificate is of another authority than the one we know.
+    #[error(
+        "the server is of another authority than our certificate: it is not the one we enrolled with; check the \
+         address, or enroll with it"
+    )]
+    OtherServer,
+    /// The other end closed the connection; another attempt may succeed.
+    #[error("{why}")]
+    Closed {
+        /// Why.
+        why: String,
+    },
+    /// The server's name or address cannot be used.
+    #[error("{server}: {why}")]
+    Address {
+        /// As it was given.
+        server: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The other end says what makes no sense.
+    #[error("the other end broke the protocol: {0}")]
+    Wire(#[from] WireError),
+    /// No certificates, or unusable ones.
+    #[error(transparent)]
+    Identity(#[from] super::IdentityError),
+    /// TLS could not be set up.
+    #[error("set up TLS: {0}")]
+    Tls(String),
+}
+
+impl LinkError {
+    /// Will every further attempt end like this until somebody does something?
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::OtherServer | Self::Identity(_))
+    }
+
+    pub(crate) fn closed(why: impl Into<String>) -> Self {
+        Self::Closed { why: why.into() }
+    }
+}
+
+impl From<rustls::Error> for LinkError {
+    fn from(error: rustls::Error) -> Self {
+        Self::Tls(error.to_string())
+    }
+}
+
+impl From<ConnectionError> for LinkError {
+    fn from(error: ConnectionError) -> Self {
+        let refused = |why: &str| Self::Refused { why: why.to_owned() };
+        match &error {
+            ConnectionError::ApplicationClosed(close) => {
+                let why = String::from_utf8_lossy(&close.reason).into_owned();
+                if Close::is_refusal(close.error_code.into_inner()) {
+                    Self::Refused { why }
+                } else {
+                    Self::Closed { why }
+                }
+            }
+            ConnectionError::ConnectionClosed(close) => {
+                match u64::from(close.error_code).wrapping_sub(CRYPTO_ERROR) {
+                    ALERT_UNKNOWN_CA => refused(
+                        "our certificate was made by another authority than this server's; enroll with it",
+                    ),
+                    ALERT_CERTIFICATE_EXPIRED => {
+                        refused("our certificate has expired; enroll again with a new token")
+                    }
+                    ALERT_NO_PROTOCOL => {
+                        refused("the other end speaks another version; upgrade the older one")
+                    }
+                    _ => Self::closed(error.to_string()),
+                }
+            }
+            ConnectionError::TransportError(inner) => {
+                let is_certificate = inner.reason.contains("certificate");
+                match u64::from(inner.code).wrapping_sub(CRYPTO_ERROR) {
+                    0..=255 if is_certificate => Self::OtherServer,
+                    _ => Self::closed(error.to_string()),
+                }
+            }
+            ConnectionError::TimedOut => Self::closed("no answer"),
+            ConnectionError::Reset => Self::closed("the server was started anew"),
+            _ => Self::closed(error.to_string()),
+        }
+    }
+}
+
+impl From<quinn::WriteError> for LinkError {
+    fn from(error: quinn::WriteError) -> Self {
+        match error {
+            quinn::WriteError::ConnectionLost(error) => error.into(),
+            other => Self::closed(other.to_string()),
+        }
+    }
+}
+
+impl From<ReadExactError> for LinkError {
+    fn from(error: ReadExactError) -> Self {
+        match error {
+            ReadExactError::ReadError(quinn::ReadError::ConnectionLost(error)) => error.into(),
+            other => Self::closed(other.to_string()),
+        }
+    }
+}
+
+/// Reads one message; `None` where the stream ends between two.
+pub(crate) async fn read_message(stream: &mut RecvStream) -> Result<Option<(Kind, Vec<u8>)>, LinkError> {
+    let mut header = [0; HEADER_BYTES];
+    match stream.read_exact(&mut header).await {
+        Ok(()) => {}
+        Err(ReadExactError::FinishedEarly(0)) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    }
+    let header = Header::decode(&header)?;
+    let mut body = vec![0; header.body_bytes];
+    stream.read_exact(&mut body).await?;
+    Ok(Some((header.kind, body)))
+}
+
+/// Reads a message that must be of that kind.
+pub(crate) async fn expect(stream: &mut RecvStream, expected: Kind) -> Result<Message, LinkError> {
+    match read_message(stream).await? {
+        Some((kind, body)) if kind == expected => Ok(Message::decode(kind, &body)?),
+        Some((found, _)) => Err(WireError::Unexpected { found, expected }.into()),
+        None => Err(LinkError::closed("the stream ended early")),
+    }
+}
+
+/// Writes a message whose body is already bytes.
+pub(crate) async fn write_body(stream: &mut SendStream, kind: Kind, body: &[u8]) -> Result<(), LinkError> {
+    stream.write_all(&Header::encode(kind, body.len())).await?;
+    Ok(stream.write_all(body).await?)
+}
+
+/// Closes with a reason that the other end can show.
+pub(crate) fn close(connection: &Connection, close: Close, why: &str) {
+    connection.close(VarInt::from_u32(close.code()), why.as_bytes());
+}
+
+/// A connection of a client, and the socket it runs on.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) connection: Connection,
+    endpoint: Endpoint,
+}
+
+impl Link {
+    /// Connects to `server` (HOST:PORT), trying each of its addresses.
+    pub(crate) async fn connect(server: &str, tls: rustls::ClientConfig) -> Result<Self, LinkError> {
+        let config = tls::client_transport(tls)?;
+        let bad = |why: String| LinkError::Address {
+            server: server.to_owned(),
+            why,
+        };
+        let addresses: Vec<SocketAddr> = tokio::net::lookup_host(server)
+            .await
+            .map_err(|error| bad(error.to_string()))?
+            .take(ADDRESSES_MAX)
+            .collect();
+        let mut last = bad("the name has no address".to_owned());
+        for address in addresses {
+            match Self::connect_to(address, config.clone()).await {
+                Ok(link) => return Ok(link),
+                Err(error) if error.is_refusal() => return Err(error),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    async fn connect_to(address: SocketAddr, config: quinn::ClientConfig) -> Result<Self, LinkError> {
+        let any = match address {
+            SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        let io = |error: std::io::Error| LinkError::closed(format!("open a socket: {error}"));
+        let endpoint = Endpoint::client(SocketAddr::new(any, 0)).map_err(io)?;
+        let connecting = endpoint
+            .connect_with(config, address, SERVER_NAME)
+            .map_err(|error| LinkError::closed(error.to_string()))?;
+        let connection = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
+            .await
+            .map_err(|_| LinkError::closed("no answer"))??;
+        Ok(Self { connection, endpoint })
+    }
+
+    /// Says good-bye and waits until that has left.
+    pub(crate) async fn close(self) {
+        close(&self.connection, Close::Done, "done");
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.endpoint.wait_idle()).await;
+    }
+}

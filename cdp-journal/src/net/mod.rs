@@ -1,0 +1,18 @@
+//! Over the network: QUIC with TLS 1.3, certificates of both ends, nothing in the clear.
+//!
+//! - [`enroll`] turns a token into a certificate, [`Identities`] are those that a folder holds.
+//! - [`Shipper`] keeps a server up with a log.
+//! - [`RemoteSite`](crate::remote::RemoteSite) reads from a server.
+
+mod backoff;
+mod enroll;
+mod identity;
+pub(crate) mod link;
+mod shipper;
+pub(crate) mod tls;
+
+pub(crate) use backoff::{Backoff, random};
+pub use enroll::{EnrollError, enroll};
+pub use identity::{Identities, IdentityError};
+pub use link::LinkError;
+pub use shipper::{DurableLog, Shipper, TargetState, TargetStatus};

@@ -1,0 +1,216 @@
+//! Clients that break the rules: their connection is closed with a reason, and nobody else notices.
+
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use quinn::Connection;
+use rustls::pki_types::CertificateDer;
+
+use super::*;
+use crate::net::Identities;
+use crate::net::link::{Link, LinkError, read_message};
+use crate::net::tls;
+use crate::wire::{HEADER_BYTES, Header, Kind, Message};
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+/// Says hello over `connection`; gives back why it was closed.
+async fn hello(connection: &Connection) -> String {
+    let said = async {
+        let (mut send, mut receive) = connection.open_bi().await?;
+        let hello = Message::Hello {
+            log: Uuid::from_u128(1),
+            durable: None,
+        };
+        send.write_all(&hello.encode()).await?;
+        read_message(&mut receive).await
+    };
+    match said.await {
+        Err(error) => error.to_string(),
+        Ok(answer) => panic!("the server answered {:?}", answer.map(|(kind, _)| kind)),
+    }
+}
+
+/// Connects and says hello, and tells why that was not liked.
+fn talk_over(kit: &Kit, tls: rustls::ClientConfig) -> String {
+    runtime().block_on(async {
+        match Link::connect(&kit.address.to_string(), tls).await {
+            Ok(link) => hello(&link.connection).await,
+            Err(error) => error.to_string(),
+        }
+    })
+}
+
+pub(super) fn talk(kit: &Kit, identities: &Identities) -> String {
+    talk_over(kit, identities.tls().unwrap())
+}
+
+fn authority_of(kit: &Kit) -> Authority {
+    let grants = Grants::open(&kit.site()).unwrap();
+    Authority::open(grants.dir()).unwrap().unwrap()
+}
+
+pub(super) fn talk_without_certificate(kit: &Kit, alpn: &[u8]) -> String {
+    let mut tls = tls::enrolling_client(authority_of(kit).fingerprint()).unwrap();
+    tls.alpn_protocols = vec![alpn.to_vec()];
+    talk_over(kit, tls)
+}
+
+/// Trusts `kit` and shows what the authority of `other` made.
+pub(super) fn talk_with_foreign_certificate(kit: &Kit, other: &Kit) -> String {
+    #[derive(Debug)]
+    struct Always(Arc<rustls::sign::CertifiedKey>);
+    impl rustls::client::ResolvesClientCert for Always {
+        fn resolve(
+            &self,
+            _hints: &[&[u8]],
+            _schemes: &[rustls::SignatureScheme],
+        ) -> Option<Arc<rustls::sign::CertifiedKey>> {
+            Some(Arc::clone(&self.0))
+        }
+        fn has_certs(&self) -> bool {
+            true
+        }
+    }
+    use rustls::pki_types::pem::PemObject;
+    let file = std::fs::read_dir(other.identity())
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
+    let text = std::fs::read(file.path()).unwrap();
+    let chain = vec![CertificateDer::from_pem_slice(&text).unwrap()];
+    let key = rustls::pki_types::PrivateKeyDer::from_pem_slice(&text).unwrap();
+    let provider = rustls::crypto::ring::default_provider();
+    let key = rustls::sign::CertifiedKey::from_der(chain, key, &provider).unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(authority_of(kit).certificate().clone()).unwrap();
+    talk_over(kit, tls::client(roots, Arc::new(Always(Arc::new(key)))).unwrap())
+}
+
+/// An enrolled agent that sends `bytes` where frames are expected; why it was closed.
+fn send_frames(kit: &Kit, log: Uuid, bytes: &[u8]) -> String {
+    let identities = Identities::load(&kit.identity(), Right::Append).unwrap();
+    let talked = async {
+        let link = Link::connect(&kit.address.to_string(), identities.tls()?).await?;
+        let (mut send, mut receive) = link.connection.open_bi().await?;
+        let hello = Message::Hello { log, durable: None };
+        send.write_all(&hello.encode()).await?;
+        let welcome = read_message(&mut receive).await?;
+        assert_eq!(welcome.map(|(kind, _)| kind), Some(Kind::Welcome));
+        let mut frames = link.connection.open_uni().await?;
+        // The server may close while this is written.
+        let written = frames.write_all(bytes).await;
+        let _ = frames.finish();
+        loop {
+            match read_message(&mut receive).await {
+                Ok(Some((Kind::Ack, _))) => {}
+                Ok(other) => panic!("{:?} after {written:?}", other.map(|(kind, _)| kind)),
+                Err(error) => break Ok::<_, LinkError>(error.to_string()),
+            }
+        }
+    };
+    // It may also be cut off by the agent's own next connection.
+    runtime()
+        .block_on(talked)
+        .unwrap_or_else(|error| error.to_string())
+}
+
+fn frame_message(kit: &Kit, index: usize, previous: Option<Seq>) -> Vec<u8> {
+    let mut tail = LogTail::open(&kit.source.dir).unwrap();
+    let mut frame = None;
+    for _ in 0..=index {
+        frame = tail.next(kit.source.last()).unwrap();
+    }
+    let frame = frame.unwrap().bytes;
+    Message::Frame { previous, frame }.encode()
+}
+
+/// Goal: whatever an authenticated client sends in place of frames, it is cut off with a reason and nothing is stored.
+#[test]
+fn what_is_not_the_next_frame_closes_the_connection_and_is_not_stored() {
+    let mut kit = Kit::new();
+    kit.source.write(5, 1);
+    let log = Uuid::from_u128(77);
+    let good = frame_message(&kit, 0, None);
+    let mut flipped = frame_message(&kit, 1, Some(Seq::FIRST));
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 0x10;
+    let flipped = [good.clone(), flipped].concat();
+    let oversized = {
+        let mut header = Header::encode(Kind::Frame, 0);
+        header[4..].copy_from_slice(&u32::MAX.to_le_bytes());
+        header.to_vec()
+    };
+    let hole = frame_message(&kit, 3, Seq::new(5));
+    let other_kind = Message::Ack {
+        durable: None,
+        full: false,
+    }
+    .encode();
+    let cases = [
+        ("noise", vec![0x5a; 4096], "unknown kind"),
+        ("oversized", oversized, "it may have"),
+        ("another kind", other_kind, "in place of Frame"),
+        (
+            "no frame",
+            [&Header::encode(Kind::Frame, 100)[..], &[7; 100]].concat(),
+            "cut short",
+        ),
+        ("a hole", hole, "the log goes on at 1"),
+        ("flipped", flipped, "bad checksum"),
+        ("cut", good[..good.len() - 1].to_vec(), "stream"),
+    ];
+    for (what, bytes, expected) in cases {
+        let why = send_frames(&kit, log, &bytes);
+        assert!(why.contains(expected), "{what}: {why}");
+    }
+    drop(kit.shipped());
+    let site = Site::open(&kit.site()).unwrap().unwrap();
+    let copy = site.log_dir(&name("web01"), log);
+    let held = crate::store::StoreReader::open(&copy)
+        .unwrap()
+        .head()
+        .map(|head| head.seq);
+    assert_eq!(held, Some(Seq::FIRST), "the one good frame");
+}
+
+/// Goal: a server outlives any bytes of an authenticated client. Method: mutations of good frames; the agent beside it
+/// ships all the while.
+#[test]
+fn mutated_frames_leave_the_server_unharmed() {
+    let mut kit = Kit::new();
+    kit.source.write(5, 1);
+    let good = [
+        frame_message(&kit, 0, None),
+        frame_message(&kit, 1, Some(Seq::FIRST)),
+    ]
+    .concat();
+    let shipper = kit.ship();
+    let mutations = (0..good.len(), 1..=255u8, HEADER_BYTES..=good.len());
+    let config = ProptestConfig {
+        cases: 24,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    };
+    // Each case uses a history of its own.
+    let log = std::cell::Cell::new(100);
+    let source = std::cell::RefCell::new(kit);
+    let done = TestRunner::new(config).run(&mutations, |(at, flip, cut)| {
+        let mut kit = source.borrow_mut();
+        let mut bytes = good.clone();
+        bytes[at] ^= flip;
+        bytes.truncate(cut);
+        log.set(log.get() + 1);
+        // The agent's own connection gives way to this one, and comes back.
+        send_frames(&kit, Uuid::from_u128(log.get()), &bytes);
+        kit.source.write(1, 9);
+        prop_assert!(shipper.wait_acked(kit.source.last(), PATIENCE));
+        Ok(())
+    });
+    done.unwrap();
+}

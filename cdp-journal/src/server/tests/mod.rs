@@ -1,0 +1,301 @@
+//! A server and its clients over loopback, each with folders of its own.
+
+mod hostile;
+mod remote;
+mod ship;
+mod trust;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::{ServeOptions, Server};
+use crate::format::{Body, FrameBuilder, Origin, RecordFlags, VolumeKind};
+use crate::index::IndexWriter;
+use crate::log::LogWriter;
+use crate::net::{DurableLog, Shipper};
+use crate::ship::LogTail;
+use crate::site::{AgentName, Site};
+use crate::store::{StoreWriter, WriterOptions};
+use crate::trust::{Authority, Grants, Token, TokenGrant};
+use crate::types::{BootNs, Seq, VolumeId, WallNs};
+use crate::wire::Right;
+
+/// How long anything here may take on a loaded machine.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until `done`; panics with `what` if that does not come.
+pub(super) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !done() {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "not within {PATIENCE:?}: {what}"
+        );
+        std::thread::yield_now();
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+/// A server in threads of this process.
+pub(super) struct Running {
+    pub(super) address: SocketAddr,
+    stop: watch::Sender<bool>,
+    thread: Option<JoinHandle<()>>,
+    kill: Arc<Mutex<Option<tokio::sync::oneshot::Sender<()>>>>,
+}
+
+impl Running {
+    pub(super) fn start(dir: &Path, listen: Option<SocketAddr>) -> Self {
+        Self::start_with(dir, listen, WriterOptions::default())
+    }
+
+    pub(super) fn start_with(dir: &Path, listen: Option<SocketAddr>, writer: WriterOptions) -> Self {
+        let options = ServeOptions {
+            store: dir.to_owned(),
+            listen: listen.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap()),
+            writer,
+        };
+        let (stop, stopped) = watch::channel(false);
+        let (kill, killed) = tokio::sync::oneshot::channel();
+        let (started, address) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let server = Server::start(&options).unwrap();
+                started.send(server.address().unwrap()).unwrap();
+                tokio::select! {
+                    () = server.run(stopped) => {}
+                    _ = killed => {}
+                }
+            });
+        });
+        Self {
+            address: address.recv_timeout(PATIENCE).unwrap(),
+            stop,
+            thread: Some(thread),
+            kill: Arc::new(Mutex::new(Some(kill))),
+        }
+    }
+
+    /// Ends as asked.
+    pub(super) fn stop(mut self) {
+        self.stop.send(true).unwrap();
+        self.thread.take().unwrap().join().unwrap();
+    }
+
+    /// Ends without a word to anybody.
+    pub(super) fn kill(mut self) {
+        let _ = self.kill.lock().take().unwrap().send(());
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.stop.send(true);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What is durable of a log.
+#[derive(Default)]
+pub(super) struct Durable {
+    seq: Mutex<Option<Seq>>,
+    changed: Condvar,
+}
+
+impl DurableLog for Durable {
+    fn wait_durable_beyond(&self, beyond: Option<Seq>, timeout: Duration) -> Option<Seq> {
+        let mut seq = self.seq.lock();
+        if *seq <= beyond && !timeout.is_zero() {
+            self.changed.wait_for(&mut seq, timeout);
+        }
+        *seq
+    }
+}
+
+/// An agent's log, without an agent.
+pub(super) struct Source {
+    pub(super) dir: PathBuf,
+    log: LogWriter,
+    _index: IndexWriter,
+    pub(super) durable: Arc<Durable>,
+    boot_ns: u64,
+}
+
+impl Source {
+    pub(super) fn open(dir: &Path) -> Self {
+        let options = WriterOptions {
+            segment_bytes_max: 256 << 10,
+            ..WriterOptions::default()
+        };
+        let (store, recovered) = StoreWriter::open(dir, &options).unwrap();
+        let (log, index) = store.split();
+        let durable = Arc::new(Durable::default());
+        *durable.seq.lock() = recovered.last_seq;
+        let mut source = Self {
+            dir: dir.to_owned(),
+            log,
+            _index: index,
+            durable,
+            boot_ns: 0,
+        };
+        if recovered.created {
+            source.frame(&[(
+                Body::Volume {
+                    kind: VolumeKind::Block,
+                    bytes: 64 << 20,
+                    name: "pg".to_owned(),
+                    path: "/dev/vdb".to_owned(),
+                },
+                &[],
+            )]);
+        }
+        source
+    }
+
+    /// Appends one frame and makes it durable.
+    fn frame(&mut self, records: &[(Body, &[u8])]) {
+        let mut frame = FrameBuilder::new(self.log.next_seq());
+        for (body, data) in records {
+            self.boot_ns += 1000;
+            let (at, volume) = (BootNs(self.boot_ns), VolumeId::new(1));
+            let (origin, flags) = (Origin::default(), RecordFlags::default());
+            frame
+                .push(at, volume, origin, flags, body.clone(), &[data])
+                .unwrap();
+        }
+        let frame = frame.seal(Uuid::from_u128(8), 0).unwrap();
+        self.log.append(&frame).unwrap();
+        *self.durable.seq.lock() = self.log.sync().unwrap();
+        self.durable.changed.notify_all();
+    }
+
+    /// Writes `count` frames that no other `salt` has.
+    pub(super) fn write(&mut self, count: u64, salt: u64) {
+        for number in 0..count {
+            let mut state = (salt << 32 | number).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            let mut next = || {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                state as u8
+            };
+            let data: Vec<u8> = (0..16384).map(|_| next()).collect();
+            let offset = (salt * 31 + number) % 4000 * 4096;
+            let len = data.len() as u64;
+            self.frame(&[(Body::Write { offset, len }, &data), (Body::Tick, &[])]);
+        }
+    }
+
+    pub(super) fn last(&self) -> Option<Seq> {
+        *self.durable.seq.lock()
+    }
+
+    pub(super) fn ship(&self, server: &str, identity: &Path) -> Shipper {
+        let log: Arc<dyn DurableLog> = Arc::clone(&self.durable) as _;
+        Shipper::start(&self.dir, server, identity, log).unwrap()
+    }
+}
+
+/// A server with an enrolled agent, and the agent's log.
+pub(super) struct Kit {
+    pub(super) dir: tempfile::TempDir,
+    pub(super) server: Option<Running>,
+    pub(super) address: SocketAddr,
+    pub(super) source: Source,
+}
+
+pub(super) fn name(name: &str) -> AgentName {
+    name.parse().unwrap()
+}
+
+impl Kit {
+    pub(super) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Running::start(&dir.path().join("site"), None);
+        let kit = Self {
+            address: server.address,
+            server: Some(server),
+            source: Source::open(&dir.path().join("agent")),
+            dir,
+        };
+        kit.enroll("web01", Right::Append, &kit.identity());
+        kit
+    }
+
+    pub(super) fn site(&self) -> PathBuf {
+        self.dir.path().join("site")
+    }
+
+    pub(super) fn identity(&self) -> PathBuf {
+        self.dir.path().join("identity")
+    }
+
+    pub(super) fn token(&self, agent: &str, right: Right, valid: Duration) -> Token {
+        let grants = Grants::open(&self.site()).unwrap();
+        let authority = Authority::open(grants.dir()).unwrap().unwrap();
+        let grant = TokenGrant {
+            agent: name(agent),
+            right,
+            valid_seconds: valid.as_secs(),
+            expires_ns: WallNs::now().saturating_add(PATIENCE).0,
+        };
+        grants.issue(&authority, &grant).unwrap()
+    }
+
+    pub(super) fn enroll(&self, agent: &str, right: Right, identity: &Path) {
+        let token = self.token(agent, right, Duration::from_secs(3600));
+        crate::net::enroll(&self.address.to_string(), &token, right, identity).unwrap();
+    }
+
+    pub(super) fn ship(&self) -> Shipper {
+        self.source.ship(&self.address.to_string(), &self.identity())
+    }
+
+    /// Ships, and waits until all is there.
+    pub(super) fn shipped(&self) -> Shipper {
+        let shipper = self.ship();
+        let is_there = shipper.wait_acked(self.source.last(), PATIENCE);
+        assert!(is_there, "{:?}", shipper.status());
+        shipper
+    }
+
+    /// Stops the server if it runs, and starts it where it was.
+    pub(super) fn restart(&mut self) {
+        drop(self.server.take());
+        self.server = Some(Running::start(&self.site(), Some(self.address)));
+    }
+
+    /// Asserts that the server holds the very frames of the agent's log.
+    pub(super) fn assert_same(&self) {
+        let site = Site::open(&self.site()).unwrap().unwrap();
+        let copies = site.logs_of(&name("web01")).unwrap();
+        assert_eq!(copies.len(), 1, "{copies:?}");
+        let read = |dir: &Path| {
+            let mut tail = LogTail::open(dir).unwrap();
+            let mut frames = Vec::new();
+            while let Some(frame) = tail.next(self.source.last()).unwrap() {
+                frames.push((frame.previous, frame.last, frame.bytes));
+            }
+            frames
+        };
+        let (here, there) = (read(&self.source.dir), read(&copies[0].dir));
+        let lasts = |frames: &[(Option<Seq>, Seq, Vec<u8>)]| frames.last().map(|frame| frame.1);
+        assert_eq!(lasts(&there), lasts(&here));
+        assert!(here == there, "the copy has other frames");
+    }
+}

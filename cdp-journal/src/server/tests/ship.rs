@@ -1,0 +1,178 @@
+//! What is shipped arrives once, whole and in order, whatever is cut in between.
+
+use super::*;
+use crate::net::TargetState;
+
+#[test]
+fn what_is_shipped_is_the_same_log() {
+    let mut kit = Kit::new();
+    kit.source.write(50, 1);
+    let shipper = kit.ship();
+    kit.source.write(50, 2);
+    assert!(
+        shipper.wait_acked(kit.source.last(), PATIENCE),
+        "{:?}",
+        shipper.status()
+    );
+    kit.assert_same();
+    let status = shipper.status();
+    assert_eq!(status.state, TargetState::Connected);
+    assert_eq!(status.acked_seq, kit.source.last().unwrap().get());
+    assert_eq!((status.backlog_bytes, status.lag_seconds), (0, 0.0));
+    assert!(status.sent_bytes > 0);
+}
+
+/// Goal: no duplicate, no hole, nothing acknowledged lost. Method: rounds in which either end is ended without a word
+/// while frames are on their way; the two logs are compared frame by frame.
+#[test]
+fn either_end_may_be_killed_at_any_time() {
+    let mut kit = Kit::new();
+    let mut shipper = Some(kit.ship());
+    for round in 0..12 {
+        kit.source.write(5 + round % 7, round);
+        match round % 3 {
+            0 => kit.server.take().unwrap().kill(),
+            1 => drop(shipper.take()),
+            _ => {
+                kit.server.take().unwrap().kill();
+                drop(shipper.take());
+            }
+        }
+        kit.source.write(3, round + 100);
+        if kit.server.is_none() {
+            kit.restart();
+        }
+        let ship = shipper.get_or_insert_with(|| kit.ship());
+        if round % 2 == 0 {
+            assert!(
+                ship.wait_acked(kit.source.last(), PATIENCE),
+                "round {round}: {:?}",
+                ship.status()
+            );
+            kit.assert_same();
+        }
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+/// Goal: a server that was restored from an older copy of its disk gets what it lost, though it had acknowledged it.
+#[test]
+fn a_server_set_back_to_an_older_copy_gets_the_rest_again() {
+    let mut kit = Kit::new();
+    kit.source.write(20, 1);
+    let shipper = kit.shipped();
+    kit.server.take().unwrap().stop();
+    let copy = kit.dir.path().join("copy");
+    copy_folder(&kit.site(), &copy);
+    kit.restart();
+    kit.source.write(40, 2);
+    assert!(shipper.wait_acked(kit.source.last(), PATIENCE));
+    kit.server.take().unwrap().stop();
+    std::fs::remove_dir_all(kit.site()).unwrap();
+    copy_folder(&copy, &kit.site());
+    kit.restart();
+    kit.source.write(1, 3);
+    assert!(
+        shipper.wait_acked(kit.source.last(), PATIENCE),
+        "{:?}",
+        shipper.status()
+    );
+    kit.assert_same();
+}
+
+#[test]
+fn an_agent_set_back_to_an_older_copy_is_refused_and_overwrites_nothing() {
+    let mut kit = Kit::new();
+    kit.source.write(10, 1);
+    let copy = kit.dir.path().join("copy");
+    copy_folder(&kit.source.dir, &copy);
+    kit.source.write(10, 2);
+    let shipper = kit.shipped();
+    drop(shipper);
+    kit.assert_same();
+    let mut older = Source::open(&copy);
+    for frames in [0, 10, 20] {
+        older.write(frames, 3);
+        let shipper = older.ship(&kit.address.to_string(), &kit.identity());
+        wait_until("a refusal", || shipper.status().state == TargetState::Refused);
+        let why = shipper.status().why.unwrap();
+        assert!(
+            why.contains("the history there is not that of this store"),
+            "{why}"
+        );
+    }
+    kit.assert_same();
+}
+
+/// Goal: a full server stops acknowledging and goes on by itself. Method: a bound on the store, raised by a restart.
+#[test]
+fn a_full_server_acknowledges_nothing_more_and_goes_on_when_there_is_room() {
+    let mut kit = Kit::new();
+    let full = WriterOptions {
+        store_bytes_max: Some(2 << 20),
+        ..WriterOptions::default()
+    };
+    kit.server.take().unwrap().stop();
+    kit.server = Some(Running::start_with(&kit.site(), Some(kit.address), full));
+    kit.source.write(200, 1);
+    let shipper = kit.ship();
+    wait_until("a full server", || shipper.status().full);
+    let status = shipper.status();
+    assert!(status.acked_seq > 0 && status.backlog_bytes > 0 && status.lag_seconds > 0.0);
+    assert!(!shipper.wait_acked(kit.source.last(), Duration::ZERO));
+    kit.restart();
+    assert!(
+        shipper.wait_acked(kit.source.last(), PATIENCE),
+        "{:?}",
+        shipper.status()
+    );
+    kit.assert_same();
+}
+
+#[test]
+fn several_servers_are_kept_up_each_on_its_own() {
+    let mut kit = Kit::new();
+    let other = Running::start(&kit.dir.path().join("other"), None);
+    let grants = Grants::open(&kit.dir.path().join("other")).unwrap();
+    let authority = Authority::open(grants.dir()).unwrap().unwrap();
+    let grant = TokenGrant {
+        agent: name("web01"),
+        right: Right::Append,
+        valid_seconds: 3600,
+        expires_ns: WallNs::now().saturating_add(PATIENCE).0,
+    };
+    let token = grants.issue(&authority, &grant).unwrap();
+    let address = other.address.to_string();
+    // Both certificates lie in one folder.
+    crate::net::enroll(&address, &token, Right::Append, &kit.identity()).unwrap();
+    kit.source.write(20, 1);
+    let ships = [kit.ship(), kit.source.ship(&address, &kit.identity())];
+    other.kill();
+    kit.source.write(20, 2);
+    assert!(
+        ships[0].wait_acked(kit.source.last(), PATIENCE),
+        "{:?}",
+        ships[0].status()
+    );
+    assert!(!ships[1].wait_acked(kit.source.last(), Duration::ZERO));
+    let other = Running::start(&kit.dir.path().join("other"), Some(address.parse().unwrap()));
+    assert!(
+        ships[1].wait_acked(kit.source.last(), PATIENCE),
+        "{:?}",
+        ships[1].status()
+    );
+    drop(ships);
+    other.stop();
+}

@@ -1,0 +1,10 @@
+//! Shipping a log: tail it from where the other end stands, frame by frame.
+//!
+//! Nothing here knows whether it ships an agent's log or a server's. [`LogTail`] reads what is durable, [`Flight`]
+//! decides what may be sent and knows how far behind the other end is.
+
+mod flight;
+mod tail;
+
+pub use flight::{Flight, Sent};
+pub use tail::{LogTail, TailError, TailFrame};

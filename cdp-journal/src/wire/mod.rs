@@ -1,0 +1,442 @@
+//! What agents, servers and readers say to each other. Format 1, little-endian.
+//!
+//! Everything travels over QUIC with TLS 1.3, which keeps bytes as they were; frames and data groups carry checksums
+//! of their own all the same and are checked with them at the other end. A connection names its purpose and the
+//! format by ALPN ([`ALPN`], [`ALPN_ENROLL`]): another format is another name. Each stream is a row of messages:
+//!
+//! | at | bytes | message         | note                                                            |
+//! |---:|------:|-----------------|-----------------------------------------------------------------|
+//! |  0 |     1 | kind            | see below                                                       |
+//! |  1 |     3 | zero            |                                                                 |
+//! |  4 |     4 | body bytes      | each kind has its bound ([`Kind::body_bytes_max`])              |
+//!
+//! | kind | from   | body                                                                             |
+//! |-----:|--------|----------------------------------------------------------------------------------|
+//! |    1 | client | `Enroll`: right wanted, 1 append or 2 read (1), secret (16), signing request, DER |
+//! |    2 | server | `Enrolled`: bytes of the certificate (4), the certificate, the authority's, DER  |
+//! |   16 | sender | `Hello`: id of the log (16), its last durable Seq or 0 (8)                       |
+//! |   17 | holder | `Welcome`: first (8) and last (8) Seq of the last frame held, its id (16); or all zero |
+//! |   18 | sender | `Frame`: the Seq before it in the sender's log or 0 (8), the frame as in the log |
+//! |   19 | holder | `Ack`: last durable Seq or 0 (8), 1 if there is no room (1), zero (7)            |
+//! |   32 | reader | `Ask`: JSON, see [`crate::remote`]                                               |
+//! |   33 | server | `Answer`: JSON                                                                   |
+//! |   34 | server | `Items`: stretches of a view, 40 bytes each, see [`crate::remote`]               |
+//! |   35 | server | `Bytes`: bytes of a segment as they lie in the log                               |
+//! |   36 | server | `Head`: header and record table of a frame                                       |
+//! |   37 | server | `Progress`: bytes done since the last one (8)                                    |
+//!
+//! **Enrolling** ([`ALPN_ENROLL`], the only thing possible without a certificate): the client opens a stream and sends
+//! `Enroll`; the answer is `Enrolled`.
+//!
+//! **Shipping**: the sender opens a stream, says `Hello`, and is told by `Welcome` what is durable at the other end.
+//! If that is a frame of its own log, the sender opens a one-way stream and sends every frame after it, in order.
+//! `Ack`s come back on the first stream; an `Ack` covers everything up to its Seq. Nothing else is ever answered, and
+//! what the holder does not like closes the connection with a [`Close`] and a sentence that says why.
+//!
+//! **Reading**: one stream for each question: `Ask`, then what the question asks for, then `Answer`.
+//!
+//! The id of a frame is the first half of the BLAKE3 hash of its header and record table, which hold the checksums of
+//! its data: two logs that agree on the id of their last frame agree on all of it.
+//!
+//! | Format | First in | Change | Spoken |
+//! |-------:|----------|--------|--------|
+//! |      1 | 0.1      | first  | yes    |
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::format::{FRAME_BYTES_MAX, bytes_at, u32_at, u64_at};
+use crate::types::Seq;
+
+/// Names a connection that ships or reads.
+pub const ALPN: &[u8] = b"cdp/1";
+/// Names a connection that enrols.
+pub const ALPN_ENROLL: &[u8] = b"cdp-enroll/1";
+
+/// Bytes before each body.
+pub const HEADER_BYTES: usize = 8;
+/// Bytes of a token's secret.
+pub const SECRET_BYTES: usize = 16;
+/// A certificate, or the request for one, at most.
+pub const CERTIFICATE_BYTES_MAX: usize = 8 << 10;
+/// A question at most.
+pub const ASK_BYTES_MAX: usize = 64 << 10;
+/// An answer at most: the history of a volume with some ten thousand gaps.
+pub const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// One stretch of a view.
+pub const ITEM_BYTES: usize = 40;
+/// Stretches in one message at most.
+pub const ITEMS_MAX: usize = 2048;
+/// Bytes of a segment in one message at most.
+pub const READ_BYTES_MAX: usize = 1 << 20;
+
+const SHORT_BYTES_MAX: usize = 64;
+
+/// What a message is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+#[allow(missing_docs, reason = "told by the table of the module")]
+pub enum Kind {
+    Enroll = 1,
+    Enrolled = 2,
+    Hello = 16,
+    Welcome = 17,
+    Frame = 18,
+    Ack = 19,
+    Ask = 32,
+    Answer = 33,
+    Items = 34,
+    Bytes = 35,
+    Head = 36,
+    Progress = 37,
+}
+
+const KINDS: [Kind; 12] = [
+    Kind::Enroll,
+    Kind::Enrolled,
+    Kind::Hello,
+    Kind::Welcome,
+    Kind::Frame,
+    Kind::Ack,
+    Kind::Ask,
+    Kind::Answer,
+    Kind::Items,
+    Kind::Bytes,
+    Kind::Head,
+    Kind::Progress,
+];
+
+impl Kind {
+    /// What a receiver reads at most before it knows more than the header.
+    pub const fn body_bytes_max(self) -> usize {
+        match self {
+            Self::Enroll => 1 + SECRET_BYTES + CERTIFICATE_BYTES_MAX,
+            Self::Enrolled => 4 + 2 * CERTIFICATE_BYTES_MAX,
+            Self::Hello | Self::Welcome | Self::Ack | Self::Progress => SHORT_BYTES_MAX,
+            Self::Frame => 8 + FRAME_BYTES_MAX,
+            Self::Ask => ASK_BYTES_MAX,
+            Self::Answer => ANSWER_BYTES_MAX,
+            Self::Items => ITEMS_MAX * ITEM_BYTES,
+            Self::Bytes => READ_BYTES_MAX,
+            Self::Head => FRAME_BYTES_MAX,
+        }
+    }
+}
+
+/// Bytes are not a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WireError {
+    /// A kind that this format does not have.
+    #[error("a message of unknown kind {0}")]
+    Kind(u8),
+    /// Longer than its kind may be.
+    #[error("a message {kind:?} of {bytes} bytes; it may have {max}")]
+    TooLong {
+        /// Of which kind.
+        kind: Kind,
+        /// Its body, as the header says.
+        bytes: u32,
+        /// The bound.
+        max: usize,
+    },
+    /// The body is not what its kind should have.
+    #[error("a message {0:?} that makes no sense")]
+    Body(Kind),
+    /// Another message was expected.
+    #[error("a message {found:?} in place of {expected:?}")]
+    Unexpected {
+        /// What came.
+        found: Kind,
+        /// What should have.
+        expected: Kind,
+    },
+}
+
+/// First bytes of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// What follows.
+    pub kind: Kind,
+    /// How much of it.
+    pub body_bytes: usize,
+}
+
+impl Header {
+    /// Reads a header; its length is within the bound of its kind.
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, WireError> {
+        let known = KINDS.into_iter().find(|kind| *kind as u8 == bytes[0]);
+        let kind = known.filter(|_| bytes[1..4] == [0; 3]);
+        let kind = kind.ok_or(WireError::Kind(bytes[0]))?;
+        let body_bytes = u32_at(bytes, 4);
+        let max = kind.body_bytes_max();
+        if body_bytes as usize > max {
+            return Err(WireError::TooLong {
+                kind,
+                bytes: body_bytes,
+                max,
+            });
+        }
+        Ok(Self {
+            kind,
+            body_bytes: body_bytes as usize,
+        })
+    }
+
+    /// The header of a body of that length, which must be within the kind's bound.
+    pub fn encode(kind: Kind, body_bytes: usize) -> [u8; HEADER_BYTES] {
+        debug_assert!(body_bytes <= kind.body_bytes_max());
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[0] = kind as u8;
+        bytes[4..].copy_from_slice(&(body_bytes as u32).to_le_bytes());
+        bytes
+    }
+}
+
+/// What a certificate allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(u8)]
+pub enum Right {
+    /// To append to an agent's history, and to learn where it ends.
+    Append = 1,
+    /// To read it.
+    Read = 2,
+}
+
+impl fmt::Display for Right {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Append => "append",
+            Self::Read => "read",
+        })
+    }
+}
+
+/// Names a frame, so that two logs can tell whether they hold the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameId {
+    /// Its first record.
+    pub first: Seq,
+    /// Its last record.
+    pub last: Seq,
+    /// See the module.
+    pub hash: [u8; 16],
+}
+
+impl FrameId {
+    /// Of the frame whose header and record table are `head`.
+    pub fn of(first: Seq, last: Seq, head: &[u8]) -> Self {
+        Self {
+            first,
+            last,
+            hash: bytes_at(blake3::hash(head).as_bytes(), 0),
+        }
+    }
+}
+
+/// A message of enrolling or shipping. (Those of reading are JSON or plain bytes.)
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// Asks for a certificate.
+    Enroll {
+        /// What the certificate is wanted for.
+        right: Right,
+        /// Of the token.
+        secret: [u8; SECRET_BYTES],
+        /// The signing request.
+        request: Vec<u8>,
+    },
+    /// Gives one.
+    Enrolled {
+        /// The client's.
+        certificate: Vec<u8>,
+        /// Who signed it.
+        authority: Vec<u8>,
+    },
+    /// Begins to ship a log.
+    Hello {
+        /// Which log.
+        log: Uuid,
+        /// The last record that is durable at the sender.
+        durable: Option<Seq>,
+    },
+    /// What of it is durable at the other end.
+    Welcome {
+        /// The last frame.
+        held: Option<FrameId>,
+    },
+    /// The next frame.
+    Frame {
+        /// The record before it in the sender's log.
+        previous: Option<Seq>,
+        /// The frame.
+        frame: Vec<u8>,
+    },
+    /// What is durable now.
+    Ack {
+        /// Everything up to here.
+        durable: Option<Seq>,
+        /// What comes next finds no room.
+        full: bool,
+    },
+}
+
+impl Message {
+    /// Which kind it is.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Enroll { .. } => Kind::Enroll,
+            Self::Enrolled { .. } => Kind::Enrolled,
+            Self::Hello { .. } => Kind::Hello,
+            Self::Welcome { .. } => Kind::Welcome,
+            Self::Frame { .. } => Kind::Frame,
+            Self::Ack { .. } => Kind::Ack,
+        }
+    }
+
+    /// Header and body.
+    pub fn encode(&self) -> Vec<u8> {
+        let body = match self {
+            Self::Enroll {
+                right,
+                secret,
+                request,
+            } => [&[*right as u8][..], secret, request].concat(),
+            Self::Enrolled {
+                certificate,
+                authority,
+            } => [
+                &(certificate.len() as u32).to_le_bytes()[..],
+                certificate,
+                authority,
+            ]
+            .concat(),
+            Self::Hello { log, durable } => [&log.as_bytes()[..], &seq_bytes(*durable)].concat(),
+            Self::Welcome { held: None } => vec![0; 32],
+            Self::Welcome { held: Some(id) } => [
+                &seq_bytes(Some(id.first))[..],
+                &seq_bytes(Some(id.last)),
+                &id.hash,
+            ]
+            .concat(),
+            Self::Frame { previous, frame } => [&seq_bytes(*previous)[..], frame].concat(),
+            Self::Ack { durable, full } => {
+                [&seq_bytes(*durable)[..], &[u8::from(*full), 0, 0, 0, 0, 0, 0, 0]].concat()
+            }
+        };
+        [&Header::encode(self.kind(), body.len())[..], &body].concat()
+    }
+
+    /// The message of that kind with that body.
+    pub fn decode(kind: Kind, body: &[u8]) -> Result<Self, WireError> {
+        let message = match kind {
+            Kind::Enroll => Self::decode_enroll(body),
+            Kind::Enrolled => Self::decode_enrolled(body),
+            Kind::Hello if body.len() == 24 => Some(Self::Hello {
+                log: Uuid::from_bytes(bytes_at(body, 0)),
+                durable: Seq::new(u64_at(body, 16)),
+            }),
+            Kind::Welcome if body.len() == 32 => Self::decode_welcome(body),
+            Kind::Frame if body.len() > 8 => Some(Self::Frame {
+                previous: Seq::new(u64_at(body, 0)),
+                frame: body[8..].to_vec(),
+            }),
+            Kind::Ack if body.len() == 16 && body[8] <= 1 && body[9..] == [0; 7] => Some(Self::Ack {
+                durable: Seq::new(u64_at(body, 0)),
+                full: body[8] == 1,
+            }),
+            _ => None,
+        };
+        message.ok_or(WireError::Body(kind))
+    }
+
+    fn decode_enroll(body: &[u8]) -> Option<Self> {
+        let (right, rest) = body.split_at_checked(1)?;
+        let (secret, request) = rest.split_at_checked(SECRET_BYTES)?;
+        Some(Self::Enroll {
+            right: [Right::Append, Right::Read]
+                .into_iter()
+                .find(|known| *known as u8 == right[0])?,
+            secret: bytes_at(secret, 0),
+            request: request.to_vec(),
+        })
+    }
+
+    fn decode_enrolled(body: &[u8]) -> Option<Self> {
+        let (len, rest) = body.split_at_checked(4)?;
+        let (certificate, authority) = rest.split_at_checked(u32_at(len, 0) as usize)?;
+        Some(Self::Enrolled {
+            certificate: certificate.to_vec(),
+            authority: authority.to_vec(),
+        })
+    }
+
+    fn decode_welcome(body: &[u8]) -> Option<Self> {
+        if *body == [0; 32] {
+            return Some(Self::Welcome { held: None });
+        }
+        let (first, last) = (Seq::new(u64_at(body, 0))?, Seq::new(u64_at(body, 8))?);
+        let held = FrameId {
+            first,
+            last,
+            hash: bytes_at(body, 16),
+        };
+        (first <= last).then_some(Self::Welcome { held: Some(held) })
+    }
+}
+
+fn seq_bytes(seq: Option<Seq>) -> [u8; 8] {
+    Seq::number_of(seq).to_le_bytes()
+}
+
+/// Why an end closed a connection, as QUIC's application error code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum Close {
+    /// All is said.
+    Done = 0,
+    /// The other end broke the rules of this format.
+    Protocol = 1,
+    /// The client showed no certificate.
+    NoCertificate = 2,
+    /// Its certificate was revoked.
+    Revoked = 3,
+    /// Its certificate does not allow what it asked for.
+    NotAllowed = 4,
+    /// A token is unknown, used or too old.
+    Token = 5,
+    /// What the two ends hold is not the same history.
+    Diverged = 6,
+    /// Another connection of the same agent took over.
+    Superseded = 7,
+    /// The server ends.
+    Stopping = 8,
+    /// The server failed; later it may not.
+    Failed = 9,
+}
+
+impl Close {
+    /// The number on the wire.
+    pub const fn code(self) -> u32 {
+        self as u32
+    }
+
+    /// Would the same be said to the next attempt, until somebody does something?
+    pub fn is_refusal(code: u64) -> bool {
+        let refusals = [
+            Self::NoCertificate,
+            Self::Revoked,
+            Self::NotAllowed,
+            Self::Token,
+            Self::Diverged,
+        ];
+        refusals.iter().any(|close| u64::from(close.code()) == code)
+    }
+}
+
+#[cfg(test)]
+mod tests;
