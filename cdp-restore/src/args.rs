@@ -7,7 +7,9 @@ use cdp_journal::when::When;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use crate::nbd::Listen;
 use crate::source::Source;
+use crate::units::parse_bytes;
 
 /// More would only queue on the disk, and each holds a buffer.
 const THREADS_MAX: usize = 64;
@@ -18,6 +20,7 @@ Examples:
   cdp-restore points --from /var/lib/cdp pg
   cdp-restore image  --from /var/lib/cdp pg --at -5m --to pg.img
   cdp-restore image  --from /var/lib/cdp pg --at 2026-11-21T10:15:03.123+08:00 --to /dev/vdc
+  cdp-restore nbd    --from /var/lib/cdp pg --at -5m --listen unix:/run/pg.sock
   cdp-restore diff   --from /var/lib/cdp pg --since bookmark:before-upgrade --until latest
   cdp-restore verify --from /var/lib/cdp
 
@@ -92,6 +95,7 @@ pub(crate) enum Command {
     Ls(Ls),
     Points(Points),
     Image(Image),
+    Nbd(Nbd),
     Diff(Diff),
     Verify(Verify),
     Completions(Completions),
@@ -168,6 +172,49 @@ pub(crate) struct Image {
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Serve a block volume, as it was at a moment, to NBD clients: qemu, nbdcopy, nbd-client.
+///
+/// Prints the address that clients take on stdout once it is ready, and serves until SIGTERM or Ctrl-C. A socket file
+/// is for its owner only. HOST must be this one (127.0.0.1): every user of it can read the volume there then, and
+/// nothing is encrypted.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen unix:/run/pg.sock
+  nbdcopy 'nbd+unix:///pg?socket=/run/pg.sock' pg.img
+  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen 127.0.0.1:10809 --rw"
+))]
+pub(crate) struct Nbd {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it; clients may ask for it by this name or by none
+    pub(crate) volume: String,
+    /// The moment to serve
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) at: When,
+    /// Where clients come in
+    #[arg(long, value_name = "unix:PATH|HOST:PORT")]
+    pub(crate) listen: Listen,
+    /// Let clients write, to a layer that is thrown away at the end; the history never changes
+    #[arg(long)]
+    pub(crate) rw: bool,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
+    /// Print the address as JSON, with what is served there
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Where a throw-away layer lies, and how large it may get.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LayerBounds {
+    /// How much the throw-away layer may hold; a write beyond fails as on a full disk
+    #[arg(long, value_name = "SIZE", default_value = "10GiB", value_parser = parse_bytes)]
+    pub(crate) layer_bytes_max: u64,
+    /// The folder whose disk holds the throw-away layer, in a file without a name
+    #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
+    pub(crate) layer_dir: PathBuf,
 }
 
 /// List what was written between two moments: where, how often, when and by whom.

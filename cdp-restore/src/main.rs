@@ -15,8 +15,10 @@ mod args;
 mod changes;
 mod cmd;
 mod digest;
+mod disk;
 mod exit;
 mod interrupt;
+mod nbd;
 mod report;
 mod source;
 mod target;
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
         Command::Ls(args) => cmd::ls::run(&args, &report),
         Command::Points(args) => cmd::points::run(&args, &report),
         Command::Image(args) => cmd::image::run(&args, &report),
+        Command::Nbd(args) => cmd::nbd::run(&args, &report),
         Command::Diff(args) => cmd::diff::run(&args, &report),
         Command::Verify(args) => cmd::verify::run(&args, &report),
         Command::Completions(args) => cmd::completions::run(&args, &report),

@@ -4,7 +4,7 @@
 //! then is anything written.
 
 use std::io::{self, IsTerminal};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant as Clock};
 
 use anyhow::{Context, bail};
@@ -14,7 +14,7 @@ use cdp_journal::store::StoreReader;
 use cdp_journal::view::{CopyError, CopyOptions, CopyReport, ExtentKind, Sink, View};
 use serde::Serialize;
 
-use super::{Instant, find_volume, open_store, require_block, resolve};
+use super::{Instant, OpenMoment, open_moment, refuse_own_files};
 use crate::args::Image;
 use crate::interrupt::Interrupt;
 use crate::report::Report;
@@ -54,12 +54,13 @@ struct Job<'a> {
 }
 
 pub(crate) fn run(args: &Image, report: &Report) -> anyhow::Result<()> {
-    let store = open_store(&args.source.from)?;
-    let volume = find_volume(&store, &args.source.from, &args.volume)?;
-    require_block(&volume, "image")?;
-    let instant = resolve(&store, &volume, &args.at)?;
-    let view = store.view(volume.id, instant.seq)?;
-    refuse_own_files(&args.to, args.source.from.folder()?)?;
+    let OpenMoment {
+        store,
+        volume,
+        instant,
+        view,
+    } = open_moment(&args.source.from, &args.volume, &args.at, "image")?;
+    refuse_own_files(&args.to, &args.source.from)?;
     let target = Target::inspect(&args.to, &volume.name, view.bytes())?;
     let job = Job {
         args,
@@ -326,24 +327,6 @@ impl Sink for DeviceSink<'_> {
         self.interrupt.check()?;
         self.device.zero(offset, len)
     }
-}
-
-/// Refuses to write over the store's own files.
-fn refuse_own_files(to: &Path, store: &Path) -> anyhow::Result<()> {
-    let parent = match to.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let real = to.canonicalize().or_else(|_| parent.canonicalize());
-    let inside = |path: PathBuf| store.canonicalize().is_ok_and(|store| path.starts_with(store));
-    if real.is_ok_and(inside) {
-        bail!(
-            "{} lies inside the store {}; give a place outside of it",
-            to.display(),
-            store.display()
-        );
-    }
-    Ok(())
 }
 
 /// Says so if the device is one that a running agent protects into this very store.

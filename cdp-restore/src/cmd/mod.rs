@@ -1,14 +1,18 @@
 //! The commands, and what they share: opening a store, finding a volume, naming a moment.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use cdp_journal::Seq;
 use cdp_journal::format::{GapCause, VolumeKind};
 use cdp_journal::history::VolumeInfo;
 use cdp_journal::store::StoreReader;
+use cdp_journal::view::View;
 use cdp_journal::when::{NotExact, NotExactCause, Point, When, WhenError};
 
+use crate::args::LayerBounds;
+use crate::disk::Layer;
 use crate::source::Source;
 use crate::time::Time;
 
@@ -16,6 +20,7 @@ pub(crate) mod completions;
 pub(crate) mod diff;
 pub(crate) mod image;
 pub(crate) mod ls;
+pub(crate) mod nbd;
 pub(crate) mod points;
 pub(crate) mod verify;
 
@@ -100,6 +105,62 @@ fn resolve(store: &StoreReader, volume: &VolumeInfo, when: &When) -> anyhow::Res
         seq,
         at: Time(moment.wall),
     })
+}
+
+/// A block volume at a moment that can be restored.
+struct OpenMoment {
+    store: StoreReader,
+    volume: VolumeInfo,
+    instant: Instant,
+    view: View,
+}
+
+/// Opens what a command was asked for.
+fn open_moment(source: &Source, volume: &str, when: &When, command: &str) -> anyhow::Result<OpenMoment> {
+    let store = open_store(source)?;
+    let volume = find_volume(&store, source, volume)?;
+    require_block(&volume, command)?;
+    let instant = resolve(&store, &volume, when)?;
+    let view = store.view(volume.id, instant.seq)?;
+    Ok(OpenMoment {
+        store,
+        volume,
+        instant,
+        view,
+    })
+}
+
+/// Refuses to write where the store's own files lie.
+fn refuse_own_files(to: &Path, source: &Source) -> anyhow::Result<()> {
+    let Ok(store) = source.folder() else { return Ok(()) };
+    let parent = match to.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let real = to.canonicalize().or_else(|_| parent.canonicalize());
+    let inside = |path: PathBuf| store.canonicalize().is_ok_and(|store| path.starts_with(store));
+    if real.is_ok_and(inside) {
+        bail!(
+            "{} lies inside the store {}; give a place outside of it",
+            to.display(),
+            store.display()
+        );
+    }
+    Ok(())
+}
+
+impl LayerBounds {
+    /// A layer within these bounds for a disk of `disk_bytes`.
+    fn make(&self, source: &Source, disk_bytes: u64) -> anyhow::Result<Layer> {
+        let folder = &self.layer_dir;
+        refuse_own_files(folder, source)?;
+        Layer::new(folder, disk_bytes, self.layer_bytes_max).with_context(|| {
+            format!(
+                "make a throw-away layer in {}; --layer-dir names another folder",
+                folder.display()
+            )
+        })
+    }
 }
 
 /// A moment of a volume cannot be restored exactly: why, and what can be instead.

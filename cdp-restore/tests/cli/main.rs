@@ -9,6 +9,7 @@ mod device;
 mod history;
 mod image;
 mod live;
+mod nbd;
 mod program;
 mod store;
 mod usage;
