@@ -20,6 +20,7 @@ Examples:
   cdp-restore points --from /var/lib/cdp pg
   cdp-restore image  --from /var/lib/cdp pg --at -5m --to pg.img
   cdp-restore image  --from /var/lib/cdp pg --at 2026-11-21T10:15:03.123+08:00 --to /dev/vdc
+  cdp-restore rewind --from /var/lib/cdp pg --at -5m --to /dev/vdb
   cdp-restore nbd    --from /var/lib/cdp pg --at -5m --listen unix:/run/pg.sock
   cdp-restore diff   --from /var/lib/cdp pg --since bookmark:before-upgrade --until latest
   cdp-restore verify --from /var/lib/cdp
@@ -95,6 +96,7 @@ pub(crate) enum Command {
     Ls(Ls),
     Points(Points),
     Image(Image),
+    Rewind(Rewind),
     Nbd(Nbd),
     Diff(Diff),
     Verify(Verify),
@@ -167,6 +169,44 @@ pub(crate) struct Image {
     /// Check everything and say what would be written, but write nothing
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) threads: Threads,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Bring a device that holds a later moment of a block volume back, by writing only what differs.
+///
+/// The device must not be in use. Everything that is needed is read and checked before anything is written. Where the
+/// device is the volume itself, its agent running and its history exact up to now, only what was written since is
+/// compared, and the state before gets a bookmark, so that it can be brought back as well; else all of the device is
+/// read and compared. Stopped or killed at any point, the same command goes on.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore rewind --from /var/lib/cdp pg --at -90s --to /dev/vdb
+  cdp-restore rewind --from /var/lib/cdp pg --at bookmark:before-upgrade --to /dev/vdb --yes --json"
+))]
+pub(crate) struct Rewind {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// The moment to bring back
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) at: When,
+    /// The block device to bring back
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) to: PathBuf,
+    /// Write over the device without asking; needed where stdin is not a terminal
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    /// Check and compare, and say how much would be written, but write nothing
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    /// Read and compare the whole device, whatever its history tells
+    #[arg(long)]
+    pub(crate) compare_all: bool,
     #[command(flatten)]
     pub(crate) threads: Threads,
     /// Print the result as JSON

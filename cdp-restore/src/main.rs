@@ -11,9 +11,11 @@ use crate::args::{Cli, Command};
 use crate::exit::{Chain, Exit};
 use crate::report::{Report, StdoutClosed};
 
+mod agent;
 mod args;
 mod changes;
 mod cmd;
+mod differences;
 mod digest;
 mod disk;
 mod exit;
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
         Command::Ls(args) => cmd::ls::run(&args, &report),
         Command::Points(args) => cmd::points::run(&args, &report),
         Command::Image(args) => cmd::image::run(&args, &report),
+        Command::Rewind(args) => cmd::rewind::run(&args, &report),
         Command::Nbd(args) => cmd::nbd::run(&args, &report),
         Command::Diff(args) => cmd::diff::run(&args, &report),
         Command::Verify(args) => cmd::verify::run(&args, &report),

@@ -21,7 +21,9 @@ pub(crate) mod diff;
 pub(crate) mod image;
 pub(crate) mod ls;
 pub(crate) mod nbd;
+mod overwrite;
 pub(crate) mod points;
+pub(crate) mod rewind;
 pub(crate) mod verify;
 
 /// Something that was read does not match its checksum; where it lies has been printed.

@@ -11,5 +11,6 @@ mod image;
 mod live;
 mod nbd;
 mod program;
+mod rewind;
 mod store;
 mod usage;
