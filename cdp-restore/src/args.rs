@@ -21,6 +21,8 @@ Examples:
   cdp-restore image  --from /var/lib/cdp pg --at -5m --to pg.img
   cdp-restore image  --from /var/lib/cdp pg --at 2026-11-21T10:15:03.123+08:00 --to /dev/vdc
   cdp-restore rewind --from /var/lib/cdp pg --at -5m --to /dev/vdb
+  cdp-restore mount  --from /var/lib/cdp pg --at -5m /mnt/then
+  cdp-restore umount /mnt/then
   cdp-restore nbd    --from /var/lib/cdp pg --at -5m --listen unix:/run/pg.sock
   cdp-restore diff   --from /var/lib/cdp pg --since bookmark:before-upgrade --until latest
   cdp-restore verify --from /var/lib/cdp
@@ -97,6 +99,8 @@ pub(crate) enum Command {
     Points(Points),
     Image(Image),
     Rewind(Rewind),
+    Mount(Mount),
+    Umount(Umount),
     Nbd(Nbd),
     Diff(Diff),
     Verify(Verify),
@@ -212,6 +216,53 @@ pub(crate) struct Rewind {
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Mount a block volume, as it was at a moment: the file system inside it at DIR, with partitions a folder for each.
+///
+/// Returns as soon as DIR can be used, whatever the size: nothing is copied first. What the kernel writes on mounting
+/// (the journal is replayed) goes to a layer that is thrown away by `umount`, and so does with --rw what anybody
+/// writes; the history never changes. A process in the background serves it until then.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore mount --from /var/lib/cdp pg --at -90s /mnt/then
+  cdp-restore mount --from /var/lib/cdp pg --at bookmark:before-upgrade /mnt/then --rw
+  cdp-restore mount --from /var/lib/cdp pg --at latest /mnt/then --raw    # /mnt/then/pg.img
+  cdp-restore umount /mnt/then"
+))]
+pub(crate) struct Mount {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// The moment to mount
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) at: When,
+    /// The folder to mount at
+    pub(crate) dir: PathBuf,
+    /// Let users write, to a layer that is thrown away at the end
+    #[arg(long)]
+    pub(crate) rw: bool,
+    /// Mount the image itself, as DIR/VOLUME.img, and nothing inside it
+    #[arg(long)]
+    pub(crate) raw: bool,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Be the serving process of the mount that is kept track of in this folder
+    #[arg(long, hide = true)]
+    pub(crate) serve_in: Option<PathBuf>,
+}
+
+/// Undo a mount: everything that `mount` set up, also after its process was killed.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  cdp-restore umount /mnt/then")]
+pub(crate) struct Umount {
+    /// The folder that was mounted at
+    pub(crate) dir: PathBuf,
 }
 
 /// Serve a block volume, as it was at a moment, to NBD clients: qemu, nbdcopy, nbd-client.
@@ -392,7 +443,10 @@ mod tests {
             &["points", "--from", "/store"],
             &["ls", "--from", "/store", "-v", "-q"],
             &["verify", "--from", "/store", "--threads", "0"],
-            &["mount", "--from", "/store", "pg", "--at", "latest", "/mnt"],
+            &["mount", "--from", "/store", "pg", "--at", "latest"],
+            &[
+                "files", "--from", "/store", "pg", "--at", "latest", "--to", "/mnt",
+            ],
         ] {
             let parsed = Cli::try_parse_from([&["cdp-restore"], arguments].concat());
             let error = parsed.expect_err(&format!("{arguments:?} was accepted"));

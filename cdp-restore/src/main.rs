@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::args::{Cli, Command};
+use crate::cmd::mount::ServerFailed;
 use crate::exit::{Chain, Exit};
 use crate::report::{Report, StdoutClosed};
 
@@ -20,6 +21,7 @@ mod digest;
 mod disk;
 mod exit;
 mod interrupt;
+mod mount;
 mod nbd;
 mod report;
 mod source;
@@ -35,6 +37,8 @@ fn main() -> ExitCode {
         Command::Points(args) => cmd::points::run(&args, &report),
         Command::Image(args) => cmd::image::run(&args, &report),
         Command::Rewind(args) => cmd::rewind::run(&args, &report),
+        Command::Mount(args) => cmd::mount::run(&args, &report),
+        Command::Umount(args) => cmd::mount::unmount_all(&args, &report),
         Command::Nbd(args) => cmd::nbd::run(&args, &report),
         Command::Diff(args) => cmd::diff::run(&args, &report),
         Command::Verify(args) => cmd::verify::run(&args, &report),
@@ -45,6 +49,10 @@ fn main() -> ExitCode {
         // Whoever read our output has seen enough.
         Err(error) if error.is::<StdoutClosed>() => Exit::Done,
         Err(error) => {
+            // Its own message has been told.
+            if let Some(failed) = error.downcast_ref::<ServerFailed>() {
+                return ExitCode::from(failed.code);
+            }
             let exit = Exit::of(&error);
             report.error(Chain(&error), exit);
             exit

@@ -21,7 +21,7 @@ mod file;
 mod flush;
 mod in_place;
 
-pub(crate) use device::{DeviceInProgress, DeviceNumber, DeviceTarget};
+pub(crate) use device::{DeviceInProgress, DeviceNumber, DeviceTarget, unescape};
 pub(crate) use file::{FileInProgress, FileTarget};
 pub(crate) use in_place::DeviceInPlace;
 

@@ -20,6 +20,7 @@ pub(crate) mod completions;
 pub(crate) mod diff;
 pub(crate) mod image;
 pub(crate) mod ls;
+pub(crate) mod mount;
 pub(crate) mod nbd;
 mod overwrite;
 pub(crate) mod points;
@@ -58,7 +59,9 @@ fn open_store(source: &Source) -> anyhow::Result<StoreReader> {
             folder.display()
         );
     }
-    Ok(StoreReader::open(folder)?)
+    // Absolute, for who serves it leaves the working folder.
+    let folder = std::path::absolute(folder).with_context(|| format!("find {}", folder.display()))?;
+    Ok(StoreReader::open(&folder)?)
 }
 
 /// Finds a volume by its name.

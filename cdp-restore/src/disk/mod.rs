@@ -15,8 +15,10 @@ use rustix::io::Errno;
 
 use crate::units::ExactBytes;
 
+mod complaints;
 mod layer;
 
+pub(crate) use complaints::Complaints;
 pub(crate) use layer::Layer;
 use layer::Place;
 

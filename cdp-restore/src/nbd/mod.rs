@@ -10,11 +10,9 @@
 //!   and only it.
 //! - N3: a byte that does not match its checksum is answered with `EIO` and named on stderr, never sent.
 
-use std::collections::HashSet;
-
 use parking_lot::Mutex;
 
-use crate::disk::{Disk, DiskError};
+use crate::disk::{Complaints, Disk, DiskError};
 use crate::report::Report;
 
 mod handshake;
@@ -32,8 +30,6 @@ const WORKERS: usize = 4;
 const PIECE_BYTES: usize = 1 << 20;
 /// The largest read or write of one request.
 const REQUEST_BYTES_MAX: u32 = 32 << 20;
-/// Different complaints that are told; more say nothing new.
-const COMPLAINTS_MAX: usize = 64;
 
 const _: () = assert!(PIECE_BYTES < REQUEST_BYTES_MAX as usize);
 
@@ -46,7 +42,7 @@ pub(crate) struct Export<'a> {
     description: String,
     /// For the one request at a time that can only be answered in one piece.
     large: Mutex<Vec<u8>>,
-    complaints: Mutex<HashSet<String>>,
+    complaints: Complaints,
     report: &'a Report,
 }
 
@@ -57,7 +53,7 @@ impl<'a> Export<'a> {
             name: name.to_owned(),
             description,
             large: Mutex::default(),
-            complaints: Mutex::default(),
+            complaints: Complaints::default(),
             report,
         }
     }
@@ -69,19 +65,6 @@ impl<'a> Export<'a> {
 
     /// Says once what went wrong on our side.
     fn complain(&self, error: &DiskError) {
-        if !matches!(
-            error,
-            DiskError::Read(_) | DiskError::Layer(_) | DiskError::Full { .. }
-        ) {
-            return;
-        }
-        let mut text = error.to_string();
-        if let Some(cause) = std::error::Error::source(error) {
-            text = format!("{text}: {cause}");
-        }
-        let mut complaints = self.complaints.lock();
-        if complaints.len() < COMPLAINTS_MAX && complaints.insert(text.clone()) {
-            self.report.warn(format!("a client's request failed: {text}"));
-        }
+        self.complaints.tell(self.report, error);
     }
 }

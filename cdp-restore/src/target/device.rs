@@ -223,7 +223,7 @@ fn held_by(devices: &BTreeSet<DeviceNumber>) -> Option<String> {
 }
 
 /// Undoes the kernel's octal escapes of blanks: `\040` is a space.
-fn unescape(text: &str) -> String {
+pub(crate) fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((first, tail)) = rest.split_first() {
