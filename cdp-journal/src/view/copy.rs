@@ -18,7 +18,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 use rustix::fs::{Advice, fadvise};
 
-use super::plan::{Item, plan};
+use super::plan::{Item, plan_ranges};
 use super::source::{GROUP_STORED_BYTES_MAX, ViewStore};
 use super::{CopyError, CopyOptions, CopyReport, Sink, View};
 use crate::error::ReadError;
@@ -114,8 +114,7 @@ impl Shared<'_> {
         let mut ahead = ReadAhead::default();
         let mut rest = ranges.next();
         while rest.is_some() {
-            let (mut zeroes, mut data) = (Vec::new(), Vec::new());
-            let mut planned_bytes = 0;
+            let (mut parts, mut planned_bytes) = (Vec::new(), 0);
             // A window: what comes of the ranges until there is enough.
             while planned_bytes < window_bytes
                 && let Some(range) = rest.take()
@@ -130,17 +129,16 @@ impl Shared<'_> {
                 } else {
                     ranges.next()
                 };
-                plan(
-                    &self.view.store,
-                    self.view.volume,
-                    self.view.seq,
-                    part,
-                    |item| match item.data {
-                        Some(_) => data.push(item),
-                        None => zeroes.push(item.offset..item.offset + item.len),
-                    },
-                )?;
+                parts.push(part);
             }
+            let (mut zeroes, mut data) = (Vec::new(), Vec::new());
+            let View {
+                store, volume, seq, ..
+            } = self.view;
+            plan_ranges(store, *volume, *seq, &parts, |item| match item.data {
+                Some(_) => data.push(item),
+                None => zeroes.push(item.offset..item.offset + item.len),
+            })?;
             self.tell_scattered(&data);
             // Newer segments first: what was overwritten here and there comes before the long runs that it lies in,
             // so that these are complete as they are written.
