@@ -14,6 +14,9 @@ use crate::units::parse_bytes;
 /// More would only queue on the disk, and each holds a buffer.
 const THREADS_MAX: usize = 64;
 
+/// Longest pattern to look for.
+const PATTERN_BYTES_MAX: usize = 4096;
+
 const EXAMPLES: &str = "\
 Examples:
   cdp-restore ls     --from /var/lib/cdp
@@ -25,6 +28,7 @@ Examples:
   cdp-restore umount /mnt/then
   cdp-restore nbd    --from /var/lib/cdp pg --at -5m --listen unix:/run/pg.sock
   cdp-restore diff   --from /var/lib/cdp pg --since bookmark:before-upgrade --until latest
+  cdp-restore find   --from /var/lib/cdp pg --bytes 'DROP TABLE orders' --since -1h
   cdp-restore verify --from /var/lib/cdp
 
 Exit codes:
@@ -103,6 +107,7 @@ pub(crate) enum Command {
     Umount(Umount),
     Nbd(Nbd),
     Diff(Diff),
+    Find(Find),
     Verify(Verify),
     Completions(Completions),
 }
@@ -332,6 +337,62 @@ pub(crate) struct Diff {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Find when bytes were written to a block volume, where, and by whom.
+///
+/// Looks through everything that was written in the stretch of time, whether it can still be seen in any moment or not,
+/// in the order in which it was written. Bytes that one write wrote are found wherever they lie in it; bytes that came
+/// in two writes, or that the file system stores in two places, are not. Who wrote is the process that handed the write
+/// to the device: for data that the kernel wrote back from its page cache, that is a kernel thread.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore find --from /var/lib/cdp pg --bytes 'DROP TABLE orders'
+  cdp-restore find --from /var/lib/cdp pg --bytes 0xdeadbeef --since -1h --until -5m --json"
+))]
+pub(crate) struct Find {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// What to look for: text as it is, or after 0x bytes in hexadecimal digits
+    #[arg(long, value_name = "TEXT|0xHEX", value_parser = parse_pattern)]
+    pub(crate) bytes: Pattern,
+    /// Only what was written after this moment; from the beginning if left out
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) since: Option<When>,
+    /// Only what was written up to this moment; up to the latest if left out
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) until: Option<When>,
+    /// Stop after so many hits
+    #[arg(long, value_name = "N", default_value = "10000")]
+    pub(crate) hits_max: usize,
+    #[command(flatten)]
+    pub(crate) threads: Threads,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Bytes to look for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Pattern(pub(crate) Vec<u8>);
+
+fn parse_pattern(text: &str) -> Result<Pattern, String> {
+    let bytes = match text.strip_prefix("0x") {
+        None => text.as_bytes().to_vec(),
+        Some(hex) => {
+            let digits: Option<Vec<u8>> = hex.chars().map(|digit| Some(digit.to_digit(16)? as u8)).collect();
+            let digits = digits.filter(|digits| digits.len().is_multiple_of(2));
+            let digits = digits.ok_or("after 0x, give two hexadecimal digits for each byte")?;
+            digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+        }
+    };
+    if (1..=PATTERN_BYTES_MAX).contains(&bytes.len()) {
+        Ok(Pattern(bytes))
+    } else {
+        Err(format!("give 1 to {PATTERN_BYTES_MAX} bytes"))
+    }
 }
 
 /// Read and check what is stored: every frame of the store, or every block of one moment.

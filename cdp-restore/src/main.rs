@@ -23,7 +23,10 @@ mod exit;
 mod interrupt;
 mod mount;
 mod nbd;
+#[cfg(test)]
+mod random;
 mod report;
+mod search;
 mod source;
 mod target;
 mod time;
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         Command::Umount(args) => cmd::mount::unmount_all(&args, &report),
         Command::Nbd(args) => cmd::nbd::run(&args, &report),
         Command::Diff(args) => cmd::diff::run(&args, &report),
+        Command::Find(args) => cmd::find::run(&args, &report),
         Command::Verify(args) => cmd::verify::run(&args, &report),
         Command::Completions(args) => cmd::completions::run(&args, &report),
     };

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
-use super::records::Records;
+use super::records::{FrameData, FrameRecords, Records};
 use super::timeline::Timeline;
 use super::{INDEX_DIR, LOCK_FILE, LOG_DIR, StoreFile, StoreLock};
 use crate::error::{OpenError, ReadError};
@@ -308,6 +308,11 @@ impl StoreReader {
         let head = self.head().map_or(Seq::FIRST, |head| head.seq);
         let seqs = *seqs.start()..=head.min(*seqs.end());
         Records::new(self.state(), &self.disk, seqs)
+    }
+
+    /// Reads and checks the data of a frame that [`StoreReader::records`] gave.
+    pub fn frame_data(&self, frame: &FrameRecords) -> Result<FrameData, ReadError> {
+        frame.read_data(&self.state())
     }
 
     /// Reads the whole log. `progress` is told how many more bytes were read.

@@ -18,6 +18,7 @@ use crate::time::Time;
 
 pub(crate) mod completions;
 pub(crate) mod diff;
+pub(crate) mod find;
 pub(crate) mod image;
 pub(crate) mod ls;
 pub(crate) mod mount;

@@ -113,10 +113,11 @@ pub(crate) fn run(args: &Mount, report: &Report) -> anyhow::Result<()> {
 /// `DIR`, which must be a folder, as an absolute path.
 fn canonical(dir: &Path) -> anyhow::Result<PathBuf> {
     match fs::metadata(dir) {
-        Ok(metadata) if !metadata.is_dir() => bail!("{} is not a folder", dir.display()),
+        Ok(metadata) if metadata.is_dir() => {}
+        Ok(_) => bail!("{} is not a folder", dir.display()),
         // A mount whose server has gone, which nobody can look into any more.
         Err(error) if Errno::from_io_error(&error) == Some(Errno::NOTCONN) => {}
-        found => drop(found.with_context(|| format!("find {}", dir.display()))?),
+        Err(error) => return Err(error).with_context(|| format!("find {}", dir.display())),
     }
     let parent = match dir.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,

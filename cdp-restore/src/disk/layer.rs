@@ -248,6 +248,7 @@ fn word_of(block: u64) -> (usize, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::random;
 
     /// Goal: marks tell of every block what happened to it last. Method: random marking over a few chunks, compared
     /// with one entry for each block.
@@ -255,13 +256,7 @@ mod tests {
     fn marks_agree_with_a_model() {
         const BLOCKS: u64 = 3 * CHUNK_BLOCKS + 100;
         for seed in 1..50u64 {
-            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-            let mut next = |bound: u64| {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                state % bound
-            };
+            let mut next = random(seed);
             let mut marks = Marks::default();
             let mut model = vec![Place::Below; BLOCKS as usize];
             for _ in 0..20 {

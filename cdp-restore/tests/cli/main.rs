@@ -6,6 +6,7 @@
 
 mod damage;
 mod device;
+mod find;
 mod history;
 mod image;
 mod live;
