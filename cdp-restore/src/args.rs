@@ -13,6 +13,8 @@ use crate::units::parse_bytes;
 
 /// More would only queue on the disk, and each holds a buffer.
 const THREADS_MAX: usize = 64;
+/// Small reads in flight that a disk of its own makes faster.
+const SCATTERED_READS_MIN: usize = 16;
 
 /// Longest pattern to look for.
 const PATTERN_BYTES_MAX: usize = 4096;
@@ -441,6 +443,14 @@ pub(crate) struct Threads {
 }
 
 impl Threads {
+    /// The number asked for, else so many that a disk is kept busy by small reads all over it.
+    pub(crate) fn for_scattered_reads(self) -> usize {
+        match self.count {
+            Some(count) => count.get(),
+            None => self.get().max(SCATTERED_READS_MIN),
+        }
+    }
+
     /// The number asked for, else one for each processor, within bounds.
     pub(crate) fn get(self) -> usize {
         self.count

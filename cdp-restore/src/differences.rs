@@ -68,6 +68,11 @@ impl Differences {
         self.bytes
     }
 
+    /// First byte that differs.
+    pub(crate) fn first(&self) -> Option<u64> {
+        self.ranges.first().map(|range| range.start)
+    }
+
     /// Finds out where the device differs within `ranges`, which are in order.
     pub(crate) fn find(both: &Both<'_>, ranges: &[Range<u64>]) -> Result<Self, CopyError> {
         let found = Mutex::new(Found {

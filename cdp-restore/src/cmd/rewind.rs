@@ -282,37 +282,30 @@ impl Job<'_> {
         // Other blocks each time: which ones must not be known to whoever wrote past the agent.
         let phase = u64::from(jiff::Timestamp::now().subsec_nanosecond().unsigned_abs());
         let step = (blocks / SAMPLES).max(1);
-        let mut wanted = vec![0; BLOCK_BYTES as usize];
-        let (mut sampled_blocks, mut stranger) = (0, None);
-        for index in 0..SAMPLES.min(blocks) {
-            let offset = (index * step + phase % step) * BLOCK_BYTES;
-            let after = changed.partition_point(|range| range.end <= offset);
-            if changed
+        let is_unchanged = |range: &Range<u64>| {
+            let after = changed.partition_point(|changed| changed.end <= range.start);
+            changed
                 .get(after)
-                .is_some_and(|range| range.start < offset + BLOCK_BYTES)
-            {
-                continue;
-            }
-            self.view().read_at(offset, &mut wanted)?;
-            let compare = |at, held: &[u8]| {
-                if held != wanted {
-                    stranger.get_or_insert(at);
-                }
-                Ok(())
-            };
-            self.device
-                .each_piece(offset, BLOCK_BYTES, compare)
-                .with_context(|| format!("read {}", self.args.to.display()))?;
-            sampled_blocks += 1;
-        }
-        Ok(stranger.map_or(Ok(sampled_blocks), Err))
+                .is_none_or(|changed| changed.start >= range.end)
+        };
+        let samples: Vec<_> = (0..SAMPLES.min(blocks))
+            .map(|index| (index * step + phase % step) * BLOCK_BYTES)
+            .map(|offset| offset..offset + BLOCK_BYTES)
+            .filter(is_unchanged)
+            .collect();
+        let differences = Differences::find(&self.both(&|_| ()), &samples)
+            .map_err(|error| self.failed(error, "nothing was written"))?;
+        Ok(match differences.first() {
+            None => Ok(samples.len() as u64),
+            Some(offset) => Err(offset),
+        })
     }
 
     fn both<'a>(&'a self, progress: &'a (dyn Fn(u64) + Sync)) -> Both<'a> {
         Both {
             device: self.device,
             view: self.view(),
-            threads: self.args.threads.get(),
+            threads: self.args.threads.for_scattered_reads(),
             interrupt: &self.interrupt,
             progress,
         }
