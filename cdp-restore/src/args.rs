@@ -110,6 +110,7 @@ pub(crate) enum Command {
     Nbd(Nbd),
     Diff(Diff),
     Find(Find),
+    Bisect(Bisect),
     Verify(Verify),
     Completions(Completions),
 }
@@ -374,6 +375,35 @@ pub(crate) struct Find {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Find the write after which a block volume went bad, by a check of your own.
+///
+/// Mounts moments between a good and a bad one, each read-write under a layer that is thrown away, and runs CMD on each:
+/// exit code 0 says good, 1 to 124 bad, anything else stops the search. CMD finds the mount in CDP_MOUNT and the moment
+/// in CDP_AT. First between flushes, then between single writes; a moment that cannot be mounted counts as bad. Needs
+/// root, as mount does.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    r#"  cdp-restore bisect --from /var/lib/cdp pg --good -1h --bad latest -- sh -c 'test -e "$CDP_MOUNT/precious"'"#
+))]
+pub(crate) struct Bisect {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// A moment that is good
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) good: When,
+    /// A later moment that is bad
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) bad: When,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The check and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(crate) command: Vec<PathBuf>,
 }
 
 /// Bytes to look for.

@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         Command::Nbd(args) => cmd::nbd::run(&args, &report),
         Command::Diff(args) => cmd::diff::run(&args, &report),
         Command::Find(args) => cmd::find::run(&args, &report),
+        Command::Bisect(args) => cmd::bisect::run(&args, &report),
         Command::Verify(args) => cmd::verify::run(&args, &report),
         Command::Completions(args) => cmd::completions::run(&args, &report),
     };

@@ -16,6 +16,7 @@ use crate::disk::Layer;
 use crate::source::Source;
 use crate::time::Time;
 
+pub(crate) mod bisect;
 pub(crate) mod completions;
 pub(crate) mod diff;
 pub(crate) mod find;
