@@ -16,7 +16,7 @@ const ROUNDS: usize = 1000;
 /// device; what `bisect` names must be that write.
 #[test]
 fn a_planted_corruption_is_found_at_its_write() {
-    system_test("bisect: sqlite", &["mkfs.ext4", "sqlite3", "filefrag"], |scene| {
+    system_test("bisect: sqlite", &["mkfs.ext4", "sqlite3"], |scene| {
         let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(64 * MIB))?;
         let plan = AgentPlan::new(scene, &scene.path("store"))?.volume("v", device.path());
         let mut agent = plan.protect()?;
