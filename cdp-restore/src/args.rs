@@ -8,10 +8,17 @@ use cdp_journal::when::When;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use crate::nbd::Listen;
 use crate::source::{Opened, Source};
+use crate::units::parse_bytes;
 
 /// More would only queue on the disk, and each holds a buffer.
 const THREADS_MAX: usize = 64;
+/// Small reads in flight that a disk of its own makes faster.
+const SCATTERED_READS_MIN: usize = 16;
+
+/// Longest pattern to look for.
+const PATTERN_BYTES_MAX: usize = 4096;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -19,7 +26,12 @@ Examples:
   cdp-restore points --from /var/lib/cdp pg
   cdp-restore image  --from /var/lib/cdp pg --at -5m --to pg.img
   cdp-restore image  --from /var/lib/cdp pg --at 2026-11-21T10:15:03.123+08:00 --to /dev/vdc
+  cdp-restore rewind --from /var/lib/cdp pg --at -5m --to /dev/vdb
+  cdp-restore mount  --from /var/lib/cdp pg --at -5m /mnt/then
+  cdp-restore umount /mnt/then
+  cdp-restore nbd    --from /var/lib/cdp pg --at -5m --listen unix:/run/pg.sock
   cdp-restore diff   --from /var/lib/cdp pg --since bookmark:before-upgrade --until latest
+  cdp-restore find   --from /var/lib/cdp pg --bytes 'DROP TABLE orders' --since -1h
   cdp-restore verify --from /var/lib/cdp
 
 Exit codes:
@@ -93,7 +105,13 @@ pub(crate) enum Command {
     Ls(Ls),
     Points(Points),
     Image(Image),
+    Rewind(Rewind),
+    Mount(Mount),
+    Umount(Umount),
+    Nbd(Nbd),
     Diff(Diff),
+    Find(Find),
+    Bisect(Bisect),
     Verify(Verify),
     Enroll(Enroll),
     Completions(Completions),
@@ -182,6 +200,134 @@ pub(crate) struct Image {
     pub(crate) json: bool,
 }
 
+/// Bring a device that holds a later moment of a block volume back, by writing only what differs.
+///
+/// The device must not be in use. Everything that is needed is read and checked before anything is written. Where the
+/// device is the volume itself, its agent running and its history exact up to now, only what was written since is
+/// compared, and the state before gets a bookmark, so that it can be brought back as well; else all of the device is
+/// read and compared. Stopped or killed at any point, the same command goes on.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore rewind --from /var/lib/cdp pg --at -90s --to /dev/vdb
+  cdp-restore rewind --from /var/lib/cdp pg --at bookmark:before-upgrade --to /dev/vdb --yes --json"
+))]
+pub(crate) struct Rewind {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// The moment to bring back
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) at: When,
+    /// The block device to bring back
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) to: PathBuf,
+    /// Write over the device without asking; needed where stdin is not a terminal
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    /// Check and compare, and say how much would be written, but write nothing
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    /// Read and compare the whole device, whatever its history tells
+    #[arg(long)]
+    pub(crate) compare_all: bool,
+    #[command(flatten)]
+    pub(crate) threads: Threads,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Mount a block volume, as it was at a moment: the file system inside it at DIR, with partitions a folder for each.
+///
+/// Returns as soon as DIR can be used, whatever the size: nothing is copied first. What the kernel writes on mounting
+/// (the journal is replayed) goes to a layer that is thrown away by `umount`, and so does with --rw what anybody
+/// writes; the history never changes. A process in the background serves it until then.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore mount --from /var/lib/cdp pg --at -90s /mnt/then
+  cdp-restore mount --from /var/lib/cdp pg --at bookmark:before-upgrade /mnt/then --rw
+  cdp-restore mount --from /var/lib/cdp pg --at latest /mnt/then --raw    # /mnt/then/pg.img
+  cdp-restore umount /mnt/then"
+))]
+pub(crate) struct Mount {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// The moment to mount
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) at: When,
+    /// The folder to mount at
+    pub(crate) dir: PathBuf,
+    /// Let users write, to a layer that is thrown away at the end
+    #[arg(long)]
+    pub(crate) rw: bool,
+    /// Mount the image itself, as DIR/VOLUME.img, and nothing inside it
+    #[arg(long)]
+    pub(crate) raw: bool,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Be the serving process of the mount that is kept track of in this folder
+    #[arg(long, hide = true)]
+    pub(crate) serve_in: Option<PathBuf>,
+}
+
+/// Undo a mount: everything that `mount` set up, also after its process was killed.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  cdp-restore umount /mnt/then")]
+pub(crate) struct Umount {
+    /// The folder that was mounted at
+    pub(crate) dir: PathBuf,
+}
+
+/// Serve a block volume, as it was at a moment, to NBD clients: qemu, nbdcopy, nbd-client.
+///
+/// Prints the address that clients take on stdout once it is ready, and serves until SIGTERM or Ctrl-C. A socket file
+/// is for its owner only. HOST must be this one (127.0.0.1): every user of it can read the volume there then, and
+/// nothing is encrypted.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen unix:/run/pg.sock
+  nbdcopy 'nbd+unix:///pg?socket=/run/pg.sock' pg.img
+  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen 127.0.0.1:10809 --rw"
+))]
+pub(crate) struct Nbd {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it; clients may ask for it by this name or by none
+    pub(crate) volume: String,
+    /// The moment to serve
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) at: When,
+    /// Where clients come in
+    #[arg(long, value_name = "unix:PATH|HOST:PORT")]
+    pub(crate) listen: Listen,
+    /// Let clients write, to a layer that is thrown away at the end; the history never changes
+    #[arg(long)]
+    pub(crate) rw: bool,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
+    /// Print the address as JSON, with what is served there
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Where a throw-away layer lies, and how large it may get.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LayerBounds {
+    /// How much the throw-away layer may hold; a write beyond fails as on a full disk
+    #[arg(long, value_name = "SIZE", default_value = "10GiB", value_parser = parse_bytes)]
+    pub(crate) layer_bytes_max: u64,
+    /// The folder whose disk holds the throw-away layer, in a file without a name
+    #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
+    pub(crate) layer_dir: PathBuf,
+}
+
 /// List what was written between two moments: where, how often, when and by whom.
 ///
 /// Writes after `--since` up to and including `--until` count. Ranges that touch are told as one. Who
@@ -206,6 +352,91 @@ pub(crate) struct Diff {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Find when bytes were written to a block volume, where, and by whom.
+///
+/// Looks through everything that was written in the stretch of time, whether it can still be seen in any moment or not,
+/// in the order in which it was written. Bytes that one write wrote are found wherever they lie in it; bytes that came
+/// in two writes, or that the file system stores in two places, are not. Who wrote is the process that handed the write
+/// to the device: for data that the kernel wrote back from its page cache, that is a kernel thread.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore find --from /var/lib/cdp pg --bytes 'DROP TABLE orders'
+  cdp-restore find --from /var/lib/cdp pg --bytes 0xdeadbeef --since -1h --until -5m --json"
+))]
+pub(crate) struct Find {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// What to look for: text as it is, or after 0x bytes in hexadecimal digits
+    #[arg(long, value_name = "TEXT|0xHEX", value_parser = parse_pattern)]
+    pub(crate) bytes: Pattern,
+    /// Only what was written after this moment; from the beginning if left out
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) since: Option<When>,
+    /// Only what was written up to this moment; up to the latest if left out
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) until: Option<When>,
+    /// Stop after so many hits
+    #[arg(long, value_name = "N", default_value = "10000")]
+    pub(crate) hits_max: usize,
+    #[command(flatten)]
+    pub(crate) threads: Threads,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Find the write after which a block volume went bad, by a check of your own.
+///
+/// Mounts moments between a good and a bad one, each read-write under a layer that is thrown away, and runs CMD on each:
+/// exit code 0 says good, 1 to 124 bad, anything else stops the search. CMD finds the mount in CDP_MOUNT and the moment
+/// in CDP_AT. First between flushes, then between single writes; a moment that cannot be mounted counts as bad. Needs
+/// root, as mount does.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    r#"  cdp-restore bisect --from /var/lib/cdp pg --good -1h --bad latest -- sh -c 'test -e "$CDP_MOUNT/precious"'"#
+))]
+pub(crate) struct Bisect {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// A moment that is good
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) good: When,
+    /// A later moment that is bad
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) bad: When,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The check and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(crate) command: Vec<PathBuf>,
+}
+
+/// Bytes to look for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Pattern(pub(crate) Vec<u8>);
+
+fn parse_pattern(text: &str) -> Result<Pattern, String> {
+    let bytes = match text.strip_prefix("0x") {
+        None => text.as_bytes().to_vec(),
+        Some(hex) => {
+            let digits: Option<Vec<u8>> = hex.chars().map(|digit| Some(digit.to_digit(16)? as u8)).collect();
+            let digits = digits.filter(|digits| digits.len().is_multiple_of(2));
+            let digits = digits.ok_or("after 0x, give two hexadecimal digits for each byte")?;
+            digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+        }
+    };
+    if (1..=PATTERN_BYTES_MAX).contains(&bytes.len()) {
+        Ok(Pattern(bytes))
+    } else {
+        Err(format!("give 1 to {PATTERN_BYTES_MAX} bytes"))
+    }
 }
 
 /// Read and check what is stored: every frame of the store, or every block of one moment.
@@ -268,6 +499,14 @@ pub(crate) struct Threads {
 }
 
 impl Threads {
+    /// The number asked for, else so many that a disk is kept busy by small reads all over it.
+    pub(crate) fn for_scattered_reads(self) -> usize {
+        match self.count {
+            Some(count) => count.get(),
+            None => self.get().max(SCATTERED_READS_MIN),
+        }
+    }
+
     /// The number asked for, else one for each processor, within bounds.
     pub(crate) fn get(self) -> usize {
         self.count
@@ -331,7 +570,10 @@ mod tests {
             &["points", "--from", "/store"],
             &["ls", "--from", "/store", "-v", "-q"],
             &["verify", "--from", "/store", "--threads", "0"],
-            &["mount", "--from", "/store", "pg", "--at", "latest", "/mnt"],
+            &["mount", "--from", "/store", "pg", "--at", "latest"],
+            &[
+                "files", "--from", "/store", "pg", "--at", "latest", "--to", "/mnt",
+            ],
         ] {
             let parsed = Cli::try_parse_from([&["cdp-restore"], arguments].concat());
             let error = parsed.expect_err(&format!("{arguments:?} was accepted"));

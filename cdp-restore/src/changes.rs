@@ -125,6 +125,7 @@ mod tests {
     use cdp_journal::WallNs;
 
     use super::*;
+    use crate::random::random;
 
     fn at(ns: i64) -> Time {
         Time(WallNs(ns))
@@ -158,13 +159,7 @@ mod tests {
     #[test]
     fn merged_ranges_cover_exactly_what_was_added() {
         for seed in 0..200u64 {
-            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-            let mut next = |bound: u64| {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                state % bound
-            };
+            let mut next = random(seed);
             let (mut changes, mut covered) = (Changes::default(), BTreeSet::new());
             for time in 0..40 {
                 let (offset, len) = (next(300), 1 + next(20));

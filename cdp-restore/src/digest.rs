@@ -1,10 +1,9 @@
-//! The SHA-256 of a view: read by several threads, digested in order.
+//! The SHA-256 of a view or of a device: read by several threads, digested in order.
 
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
-use cdp_journal::ReadError;
-use cdp_journal::view::View;
 use sha2::{Digest, Sha256};
 
 use crate::report::Progress;
@@ -15,14 +14,30 @@ const PIECE_BYTES: u64 = 4 << 20;
 /// Pieces that a thread may be ahead of the digest: with 64 threads that is 768 MiB at most.
 const PIECES_AHEAD: usize = 2;
 
-/// The digest of the whole view as hexadecimal digits.
-pub(crate) fn sha256(view: &View, threads: usize, progress: &Progress) -> Result<String, ReadError> {
+/// Fills a buffer with the bytes at an offset.
+pub(crate) type ReadAt<'a, E> = &'a (dyn Fn(u64, &mut [u8]) -> Result<(), E> + Sync);
+
+/// The digest of the first `bytes`, as hexadecimal digits.
+pub(crate) fn sha256<E: Send>(
+    bytes: u64,
+    read_at: ReadAt<'_, E>,
+    threads: usize,
+    progress: &Progress,
+) -> Result<String, E> {
     let mut digest = Sha256::new();
     thread::scope(|scope| {
         let readers: Vec<_> = (0..threads as u64)
             .map(|first| {
                 let (sender, receiver) = sync_channel(PIECES_AHEAD);
-                scope.spawn(move || read_every(view, first, threads as u64, &sender));
+                scope.spawn(move || {
+                    read_every(
+                        bytes,
+                        read_at,
+                        first..bytes.div_ceil(PIECE_BYTES),
+                        threads,
+                        &sender,
+                    )
+                });
                 receiver
             })
             .collect();
@@ -35,27 +50,30 @@ pub(crate) fn sha256(view: &View, threads: usize, progress: &Progress) -> Result
         .collect())
 }
 
-/// Sends the pieces numbered `first`, `first + step`, …; stops when nobody listens any more.
-fn read_every(view: &View, first: u64, step: u64, sender: &SyncSender<Result<Vec<u8>, ReadError>>) {
-    let pieces = view.bytes().div_ceil(PIECE_BYTES);
-    let mut piece = first;
-    while piece < pieces {
+/// Sends every `step`th of the pieces with these numbers; stops when nobody listens any more.
+fn read_every<E>(
+    bytes: u64,
+    read_at: ReadAt<'_, E>,
+    pieces: Range<u64>,
+    step: usize,
+    sender: &SyncSender<Result<Vec<u8>, E>>,
+) {
+    for piece in pieces.step_by(step) {
         let offset = piece * PIECE_BYTES;
-        let mut data = vec![0; PIECE_BYTES.min(view.bytes() - offset) as usize];
-        let read = view.read_at(offset, &mut data).map(|()| data);
+        let mut data = vec![0; PIECE_BYTES.min(bytes - offset) as usize];
+        let read = read_at(offset, &mut data).map(|()| data);
         if sender.send(read).is_err() {
             return;
         }
-        piece += step;
     }
 }
 
 /// Piece n comes from reader n modulo their number; the first that has no more is past the end.
-fn digest_in_turn(
-    readers: &[Receiver<Result<Vec<u8>, ReadError>>],
+fn digest_in_turn<E>(
+    readers: &[Receiver<Result<Vec<u8>, E>>],
     digest: &mut Sha256,
     progress: &Progress,
-) -> Result<(), ReadError> {
+) -> Result<(), E> {
     for reader in readers.iter().cycle() {
         let Ok(read) = reader.recv() else { return Ok(()) };
         let data = read?;

@@ -8,16 +8,25 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::args::{Cli, Command};
+use crate::cmd::mount::ServerFailed;
 use crate::exit::{Chain, Exit};
 use crate::report::{Report, StdoutClosed};
 
+mod agent;
 mod args;
 mod changes;
 mod cmd;
+mod differences;
 mod digest;
+mod disk;
 mod exit;
 mod interrupt;
+mod mount;
+mod nbd;
+#[cfg(test)]
+mod random;
 mod report;
+mod search;
 mod source;
 mod target;
 mod time;
@@ -30,7 +39,13 @@ fn main() -> ExitCode {
         Command::Ls(args) => cmd::ls::run(&args, &report),
         Command::Points(args) => cmd::points::run(&args, &report),
         Command::Image(args) => cmd::image::run(&args, &report),
+        Command::Rewind(args) => cmd::rewind::run(&args, &report),
+        Command::Mount(args) => cmd::mount::run(&args, &report),
+        Command::Umount(args) => cmd::mount::unmount_all(&args, &report),
+        Command::Nbd(args) => cmd::nbd::run(&args, &report),
         Command::Diff(args) => cmd::diff::run(&args, &report),
+        Command::Find(args) => cmd::find::run(&args, &report),
+        Command::Bisect(args) => cmd::bisect::run(&args, &report),
         Command::Verify(args) => cmd::verify::run(&args, &report),
         Command::Enroll(args) => cmd::enroll::run(&args, &report),
         Command::Completions(args) => cmd::completions::run(&args, &report),
@@ -40,6 +55,10 @@ fn main() -> ExitCode {
         // Whoever read our output has seen enough.
         Err(error) if error.is::<StdoutClosed>() => Exit::Done,
         Err(error) => {
+            // Its own message has been told.
+            if let Some(failed) = error.downcast_ref::<ServerFailed>() {
+                return ExitCode::from(failed.code);
+            }
             let exit = Exit::of(&error);
             report.error(Chain(&error), exit);
             exit

@@ -28,7 +28,7 @@ const REDRAW: Duration = Duration::from_millis(250);
 pub(crate) struct StdoutClosed;
 
 /// Where results, messages and progress go.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Report {
     quiet: bool,
     format: LogFormat,
@@ -45,7 +45,8 @@ impl Report {
             (false, 2) => "debug",
             (false, _) => "trace",
         };
-        let filter = EnvFilter::new(level);
+        // It says of every question of the kernel that is not answered that it was not.
+        let filter = EnvFilter::new(format!("{level},fuser=error"));
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(Stderr);

@@ -29,6 +29,8 @@ pub(crate) struct Opened {
     /// Has the agent begun another history since?
     pub(crate) is_newest: bool,
     pub(crate) archive: Box<dyn Archive>,
+    /// The store's own folder, if it lies on this host.
+    pub(crate) folder: Option<PathBuf>,
 }
 
 impl Opened {
@@ -71,6 +73,7 @@ fn open_server(server: &str, identity: &Path) -> anyhow::Result<Vec<Opened>> {
         agent: Some(label),
         is_newest: age == 0,
         archive: Box::new(archive) as _,
+        folder: None,
     });
     Ok(opened.collect())
 }
@@ -83,11 +86,14 @@ fn open_folder(folder: &Path) -> anyhow::Result<Vec<Opened>> {
             folder.display()
         );
     }
-    let Some(site) = Site::open(folder)? else {
+    // Absolute, for who serves it leaves the working folder.
+    let folder = std::path::absolute(folder).with_context(|| format!("find {}", folder.display()))?;
+    let Some(site) = Site::open(&folder)? else {
         return Ok(vec![Opened {
             agent: None,
             is_newest: true,
-            archive: Box::new(StoreReader::open(folder)?),
+            archive: Box::new(StoreReader::open(&folder)?),
+            folder: Some(folder),
         }]);
     };
     let mut opened = Vec::new();
@@ -96,6 +102,7 @@ fn open_folder(folder: &Path) -> anyhow::Result<Vec<Opened>> {
             agent: Some(log.label()),
             is_newest: log.age == 0,
             archive: Box::new(StoreReader::open(&log.dir)?),
+            folder: Some(log.dir.clone()),
         });
     }
     Ok(opened)

@@ -1,4 +1,4 @@
-//! What `image` writes to.
+//! What `image` and `rewind` write to.
 //!
 //! Always true:
 //! - T1: under a file's final name lies either what was there before or the whole image, on disk.
@@ -19,9 +19,11 @@ use crate::units::{Bytes, ExactBytes};
 mod device;
 mod file;
 mod flush;
+mod in_place;
 
-pub(crate) use device::{DeviceInProgress, DeviceNumber, DeviceTarget};
+pub(crate) use device::{DeviceInProgress, DeviceNumber, DeviceTarget, unescape};
 pub(crate) use file::{FileInProgress, FileTarget};
+pub(crate) use in_place::DeviceInPlace;
 
 /// What is written where zeroes must be; for anything this short, asking the device to zero costs more.
 static ZEROES: [u8; 256 << 10] = [0; 256 << 10];

@@ -22,7 +22,7 @@ const fn package(name: &'static str, program: Option<&'static str>, why: &'stati
     Package { name, program, why }
 }
 
-const PACKAGES: [Package; 14] = [
+const PACKAGES: [Package; 15] = [
     package("clang", Some("clang"), "headers for RocksDB's bindings"),
     package("libclang-dev", None, "RocksDB's bindings are made by libclang"),
     package("g++", Some("c++"), "compiles RocksDB"),
@@ -44,6 +44,11 @@ const PACKAGES: [Package; 14] = [
         "database of the tests, and of the demo without PostgreSQL",
     ),
     package("qemu-utils", Some("qemu-img"), "a second opinion on images"),
+    package(
+        "libnbd-bin",
+        Some("nbdcopy"),
+        "NBD clients that `cdp-restore nbd` is tested with",
+    ),
     package("fuse3", Some("fusermount3"), "mounts images"),
 ];
 

@@ -185,10 +185,8 @@ impl RemoteRecords<'_> {
             })?;
             frame.records.retain(|placed| seqs.contains(&placed.record.seq));
             if !frame.records.is_empty() {
-                self.found.push_back(FrameRecords {
-                    header: frame.header,
-                    records: frame.records,
-                });
+                let head = FrameRecords::without_data(frame.header, frame.records);
+                self.found.push_back(head);
             }
         }
         // A server that does not get on would be asked for ever.

@@ -31,7 +31,7 @@ use crate::error::OpenError;
 pub use archive::{Archive, RecordsOf};
 pub(crate) use lock::StoreLock;
 pub use reader::StoreReader;
-pub use records::{FrameRecords, Records};
+pub use records::{FrameData, FrameRecords, Records};
 pub use writer::{Cut, Recovered, StoreWriter, VolumeState, WriterOptions};
 
 /// Does anybody write to the store in this folder? Asks without taking its lock.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
-use super::records::Records;
+use super::records::{FrameData, FrameRecords, Records};
 use super::timeline::Timeline;
 use super::{INDEX_DIR, LOCK_FILE, LOG_DIR, StoreFile, StoreLock};
 use crate::error::{OpenError, ReadError};
@@ -328,6 +328,11 @@ impl StoreReader {
         let entry = state.ask(|lookup| lookup.frame_at_or_before(seq.get()))?;
         let entry = entry.ok_or(IndexError::Corrupt("a frame that is not there"))?;
         state.frame_head(&entry).map(|(_, head)| head)
+    }
+
+    /// Reads and checks the data of a frame that [`StoreReader::records`] gave.
+    pub fn frame_data(&self, frame: &FrameRecords) -> Result<FrameData, ReadError> {
+        frame.read_data(&self.state())
     }
 
     /// Reads the whole log. `progress` is told how many more bytes were read.

@@ -1,11 +1,14 @@
 //! Walking the records of the log in order.
 
+use std::borrow::Cow;
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use crate::error::ReadError;
-use crate::format::{ENVELOPE_BYTES, FrameHeader, PlacedRecord};
+use crate::format::{
+    ENVELOPE_BYTES, FrameHeader, GROUP_HEADER_BYTES, GroupRef, Part, PlacedRecord, decode_group,
+};
 use crate::index::{FrameEntry, IndexError};
 use crate::log::{Depth, Disk, Found, FoundFrame, Segment};
 use crate::types::{SegmentId, Seq};
@@ -18,6 +21,84 @@ pub struct FrameRecords {
     pub header: FrameHeader,
     /// Those of its records that were asked for, in order, never none.
     pub records: Vec<PlacedRecord>,
+    groups: Vec<GroupRef>,
+    parts: Vec<Part>,
+    segment: u64,
+    /// Of the frame, in the segment.
+    offset: u64,
+}
+
+/// The data of a frame's records, checked.
+#[derive(Clone, Debug)]
+pub struct FrameData {
+    /// All groups, one after the other.
+    raw: Vec<u8>,
+    /// Where each of them begins.
+    starts: Vec<usize>,
+}
+
+impl FrameRecords {
+    /// Of a frame whose data lies elsewhere.
+    pub(crate) fn without_data(header: FrameHeader, records: Vec<PlacedRecord>) -> Self {
+        Self {
+            header,
+            records,
+            groups: Vec::new(),
+            parts: Vec::new(),
+            segment: 0,
+            offset: 0,
+        }
+    }
+
+    /// Reads the data of the whole frame, at most [`FRAME_DATA_BYTES_MAX`](crate::format::FRAME_DATA_BYTES_MAX), and
+    /// checks it.
+    pub(super) fn read_data(&self, store: &ViewStore) -> Result<FrameData, ReadError> {
+        let path = store.segment_path(self.segment);
+        let damaged = |what: String| ReadError::Damaged {
+            path: path.clone(),
+            offset: self.offset,
+            what,
+            seqs: Some((self.header.first_seq, self.header.last_seq())),
+        };
+        let file = store.segment(self.segment)?;
+        let mut stored = vec![0; self.header.frame_bytes];
+        let filled = store.read(&file, self.segment, self.offset, &mut stored)?;
+        stored.truncate(filled);
+        let total = self.groups.iter().map(|group| group.raw_bytes).sum();
+        let (mut raw, mut starts) = (vec![0; total], Vec::with_capacity(self.groups.len()));
+        let mut start = 0;
+        for (number, group) in self.groups.iter().enumerate() {
+            let bytes =
+                group.offset_in_frame..group.offset_in_frame + GROUP_HEADER_BYTES + group.stored_bytes;
+            let target = &mut raw[start..start + group.raw_bytes];
+            let header = stored
+                .get(bytes)
+                .and_then(|bytes| decode_group(bytes, group.crc, target))
+                .filter(|header| header.raw_bytes == group.raw_bytes);
+            if header.is_none() {
+                return Err(damaged(format!("bad checksum of data group {number}")));
+            }
+            starts.push(start);
+            start += group.raw_bytes;
+        }
+        Ok(FrameData { raw, starts })
+    }
+
+    /// The data of one of [`Self::records`]: nothing for a record that has none.
+    pub fn data_of<'a>(&self, record: &PlacedRecord, data: &'a FrameData) -> Cow<'a, [u8]> {
+        let piece = |part: &Part| {
+            let start = data
+                .starts
+                .get(part.group)
+                .map_or(0, |start| start + part.in_group);
+            data.raw.get(start..start + part.len).unwrap_or_default()
+        };
+        match self.parts.get(record.parts.clone()).unwrap_or_default() {
+            [] => Cow::Borrowed(&[]),
+            [part] => Cow::Borrowed(piece(part)),
+            parts => Cow::Owned(parts.iter().flat_map(piece).copied().collect()),
+        }
+    }
 }
 
 /// A walk over records; see [`StoreReader::records`](super::StoreReader::records).
@@ -48,7 +129,9 @@ impl<'a> Records<'a> {
         let Some((segment, found)) = self.frame_from(*rest.start())? else {
             return Ok(None);
         };
-        let FoundFrame { frame, end, .. } = found;
+        let FoundFrame {
+            frame, end, location, ..
+        } = found;
         if frame.header.first_seq > *rest.end() {
             return Ok(None);
         }
@@ -59,6 +142,10 @@ impl<'a> Records<'a> {
         Ok(Some(FrameRecords {
             header: frame.header,
             records,
+            groups: frame.groups,
+            parts: frame.parts,
+            segment: location.segment.0.get(),
+            offset: location.offset,
         }))
     }
 

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
+use super::plan::plan_ranges;
 use super::source::GROUP_STORED_BYTES_MAX;
 use super::{Blocks, CopyError, CopyOptions, CopyReport, Item, SegmentBytes, Sink, View};
 use crate::error::ReadError;
@@ -49,8 +50,8 @@ struct Shared<'a> {
     view: &'a View,
     sink: &'a dyn Sink,
     progress: &'a (dyn Fn(u64) + Sync),
-    /// Held by the worker that writes.
-    writing: Mutex<()>,
+    /// Held by the worker that writes, if they take turns.
+    writing: Option<Mutex<()>>,
     stop: AtomicBool,
     error: Mutex<Option<CopyError>>,
     data_bytes: AtomicU64,
@@ -59,6 +60,7 @@ struct Shared<'a> {
 
 pub(super) fn copy(
     view: &View,
+    ranges: impl Iterator<Item = Range<u64>>,
     sink: &dyn Sink,
     options: &CopyOptions,
     progress: &(dyn Fn(u64) + Sync),
@@ -68,7 +70,7 @@ pub(super) fn copy(
         view,
         sink,
         progress,
-        writing: Mutex::new(()),
+        writing: options.one_writer.then(Mutex::default),
         stop: AtomicBool::new(false),
         error: Mutex::new(None),
         data_bytes: AtomicU64::new(0),
@@ -81,7 +83,7 @@ pub(super) fn copy(
             scope.spawn(move || shared.run(&receiver));
         }
         drop(receiver);
-        if let Err(error) = shared.plan_jobs(options.window_bytes.max(1), &sender) {
+        if let Err(error) = shared.plan_jobs(ranges, options.window_bytes.max(1), &sender) {
             shared.fail(error);
         }
     });
@@ -100,19 +102,44 @@ impl Shared<'_> {
         self.error.lock().get_or_insert(error);
     }
 
-    fn plan_jobs(&self, window_bytes: u64, jobs: &Sender<Job>) -> Result<(), CopyError> {
-        let mut at = 0;
+    fn plan_jobs(
+        &self,
+        mut ranges: impl Iterator<Item = Range<u64>>,
+        window_bytes: u64,
+        jobs: &Sender<Job>,
+    ) -> Result<(), CopyError> {
         let mut ahead = ReadAhead::default();
-        while at < self.view.bytes {
-            let window = at..self.view.bytes.min(at.saturating_add(window_bytes));
-            at = window.end;
+        let mut rest = ranges.next();
+        while rest.is_some() {
+            let (mut parts, mut planned_bytes) = (Vec::new(), 0);
+            // A window: what comes of the ranges until there is enough.
+            while planned_bytes < window_bytes
+                && let Some(range) = rest.take()
+            {
+                let part = range.start
+                    ..range
+                        .end
+                        .min(range.start.saturating_add(window_bytes - planned_bytes));
+                planned_bytes += part.end - part.start;
+                rest = if part.end < range.end {
+                    Some(part.end..range.end)
+                } else {
+                    ranges.next()
+                };
+                parts.push(part);
+            }
             let (mut zeroes, mut data) = (Vec::new(), Vec::new());
             let mut sort = |item: Item| match item.data {
                 Some(_) => data.push(item),
                 None => zeroes.push(item.offset..item.offset + item.len),
             };
             let View { volume, seq, .. } = *self.view;
-            self.view.store.plan(volume, seq, window, &mut sort)?;
+            let store = &self.view.store;
+            plan_ranges(
+                &parts,
+                |range, visit| store.plan(volume, seq, range, visit),
+                &mut sort,
+            )?;
             self.tell_scattered(&data);
             // Newer segments first: what was overwritten here and there comes before the long runs that it lies in,
             // so that these are complete as they are written.
@@ -316,7 +343,7 @@ impl Worker {
     /// Writes what was unpacked, neighbours in one go.
     fn write_out(&mut self, shared: &Shared<'_>) -> Result<(), CopyError> {
         self.targets.sort_unstable();
-        let writing = shared.writing.lock();
+        let writing = shared.writing.as_ref().map(Mutex::lock);
         for run in self.targets.chunk_by(|one, next| one.0 + one.2 as u64 == next.0) {
             let (offset, first_start, _) = run[0];
             let bytes: usize = run.iter().map(|(_, _, bytes)| bytes).sum();

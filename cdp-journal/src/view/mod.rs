@@ -54,6 +54,9 @@ pub struct CopyOptions {
     pub threads: usize,
     /// Bytes of the volume whose index entries are held at a time.
     pub window_bytes: u64,
+    /// One thread gives the sink data at a time, while the others read and unpack: for a sink whose writers would
+    /// only wait for each other.
+    pub one_writer: bool,
 }
 
 impl Default for CopyOptions {
@@ -62,6 +65,7 @@ impl Default for CopyOptions {
         Self {
             threads: threads.clamp(1, 8),
             window_bytes: 2 << 30,
+            one_writer: true,
         }
     }
 }
@@ -207,7 +211,21 @@ impl View {
         options: &CopyOptions,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<CopyReport, CopyError> {
-        copy::copy(self, sink, options, progress)
+        copy::copy(self, std::iter::once(0..self.bytes), sink, options, progress)
+    }
+
+    /// Copies some ranges, which must be in order and not overlap; otherwise as [`View::copy_to`].
+    pub fn copy_ranges_to(
+        &self,
+        ranges: &[Range<u64>],
+        sink: &dyn Sink,
+        options: &CopyOptions,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<CopyReport, CopyError> {
+        for range in ranges {
+            self.checked(range.start, range.end.saturating_sub(range.start))?;
+        }
+        copy::copy(self, ranges.iter().cloned(), sink, options, progress)
     }
 
     /// Ranges (of whole blocks, merged, in order) whose stored version at this moment is another than at `older`

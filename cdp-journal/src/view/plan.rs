@@ -125,6 +125,32 @@ pub(crate) fn plan(
     Ok(())
 }
 
+/// The same for several ranges, which are in order and do not overlap. Those that begin in one chunk are looked up
+/// together: one by one, many small ones would cost far more.
+pub(crate) fn plan_ranges(
+    ranges: &[Range<u64>],
+    mut plan: impl FnMut(Range<u64>, &mut dyn FnMut(Item)) -> Result<(), ReadError>,
+    mut visit: impl FnMut(Item),
+) -> Result<(), ReadError> {
+    for near in ranges.chunk_by(|one, next| one.start / CHUNK_BYTES == next.start / CHUNK_BYTES) {
+        let (Some(first), Some(last)) = (near.first(), near.last()) else {
+            continue;
+        };
+        let mut rest = near;
+        plan(first.start..last.end, &mut |item| {
+            let passed = rest.iter().take_while(|range| range.end <= item.offset).count();
+            rest = &rest[passed..];
+            let reached = rest
+                .iter()
+                .take_while(|range| range.start < item.offset + item.len);
+            reached
+                .filter_map(|range| item.clipped(range))
+                .for_each(&mut visit);
+        })?;
+    }
+    Ok(())
+}
+
 fn block_items(offset: u64, version: &BlockVersion, push: &mut impl FnMut(Item)) {
     match &version.version {
         Version::Whole(source) => push(item(offset, 0, SECTORS_PER_BLOCK, source)),

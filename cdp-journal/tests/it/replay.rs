@@ -297,6 +297,17 @@ fn check(reader: &StoreReader, naive: &Naive, first: u64, last: u64) -> Result<(
                     at
                 );
             }
+            // Copied over the moment before, they make this one.
+            let sink = MemorySink(Mutex::new(before));
+            let options = CopyOptions {
+                threads: 2,
+                window_bytes: 12 << 10,
+                one_writer: false,
+            };
+            let report = view.copy_ranges_to(&changed, &sink, &options, &|_| ()).unwrap();
+            let changed_bytes: u64 = changed.iter().map(|range| range.end - range.start).sum();
+            prop_assert_eq!(report.data_bytes + report.zero_bytes, changed_bytes);
+            prop_assert!(sink.0.into_inner() == expected, "seq {} from what changed", seq);
         }
         before = Some(expected);
     }
@@ -309,6 +320,7 @@ fn check(reader: &StoreReader, naive: &Naive, first: u64, last: u64) -> Result<(
                 &CopyOptions {
                     threads: 2,
                     window_bytes,
+                    one_writer: window_bytes > 1 << 16,
                 },
                 &|_| (),
             )

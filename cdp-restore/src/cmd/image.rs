@@ -3,24 +3,22 @@
 //! In this order: the moment is proven restorable, the target is checked, the user is asked, and only
 //! then is anything written.
 
-use std::io::{self, IsTerminal};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use std::time::{Duration, Instant as Clock};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use cdp_journal::ReadError;
 use cdp_journal::history::VolumeInfo;
-use cdp_journal::store::Archive;
 use cdp_journal::view::{CopyError, CopyOptions, CopyReport, ExtentKind, Sink, View};
 use serde::Serialize;
 
-use super::{Instant, open_volume, require_block, resolve};
+use super::overwrite::{confirm, protected_as, warn_if_protected};
+use super::{Instant, open_volume, refuse_own_files, require_block, resolve};
 use crate::args::Image;
 use crate::interrupt::Interrupt;
 use crate::report::Report;
-use crate::target::{
-    DeviceInProgress, DeviceNumber, DeviceTarget, FileInProgress, FileTarget, Target, TargetError,
-};
+use crate::target::{DeviceInProgress, DeviceTarget, FileInProgress, FileTarget, Target, TargetError};
 use crate::time::Time;
 use crate::units::{Bytes, Elapsed, Rate};
 
@@ -58,9 +56,7 @@ pub(crate) fn run(args: &Image, report: &Report) -> anyhow::Result<()> {
     require_block(&volume, "image")?;
     let instant = resolve(&*store, &volume, &args.at)?;
     let view = store.view(volume.id, instant.seq)?;
-    if let Some(folder) = args.source.from.folder() {
-        refuse_own_files(&args.to, folder)?;
-    }
+    refuse_own_files(&args.to, &args.source.from)?;
     let target = Target::inspect(&args.to, &volume.name, view.bytes())?;
     let job = Job {
         args,
@@ -72,7 +68,7 @@ pub(crate) fn run(args: &Image, report: &Report) -> anyhow::Result<()> {
     match target {
         Target::File(target) => job.to_file(target),
         Target::Device(target) => {
-            warn_if_protected(report, &*store, &target, &args.to)?;
+            warn_if_protected(report, protected_as(&*store, &target)?.as_ref(), &args.to);
             job.to_device(target)
         }
     }
@@ -130,23 +126,15 @@ impl Job<'_> {
 
     /// Asks before a device is written over.
     fn confirm(&self, target: &DeviceTarget) -> anyhow::Result<()> {
-        if self.args.yes {
-            return Ok(());
-        }
-        let to = self.args.to.display();
-        if !io::stdin().is_terminal() {
-            bail!("{to} is a device, and all it holds would be lost; say --yes if that is meant");
-        }
+        let to = &self.args.to;
         let question = format!(
-            "Write {} as it was at {} over {to} ({})? All it holds now will be lost.",
+            "Write {} as it was at {} over {} ({})? All it holds now will be lost.",
             self.volume.name,
             self.instant,
+            to.display(),
             Bytes(target.bytes())
         );
-        if !self.report.confirm(question).context("ask whether to go on")? {
-            bail!("not confirmed; nothing was written to {to}");
-        }
-        Ok(())
+        confirm(self.report, self.args.yes, to, "all it holds", &question)
     }
 
     fn copy(&self, sink: &dyn Sink, left: &str, free_bytes: Option<u64>) -> anyhow::Result<CopyReport> {
@@ -327,43 +315,4 @@ impl Sink for DeviceSink<'_> {
         self.interrupt.check()?;
         self.device.zero(offset, len)
     }
-}
-
-/// Refuses to write over the store's own files.
-fn refuse_own_files(to: &Path, store: &Path) -> anyhow::Result<()> {
-    let parent = match to.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let real = to.canonicalize().or_else(|_| parent.canonicalize());
-    let inside = |path: PathBuf| store.canonicalize().is_ok_and(|store| path.starts_with(store));
-    if real.is_ok_and(inside) {
-        bail!(
-            "{} lies inside the store {}; give a place outside of it",
-            to.display(),
-            store.display()
-        );
-    }
-    Ok(())
-}
-
-/// Says so if the device is one that a running agent protects into this very store.
-fn warn_if_protected(
-    report: &Report,
-    store: &dyn Archive,
-    target: &DeviceTarget,
-    to: &Path,
-) -> anyhow::Result<()> {
-    if !store.writer_alive().context("ask whether an agent is running")? {
-        return Ok(());
-    }
-    let volumes = store.volumes()?;
-    let same = |volume: &&VolumeInfo| DeviceNumber::of(Path::new(&volume.path)) == Some(target.number());
-    if let Some(volume) = volumes.iter().find(same) {
-        let (to, name) = (to.display(), &volume.name);
-        report.warn(format!(
-            "{to} is protected as {name}: this restore becomes a part of its history"
-        ));
-    }
-    Ok(())
 }

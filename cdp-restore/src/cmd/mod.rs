@@ -1,23 +1,33 @@
 //! The commands, and what they share: opening a store, finding a volume, naming a moment.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use cdp_journal::Seq;
 use cdp_journal::format::{GapCause, VolumeKind};
 use cdp_journal::history::VolumeInfo;
-use cdp_journal::store::Archive;
+use cdp_journal::store::{Archive, StoreReader};
+use cdp_journal::view::View;
 use cdp_journal::when::{NotExact, NotExactCause, Point, When, WhenError};
 
-use crate::args::From;
+use crate::args::{From, LayerBounds};
+use crate::disk::Layer;
+use crate::source::{Opened, Source};
 use crate::time::Time;
 
+pub(crate) mod bisect;
 pub(crate) mod completions;
 pub(crate) mod diff;
 pub(crate) mod enroll;
+pub(crate) mod find;
 pub(crate) mod image;
 pub(crate) mod ls;
+pub(crate) mod mount;
+pub(crate) mod nbd;
+mod overwrite;
 pub(crate) mod points;
+pub(crate) mod rewind;
 pub(crate) mod verify;
 
 /// Something that was read does not match its checksum; where it lies has been printed.
@@ -42,6 +52,23 @@ impl fmt::Display for Instant {
 
 /// Opens the store that holds the volume of that name: `VOLUME`, or `AGENT/VOLUME` where a server has several of them.
 fn open_volume(source: &From, name: &str) -> anyhow::Result<(Box<dyn Archive>, VolumeInfo)> {
+    find_volume(source, name).map(|(opened, volume)| (opened.archive, volume))
+}
+
+/// The same of a store whose folder lies on this host.
+fn open_volume_here(source: &From, name: &str, command: &str) -> anyhow::Result<(StoreReader, VolumeInfo)> {
+    let (opened, volume) = find_volume(source, name)?;
+    require_block(&volume, command)?;
+    let from = &source.from;
+    let folder = opened.folder.with_context(|| {
+        format!(
+            "{from} is a journal server, and `{command}` reads a folder: run it there, with --from FOLDER"
+        )
+    })?;
+    Ok((StoreReader::open(&folder)?, volume))
+}
+
+fn find_volume(source: &From, name: &str) -> anyhow::Result<(Opened, VolumeInfo)> {
     let from = &source.from;
     let (agent, volume) = match name.split_once('/') {
         Some((agent, volume)) => (Some(agent), volume),
@@ -65,7 +92,7 @@ fn open_volume(source: &From, name: &str) -> anyhow::Result<(Box<dyn Archive>, V
         .map(|(opened, info)| opened.qualified(&info.name))
         .collect();
     match (found.pop(), several.as_slice()) {
-        (Some((opened, info)), [_]) => Ok((opened.archive, info)),
+        (Some(found), [_]) => Ok(found),
         (Some(_), several) => bail!(
             "{from} has the volume {name:?} of several agents; give one of {}",
             several.join(", ")
@@ -111,6 +138,62 @@ fn resolve(store: &dyn Archive, volume: &VolumeInfo, when: &When) -> anyhow::Res
         seq,
         at: Time(moment.wall),
     })
+}
+
+/// A block volume at a moment that can be restored.
+struct OpenMoment {
+    store: StoreReader,
+    volume: VolumeInfo,
+    instant: Instant,
+    view: View,
+}
+
+/// Opens what a command was asked for, in a folder on this host.
+fn open_moment(source: &From, volume: &str, when: &When, command: &str) -> anyhow::Result<OpenMoment> {
+    let (store, volume) = open_volume_here(source, volume, command)?;
+    let instant = resolve(&store, &volume, when)?;
+    let view = store.view(volume.id, instant.seq)?;
+    Ok(OpenMoment {
+        store,
+        volume,
+        instant,
+        view,
+    })
+}
+
+/// Refuses to write where the store's own files lie.
+fn refuse_own_files(to: &Path, source: &Source) -> anyhow::Result<()> {
+    let Some(store) = source.folder() else {
+        return Ok(());
+    };
+    let parent = match to.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let real = to.canonicalize().or_else(|_| parent.canonicalize());
+    let inside = |path: PathBuf| store.canonicalize().is_ok_and(|store| path.starts_with(store));
+    if real.is_ok_and(inside) {
+        bail!(
+            "{} lies inside the store {}; give a place outside of it",
+            to.display(),
+            store.display()
+        );
+    }
+    Ok(())
+}
+
+impl LayerBounds {
+    /// A layer within these bounds for a disk of `disk_bytes`.
+    fn make(&self, source: &Source, disk_bytes: u64) -> anyhow::Result<Layer> {
+        let folder = &self.layer_dir;
+        refuse_own_files(folder, source)?;
+        Layer::new(folder, disk_bytes, self.layer_bytes_max).with_context(|| {
+            format!(
+                "make a throw-away layer in {}; --layer-dir names another folder",
+                folder.display()
+            )
+        })
+    }
 }
 
 /// A moment of a volume cannot be restored exactly: why, and what can be instead.

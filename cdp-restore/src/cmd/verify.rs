@@ -147,7 +147,9 @@ fn verify_volume(name: &str, args: &Verify, report: &Report) -> anyhow::Result<O
     let view = store.view(volume.id, instant.seq)?;
     let progress = report.progress("verifying", view.bytes());
     let read = if args.sha256 {
-        digest::sha256(&view, args.threads.get(), &progress).map(|digest| (view.bytes(), Some(digest)))
+        let read_at = |offset, buf: &mut [u8]| view.read_at(offset, buf);
+        digest::sha256(view.bytes(), &read_at, args.threads.get(), &progress)
+            .map(|digest| (view.bytes(), Some(digest)))
     } else {
         read_all(&view, args.threads.get(), &progress).map(|data_bytes| (data_bytes, None))
     };

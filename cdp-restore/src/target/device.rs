@@ -15,9 +15,9 @@ use super::{TargetError, zero_device_range};
 /// A block device that may be written over.
 #[derive(Debug)]
 pub(crate) struct DeviceTarget {
-    path: PathBuf,
+    pub(super) path: PathBuf,
     number: DeviceNumber,
-    bytes: u64,
+    pub(super) bytes: u64,
 }
 
 /// A device's major and minor number.
@@ -139,7 +139,7 @@ impl DeviceInProgress {
     }
 }
 
-fn open_exclusively(path: &Path, options: &mut OpenOptions) -> Result<File, TargetError> {
+pub(super) fn open_exclusively(path: &Path, options: &mut OpenOptions) -> Result<File, TargetError> {
     options
         .custom_flags(OFlags::EXCL.bits() as i32)
         .open(path)
@@ -223,7 +223,7 @@ fn held_by(devices: &BTreeSet<DeviceNumber>) -> Option<String> {
 }
 
 /// Undoes the kernel's octal escapes of blanks: `\040` is a space.
-fn unescape(text: &str) -> String {
+pub(crate) fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((first, tail)) = rest.split_first() {

@@ -8,7 +8,7 @@ use crate::program::names_in;
 use crate::store::{Store, known_image, noise, time};
 
 /// Flips a bit in the middle of what noise(`seed`) became in the log; returns where.
-fn damage(store: &Store, seed: u64) -> u64 {
+pub(crate) fn damage(store: &Store, seed: u64) -> u64 {
     let path = store.segment();
     let mut bytes = fs::read(&path).unwrap();
     let pattern = &noise(seed)[1000..1064];

@@ -12,13 +12,13 @@ use crate::store::{Store, VOLUME_BYTES, known_image};
 const EXCLUSIVE: i32 = 0o200; // O_EXCL
 
 /// A loop device over a file of `bytes` that are not zero.
-struct Loop {
-    path: PathBuf,
+pub(crate) struct Loop {
+    pub(crate) path: PathBuf,
     file: PathBuf,
 }
 
 impl Loop {
-    fn new(file: PathBuf, bytes: u64) -> Self {
+    pub(crate) fn new(file: PathBuf, bytes: u64) -> Self {
         Loop::with(file, bytes, &[])
     }
 
@@ -32,12 +32,12 @@ impl Loop {
         Loop { path, file }
     }
 
-    fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         self.path.to_str().unwrap()
     }
 
     /// What a device of nothing but this test's filling holds.
-    fn is_untouched(&self) -> bool {
+    pub(crate) fn is_untouched(&self) -> bool {
         fs::read(&self.path).unwrap().iter().all(|byte| *byte == 0xee)
     }
 }

@@ -13,7 +13,7 @@ use crate::program::command;
 use crate::store::{BLOCK_BYTES, Store, Writing, noise};
 
 /// Every file below a folder with its length and time of change.
-fn files_below(folder: &Path) -> BTreeMap<PathBuf, (u64, std::time::SystemTime)> {
+pub(crate) fn files_below(folder: &Path) -> BTreeMap<PathBuf, (u64, std::time::SystemTime)> {
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(folder).unwrap() {
         let (path, metadata) = entry

@@ -6,9 +6,12 @@
 
 mod damage;
 mod device;
+mod find;
 mod history;
 mod image;
 mod live;
+mod nbd;
 mod program;
+mod rewind;
 mod store;
 mod usage;

@@ -75,16 +75,35 @@ pub(crate) fn names_in(folder: &Path) -> Vec<String> {
 
 /// Whether a test that needs root can run. Where it cannot it says so, and fails under CI.
 pub(crate) fn root_for(test: &str) -> bool {
-    if rustix::process::geteuid().is_root() {
-        return true;
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        skip(test, "not root");
     }
+    is_root
+}
+
+/// Whether a test that needs these programs can run. Where it cannot it says so, and fails under CI.
+pub(crate) fn programs_for(test: &str, programs: &[&str]) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let is_here = |name: &&&str| std::env::split_paths(&path).any(|folder| folder.join(name).is_file());
+    let missing: Vec<_> = programs.iter().filter(|name| !is_here(name)).copied().collect();
+    if !missing.is_empty() {
+        let why = format!(
+            "not installed: {} (cargo xtask setup gets them)",
+            missing.join(", ")
+        );
+        skip(test, &why);
+    }
+    missing.is_empty()
+}
+
+fn skip(test: &str, why: &str) {
     assert!(
         std::env::var_os("CI").is_none_or(|ci| ci != "true"),
-        "{test} needs root, and CI=true"
+        "{test} cannot run here: {why}, and CI=true"
     );
     // Written past the test runner, which would keep it to itself.
-    let _ = writeln!(std::io::stderr(), "\n    SKIPPED  {test}: not root\n");
-    false
+    let _ = writeln!(std::io::stderr(), "\n    SKIPPED  {test}: {why}\n");
 }
 
 /// Runs a tool that must succeed and returns what it printed.

@@ -1,12 +1,13 @@
 //! Stores made record by record, at times that the test chooses.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use cdp_journal::format::{Body, FrameBuilder, GapCause, Origin, RecordFlags, VolumeKind};
 use cdp_journal::index::IndexWriter;
 use cdp_journal::log::LogWriter;
 use cdp_journal::store::{StoreWriter, WriterOptions};
-use cdp_journal::{BootNs, Seq, VolumeId, WallNs};
+use cdp_journal::{BootNs, OpenError, Seq, VolumeId, WallNs};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -18,6 +19,9 @@ pub(crate) const VOLUME_BYTES: u64 = 1 << 20;
 pub(crate) const RESIZED_BYTES: u64 = 2 << 20;
 /// What one write writes.
 pub(crate) const BLOCK_BYTES: usize = 4096;
+
+/// How long a store may stay locked by who has let go of it.
+const LOCK_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// Second 0 of every store: 2026-01-02T03:04:05Z, long past.
 const BASE_NS: i64 = 1_767_323_045_000_000_000;
@@ -57,7 +61,16 @@ pub(crate) struct Writing {
 impl Writing {
     /// Opens the store in `folder`, or makes it.
     pub(crate) fn open(folder: &Path) -> Self {
-        let (writer, _) = StoreWriter::open(folder, &WriterOptions::default()).unwrap();
+        let started = Instant::now();
+        let writer = loop {
+            match StoreWriter::open(folder, &WriterOptions::default()) {
+                // A child that another test is starting holds every descriptor of ours until its program begins.
+                Err(OpenError::Locked { .. }) if started.elapsed() < LOCK_TIME_MAX => {
+                    std::thread::yield_now()
+                }
+                opened => break opened.unwrap().0,
+            }
+        };
         let (log, index) = writer.split();
         Writing { log, index }
     }
@@ -146,9 +159,7 @@ pub(crate) struct Store {
 impl Store {
     /// The store of the table above.
     pub(crate) fn known() -> Self {
-        let store = Store {
-            folder: tempfile::tempdir().unwrap(),
-        };
+        let store = Store::empty();
         let mut writing = Writing::open(&store.path());
         writing.begin(VOLUME_BYTES, "/dev/no-such-device");
         let pg = Some(volume(1));
@@ -195,11 +206,16 @@ impl Store {
         store
     }
 
+    /// A folder with no store in it yet.
+    pub(crate) fn empty() -> Self {
+        Store {
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
     /// A store of `blocks` blocks of noise, written at once after an empty beginning.
     pub(crate) fn noisy(blocks: u64, path: &str) -> Self {
-        let store = Store {
-            folder: tempfile::tempdir().unwrap(),
-        };
+        let store = Store::empty();
         let mut writing = Writing::open(&store.path());
         writing.begin(blocks * BLOCK_BYTES as u64, path);
         writing.add(1000, Some(volume(1)), Body::GapClose, &[]);
