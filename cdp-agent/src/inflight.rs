@@ -7,7 +7,7 @@
 //! range are in flight, a completion is taken for the younger: the older then counts as in flight for longer
 //! than it is, which costs a wait and never a wrong byte.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use cdp_journal::Seq;
 
@@ -50,6 +50,8 @@ pub(crate) struct InFlight {
     /// Bio-based drivers complete whole bios: their chunks by the bio's address. They are also in `short` or
     /// `long`.
     bios: HashMap<u64, Vec<(Sectors, Seq)>>,
+    /// Those of them whose last chunk has not come: it found no room.
+    torn: HashSet<u64>,
     /// The oldest write of those that are in flight and not known here any more.
     unknown_from: Option<Seq>,
 }
@@ -61,6 +63,8 @@ pub(crate) struct WholeBio {
     pub(crate) address: u64,
     /// Is this its first chunk? Then whatever lived at the address before has ended.
     pub(crate) first: bool,
+    /// Is it its last? Without it, what else the bio wrote is not known.
+    pub(crate) last: bool,
 }
 
 impl InFlight {
@@ -71,21 +75,32 @@ impl InFlight {
             return false;
         }
         if let Some(bio) = bio {
-            if bio.first {
-                self.forget_bio(bio.address);
-            }
-            self.bios.entry(bio.address).or_default().push((range, seq));
+            self.add_chunk(bio, range, seq);
         }
         let overlaps = self.any(range, seq.prev());
         self.insert(range, seq);
         overlaps
     }
 
+    fn add_chunk(&mut self, bio: WholeBio, range: Sectors, seq: Seq) {
+        if bio.first {
+            self.forget_bio(bio.address);
+        }
+        if bio.last {
+            self.torn.remove(&bio.address);
+        } else {
+            self.torn.insert(bio.address);
+        }
+        self.bios.entry(bio.address).or_default().push((range, seq));
+    }
+
     fn forget_bio(&mut self, address: u64) -> Option<Vec<(Sectors, Seq)>> {
         let chunks = self.bios.remove(&address)?;
         for &(range, seq) in &chunks {
-            if self.short.remove(&(range.start, seq)).is_none() {
-                self.long.retain(|&(_, other)| other != seq);
+            if self.short.remove(&(range.start, seq)).is_none()
+                && let Some(i) = self.long.iter().position(|&long| long == (range, seq))
+            {
+                self.long.swap_remove(i);
             }
         }
         Some(chunks)
@@ -107,11 +122,18 @@ impl InFlight {
 
     /// A bio-based driver ended a bio.
     pub(crate) fn bio_ended(&mut self, bio: u64, range: Sectors) -> Ended {
+        let is_torn = self.torn.remove(&bio);
         if let Some(chunks) = self.forget_bio(bio) {
             let (ranges, writes) = chunks.into_iter().unzip();
+            // It wrote more than is known here, and may have landed after that was read back.
+            let everywhere = Sectors {
+                start: 0,
+                end: u64::MAX,
+            };
             return Ended {
                 writes,
                 ranges,
+                strangers: Vec::from_iter(is_torn.then_some(everywhere)),
                 ..Ended::default()
             };
         }
@@ -357,7 +379,13 @@ mod tests {
     #[test]
     fn a_write_over_one_in_flight_is_told() {
         for bio in [false, true] {
-            let whole = |address| bio.then_some(WholeBio { address, first: true });
+            let whole = |address| {
+                bio.then_some(WholeBio {
+                    address,
+                    first: true,
+                    last: true,
+                })
+            };
             let mut flight = InFlight::default();
             assert!(!flight.queued(range(0, 8), seq(1), whole(1)));
             assert!(!flight.queued(range(8, 16), seq(2), whole(2)));
@@ -392,6 +420,24 @@ mod tests {
     }
 
     #[test]
+    fn a_bio_whose_last_chunk_did_not_come_wrote_nobody_knows_where() {
+        let mut flight = InFlight::default();
+        let torn = WholeBio {
+            address: 7,
+            first: true,
+            last: false,
+        };
+        flight.queued(range(0, 512), seq(1), Some(torn));
+        assert_eq!(
+            flight.bio_ended(7, range(600, 600)).strangers,
+            vec![range(0, u64::MAX)]
+        );
+        let whole = WholeBio { last: true, ..torn };
+        flight.queued(range(0, 512), seq(2), Some(whole));
+        assert_eq!(flight.bio_ended(7, range(512, 512)).strangers, vec![]);
+    }
+
+    #[test]
     fn a_bio_ends_as_a_whole_and_its_splits_are_doubtful() {
         let mut flight = InFlight::default();
         flight.queued(
@@ -400,6 +446,7 @@ mod tests {
             Some(WholeBio {
                 address: 7,
                 first: true,
+                last: false,
             }),
         );
         flight.queued(
@@ -408,6 +455,7 @@ mod tests {
             Some(WholeBio {
                 address: 7,
                 first: false,
+                last: true,
             }),
         );
         let split = flight.bio_ended(8, range(0, 128));

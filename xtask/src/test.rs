@@ -67,8 +67,9 @@ pub(crate) fn run(workspace: &Workspace, args: &TestArgs) -> Result<()> {
     verdict(&parts, args.filter.as_deref())
 }
 
-/// For how long a CI machine runs the simulator (`cdp-agent/src/recorder/sim/`), unless it is told otherwise.
-const CI_SIM_SECONDS: &str = "120";
+/// How many runs of the simulator (`cdp-agent/src/recorder/sim/`) a CI machine makes, unless it is told otherwise: by
+/// number and not by time, so that a slow machine sees the same.
+const CI_SIM_SEEDS: &str = "16000";
 
 /// `cargo test` that goes on after a failure, so that one run shows all of them.
 fn cargo_test(workspace: &Workspace) -> Command {
@@ -80,8 +81,8 @@ fn cargo_test(workspace: &Workspace) -> Command {
         .env("CDP_JOURNAL", workspace.release_binary("cdp-journal"))
         .env("CDP_RESTORE", workspace.release_binary("cdp-restore"));
     let is_ci = std::env::var("CI").is_ok_and(|value| value == "true");
-    if is_ci && std::env::var_os("CDP_SIM_SECONDS").is_none() {
-        cargo.env("CDP_SIM_SECONDS", CI_SIM_SECONDS);
+    if is_ci && std::env::var_os("CDP_SIM_SEEDS").is_none() {
+        cargo.env("CDP_SIM_SEEDS", CI_SIM_SEEDS);
     }
     cargo
 }

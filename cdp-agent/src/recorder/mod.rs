@@ -74,6 +74,19 @@ struct DiskRun {
     open_bio: Option<u64>,
 }
 
+impl DiskRun {
+    /// The bio that a chunk belongs to, if its driver completes whole bios.
+    fn whole_bio(&mut self, write: &WriteEvent) -> Option<WholeBio> {
+        let first = self.open_bio != Some(write.bio);
+        self.open_bio = (write.last == 0).then_some(write.bio);
+        self.bio_based.then_some(WholeBio {
+            address: write.bio,
+            first,
+            last: write.last != 0,
+        })
+    }
+}
+
 /// A frame ready to be encoded.
 #[derive(Debug)]
 pub(crate) struct Sealed {
@@ -378,11 +391,7 @@ impl Recorder {
             seq = Some(self.push(at, id, origin, flags, body, data));
         }
         let disk = &mut self.disks[disk];
-        let whole_bio = disk.bio_based.then(|| WholeBio {
-            address: write.bio,
-            first: disk.open_bio != Some(write.bio),
-        });
-        disk.open_bio = (write.last == 0).then_some(write.bio);
+        let whole_bio = disk.whole_bio(write);
         let number = disk.number;
         if let Some(seq) = seq
             && disk.in_flight.queued(range, seq, whole_bio)
