@@ -93,6 +93,8 @@ struct State {
     plan: Option<Plan>,
     random: Random,
     free_bytes: Option<u64>,
+    /// What the disk says is free, whatever it takes.
+    told_free_bytes: Option<u64>,
 }
 
 impl State {
@@ -191,6 +193,11 @@ impl FaultDisk {
     /// From now on, only so many bytes can be written.
     pub(crate) fn leave_free(&self, bytes: u64) {
         self.0.lock().free_bytes = Some(bytes);
+    }
+
+    /// From now on the disk says that this much is free.
+    pub(crate) fn tell_free(&self, bytes: u64) {
+        self.0.lock().told_free_bytes = Some(bytes);
     }
 
     /// What a new kernel finds: of what was not synced, any part may have landed, in any order, torn anywhere.
@@ -333,7 +340,7 @@ impl Disk for FaultDisk {
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
-        Ok(u64::MAX)
+        Ok(self.0.lock().told_free_bytes.unwrap_or(u64::MAX))
     }
 }
 

@@ -546,10 +546,10 @@ fn a_full_store_refuses_before_its_bound_and_has_room_to_say_so() {
     assert!(log.log_bytes() < 150_000);
     let room = log.room().unwrap();
     assert_eq!((room.used_bytes, room.limit_bytes), (log.log_bytes(), 150_000));
-    disk.leave_free(10);
+    disk.tell_free(10);
     let room = log.room().unwrap();
     assert_eq!(room.limit_bytes, log.log_bytes() + 10);
-    disk.leave_free(u64::MAX);
+    disk.tell_free(u64::MAX);
     let mut note = FrameBuilder::new(log.next_seq());
     note.push(
         BootNs(1),
