@@ -67,8 +67,9 @@ pub(crate) fn run(workspace: &Workspace, args: &TestArgs) -> Result<()> {
     verdict(&parts, args.filter.as_deref())
 }
 
-/// How many runs of the simulator (`cdp-agent/src/recorder/sim/`) a CI machine makes, unless it is told otherwise: by
-/// number and not by time, so that a slow machine sees the same.
+/// How many runs of the simulator (`cdp-agent/src/recorder/sim/`) a CI machine makes, unless it is told otherwise. Two
+/// minutes (`CDP_SIM_SECONDS=120`) is what it should run: that reaches seed 20060, a fault that is not mended yet (see
+/// P2 in ARCHITECTURE.md). To be set back with its mend.
 const CI_SIM_SEEDS: &str = "16000";
 
 /// `cargo test` that goes on after a failure, so that one run shows all of them.
