@@ -141,7 +141,7 @@ impl Recorder {
         let may_be_stranger = |volume: &VolumeRun| {
             volume.disk == disk
                 && (!matches!(volume.state, State::Exact { .. })
-                    || at.0 <= volume.unknown_since.0.saturating_add(doubt_ns))
+                    || at.0 <= volume.unseen.since().0.saturating_add(doubt_ns))
         };
         if self.volumes.iter().any(may_be_stranger) {
             self.suspect(disk, range, at);

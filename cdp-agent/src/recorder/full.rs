@@ -90,7 +90,7 @@ impl Recorder {
         for volume in &mut self.volumes {
             volume.mark_all();
             volume.dirty_at_start = volume.dirty.len();
-            volume.unknown_since = now;
+            volume.unseen.add(now);
         }
         tracing::info!("the store has room again: resyncing");
     }

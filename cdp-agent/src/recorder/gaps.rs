@@ -21,13 +21,24 @@ impl Recorder {
             }
             let Some(bytes) = volume.clip(range) else { continue };
             volume.mark(bytes);
-            volume.unknown_since = volume.unknown_since.max(at);
+            volume.unseen.add(at);
             if let (State::Exact { seq, .. }, None) = (volume.state, volume.pending) {
                 // It had been on its way while we called the volume exact: that was never true.
                 let cause = volume.last_cause;
                 self.open_gap(i, cause, seq.prev(), at);
             }
             self.reach_back(i, at);
+        }
+    }
+
+    /// Captured writes ended: while others are on their way, it may have been those.
+    pub(super) fn ended_among_unseen(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
+        for volume in self.volumes.iter_mut().filter(|volume| volume.disk == disk) {
+            if !matches!(volume.state, State::Exact { .. })
+                && let Some(bytes) = volume.clip(range)
+            {
+                volume.unseen.ended(volume.regions_of(&bytes), at);
+            }
         }
     }
 
@@ -90,7 +101,7 @@ impl Recorder {
                 continue;
             }
             volume.losses.add(&losses);
-            volume.unknown_since = volume.unknown_since.max(now);
+            volume.unseen.add(now);
             volume.last_cause = GapCause::RingOverflow;
             if matches!(volume.state, State::Exact { .. }) && volume.pending.is_none() {
                 volume.pending = Some(PendingGap {
@@ -108,7 +119,7 @@ impl Recorder {
         for i in 0..self.volumes.len() {
             let volume = &mut self.volumes[i];
             volume.mark_all();
-            volume.unknown_since = now;
+            volume.unseen.add(now);
             volume.losses.skipped += 1;
             self.open_gap(i, GapCause::RingOverflow, since, now);
         }
@@ -120,7 +131,7 @@ impl Recorder {
             let volume = &mut self.volumes[i];
             if volume.disk == disk {
                 volume.mark_all();
-                volume.unknown_since = now;
+                volume.unseen.add(now);
                 let last_exact = self.last_seq;
                 self.open_gap(i, GapCause::RingOverflow, last_exact, now);
             }

@@ -20,6 +20,7 @@ mod sim;
 mod suspects;
 #[cfg(test)]
 mod tests;
+mod unseen;
 mod volume;
 
 use std::collections::VecDeque;
@@ -36,6 +37,7 @@ use crate::inflight::{InFlight, Sectors, WholeBio};
 use crate::losses::LossCounts;
 use crate::regions::Regions;
 use suspects::Suspects;
+use unseen::Unseen;
 pub(crate) use volume::{NewVolume, State, VolumeRun};
 
 /// A frame is sealed when it holds this much, so that a chunk still fits.
@@ -254,7 +256,7 @@ impl Recorder {
             blank,
             reading: None,
             attached: new.exact.is_some(),
-            unknown_since: now,
+            unseen: Unseen::new(regions, now),
             pending: None,
             gap_from: new.last_exact,
             in_doubt: None,
@@ -270,7 +272,7 @@ impl Recorder {
             .filter(|volume| volume.disk == disk && !volume.attached)
         {
             volume.attached = true;
-            volume.unknown_since = now;
+            volume.unseen.add(now);
         }
     }
 
@@ -415,6 +417,9 @@ impl Recorder {
             disk.in_flight.range_ended(range)
         };
         let number = disk.number;
+        if complete.whole_bio == 0 && !ended.writes.is_empty() {
+            self.ended_among_unseen(number, range, at);
+        }
         for stranger in ended.strangers {
             self.unknown(number, stranger, at);
         }
@@ -564,9 +569,13 @@ impl Recorder {
         let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == id) else {
             return false;
         };
-        let after = |time: BootNs, by: Duration| BootNs(time.0.saturating_add(by.as_nanos() as u64));
-        let idle = idle_at.is_some_and(|at| at > after(volume.unknown_since, PLUG_TIME));
-        if !idle && now <= after(volume.unknown_since, STRANGER_QUIET) {
+        if !volume.unseen.is_over(idle_at, now) {
+            return false;
+        }
+        while let Some(regions) = volume.unseen.take_stolen() {
+            volume.mark_regions(regions);
+        }
+        if !volume.dirty.is_empty() {
             return false;
         }
         let name = volume.name.clone();
@@ -601,6 +610,7 @@ impl Recorder {
         let regions = bytes.div_ceil(volume.region_bytes);
         volume.dirty.resize(regions);
         volume.blank.resize(regions);
+        volume.unseen.resize(regions);
         self.push(
             now,
             Some(id),

@@ -8,6 +8,7 @@ use cdp_journal::store::VolumeState;
 use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId, WallNs};
 
 use super::suspects::Suspects;
+use super::unseen::Unseen;
 use crate::capture::DiskNumber;
 use crate::config::VolumeConfig;
 use crate::device::BlockDevice;
@@ -72,8 +73,7 @@ pub(crate) struct VolumeRun {
     pub(crate) corrected_blocks: u64,
     /// Regions to read when the present gap (or the first copy) began.
     pub(super) dirty_at_start: u64,
-    /// A write that we did not capture may have been on its way until then.
-    pub(super) unknown_since: BootNs,
+    pub(super) unseen: Unseen,
     pub(super) pending: Option<PendingGap>,
     /// Where the gap that is open begins: its last exact record. None where that is not known, or none is open.
     pub(crate) gap_from: Option<Seq>,
@@ -100,7 +100,15 @@ impl VolumeRun {
     /// What lies there is not known any more. What the device holds now says nothing of the records that wrote
     /// there last, so suspects are not compared: they are read back with the rest, and the gap begins before them.
     pub(super) fn mark(&mut self, bytes: Range<u64>) {
-        let regions = bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes);
+        self.mark_regions(self.regions_of(&bytes));
+    }
+
+    pub(super) fn regions_of(&self, bytes: &Range<u64>) -> Range<u64> {
+        bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes)
+    }
+
+    /// As [`VolumeRun::mark`].
+    pub(super) fn mark_regions(&mut self, regions: Range<u64>) {
         let in_doubt = self
             .suspects
             .forget(&(regions.start * self.region_bytes..regions.end * self.region_bytes));
@@ -132,8 +140,7 @@ impl VolumeRun {
 
     /// Will all of this be read back and compared, after every write that came up to now?
     pub(super) fn is_dirty(&self, bytes: &Range<u64>) -> bool {
-        (bytes.start / self.region_bytes..bytes.end.div_ceil(self.region_bytes))
-            .all(|region| self.dirty.contains(region) && !self.blank.contains(region))
+        self.regions_of(bytes).all(|region| self.dirty.contains(region) && !self.blank.contains(region))
     }
 
     fn regions_left(&self) -> u64 {

@@ -301,7 +301,7 @@ fn every_exact_moment_is_what_the_device_held() {
         let log = sim.model.tail(40).join("\n");
         panic!(
             "CDP_SIM_SEED={seed} CDP_SIM_STEPS={steps}: {what}\n{:?}\n{log}\nfound after {} runs, {:.1} s",
-            sim.profile,
+            Sim::new(seed).profile,
             runs,
             began.elapsed().as_secs_f64()
         );
