@@ -1,6 +1,7 @@
 //! Bytes of the ring → events.
 
 use cdp_ebpf::event::{CompleteEvent, EventKind, Op, WriteEvent};
+use cdp_journal::BootNs;
 
 /// One event, as the probe put it into the ring.
 #[derive(Debug)]
@@ -42,6 +43,14 @@ impl Fields<'_> {
 }
 
 impl<'a> Event<'a> {
+    /// When it happened.
+    pub(crate) fn at(&self) -> BootNs {
+        match self {
+            Self::Write(write, _) => BootNs(write.boot_ns),
+            Self::Complete(ended) | Self::Changed(ended) => BootNs(ended.boot_ns),
+        }
+    }
+
     /// Reads one ring record.
     pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self, ForeignEvent> {
         let foreign = || ForeignEvent {

@@ -3,7 +3,7 @@
 //! Pure: fed with events in ring order. A request that ends may cover parts of several writes, or a part of
 //! one; so writes are kept by range, and what remains of each shrinks until nothing is left.
 //!
-//! Always true: a write is forgotten only when completions have covered all of it. Where two writes to one
+//! Always true: a write is forgotten only when completions have covered all of it, or it was given up. Where two writes to one
 //! range are in flight, a completion is taken for the younger: the older then counts as in flight for longer
 //! than it is, which costs a wait and never a wrong byte.
 
@@ -32,6 +32,8 @@ impl Sectors {
 pub(crate) struct Ended {
     /// Writes of ours that it covered, at least in part.
     pub(crate) writes: Vec<Seq>,
+    /// Parts of writes that had been given up: what was read there since may be too old.
+    pub(crate) late: Vec<(Sectors, Seq)>,
     /// Where those of a whole bio lay. Its completion need not tell: a driver may move a bio's iterator to its end.
     pub(crate) ranges: Vec<Sectors>,
     /// Parts that no captured write explains: somebody wrote there, and we do not know what.
@@ -41,18 +43,107 @@ pub(crate) struct Ended {
     pub(crate) doubtful: Option<Sectors>,
 }
 
-/// Writes in flight on one disk.
+/// More writes that were given up are not remembered: one that ends later is a stranger's.
+const GIVEN_UP_MAX: usize = 1 << 16;
+
+/// Writes, or what is left of them, by range.
 #[derive(Debug, Default)]
-pub(crate) struct InFlight {
+struct Places {
     /// By (first sector, Seq): end.
     short: BTreeMap<(u64, Seq), u64>,
     long: Vec<(Sectors, Seq)>,
-    /// Bio-based drivers complete whole bios: their chunks by the bio's address. They are also in `short` or
-    /// `long`.
+}
+
+impl Places {
+    fn len(&self) -> usize {
+        self.short.len() + self.long.len()
+    }
+
+    fn insert(&mut self, range: Sectors, seq: Seq) {
+        if range.start >= range.end {
+            return;
+        }
+        if range.end - range.start <= SHORT_SECTORS_MAX {
+            self.short.insert((range.start, seq), range.end);
+        } else {
+            self.long.push((range, seq));
+        }
+    }
+
+    fn remove(&mut self, range: Sectors, seq: Seq) {
+        if self.short.remove(&(range.start, seq)).is_none()
+            && let Some(i) = self.long.iter().position(|&long| long == (range, seq))
+        {
+            self.long.swap_remove(i);
+        }
+    }
+
+    /// Short writes that may touch a range, and all long ones.
+    fn near(&self, range: Sectors) -> impl Iterator<Item = (Sectors, Seq)> {
+        let from = (range.start.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
+        self.short
+            .range(from..(range.end, Seq::FIRST))
+            .map(|(&(start, seq), &end)| (Sectors { start, end }, seq))
+            .chain(self.long.iter().copied())
+    }
+
+    fn over(&self, range: Sectors) -> impl Iterator<Item = (Sectors, Seq)> {
+        self.near(range).filter(move |(ours, _)| ours.overlaps(range))
+    }
+
+    /// The youngest write over the first sector of a range ends there. What of the range that was, and its Seq.
+    fn end_youngest(&mut self, range: Sectors) -> Option<(Sectors, Seq)> {
+        let first = Sectors {
+            start: range.start,
+            end: range.start + 1,
+        };
+        let (ours, seq) = self.over(first).max_by_key(|&(_, seq)| seq)?;
+        self.remove(ours, seq);
+        let ended = Sectors {
+            start: range.start,
+            end: ours.end.min(range.end),
+        };
+        let rest = |start, end| Sectors { start, end };
+        self.insert(rest(ours.start, ended.start), seq);
+        self.insert(rest(ended.end, ours.end), seq);
+        Some((ended, seq))
+    }
+
+    /// Where the next write begins behind a sector.
+    fn next_start_after(&self, sector: u64) -> Option<u64> {
+        let short = self
+            .short
+            .range((sector + 1, Seq::FIRST)..)
+            .next()
+            .map(|((start, _), _)| *start);
+        let long = self.long.iter().map(|(range, _)| range.start);
+        short
+            .into_iter()
+            .chain(long.filter(|&start| start > sector))
+            .min()
+    }
+
+    fn take_up_to(&mut self, last: Seq) -> Vec<(Sectors, Seq)> {
+        let short = self.short.extract_if(.., |&(_, seq), _| seq <= last);
+        let mut taken: Vec<(Sectors, Seq)> = short
+            .map(|((start, seq), end)| (Sectors { start, end }, seq))
+            .collect();
+        taken.extend(self.long.extract_if(.., |(_, seq)| *seq <= last));
+        taken
+    }
+}
+
+/// Writes in flight on one disk.
+#[derive(Debug, Default)]
+pub(crate) struct InFlight {
+    places: Places,
+    /// Those that are taken to have ended, although nobody saw it; for a while.
+    given_up: Places,
+    /// Bio-based drivers complete whole bios: their chunks by the bio's address. They are also in `places`.
     bios: HashMap<u64, Vec<(Sectors, Seq)>>,
     /// Those of them whose last chunk has not come: it found no room.
     torn: HashSet<u64>,
-    /// The oldest write of those that are in flight and not known here any more.
+    /// The oldest write of those that were given up and found no room in `given_up`.
     unknown_from: Option<Seq>,
 }
 
@@ -78,7 +169,7 @@ impl InFlight {
             self.add_chunk(bio, range, seq);
         }
         let overlaps = self.any(range, seq.prev());
-        self.insert(range, seq);
+        self.places.insert(range, seq);
         overlaps
     }
 
@@ -97,11 +188,7 @@ impl InFlight {
     fn forget_bio(&mut self, address: u64) -> Option<Vec<(Sectors, Seq)>> {
         let chunks = self.bios.remove(&address)?;
         for &(range, seq) in &chunks {
-            if self.short.remove(&(range.start, seq)).is_none()
-                && let Some(i) = self.long.iter().position(|&long| long == (range, seq))
-            {
-                self.long.swap_remove(i);
-            }
+            self.places.remove(range, seq);
         }
         Some(chunks)
     }
@@ -110,14 +197,6 @@ impl InFlight {
     pub(crate) fn ranges_of_bio(&self, address: u64) -> Vec<Sectors> {
         let chunks = self.bios.get(&address).map(Vec::as_slice).unwrap_or_default();
         chunks.iter().map(|&(range, _)| range).collect()
-    }
-
-    fn insert(&mut self, range: Sectors, seq: Seq) {
-        if range.end - range.start <= SHORT_SECTORS_MAX {
-            self.short.insert((range.start, seq), range.end);
-        } else {
-            self.long.push((range, seq));
-        }
     }
 
     /// A bio-based driver ended a bio.
@@ -142,15 +221,18 @@ impl InFlight {
             return Ended::default();
         }
         // Also of one whose address is not known any more.
-        let part_of_ours = |ours: Sectors| ours.start <= range.start && range.end <= ours.end;
-        let from = (range.start.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
-        let short = self.short.range(from..(range.end, Seq::FIRST));
-        let mut ours = short
-            .map(|(&(start, _), &end)| Sectors { start, end })
-            .chain(self.long.iter().map(|&(range, _)| range));
-        if ours.any(part_of_ours) {
+        let is_part = |&(ours, _): &(Sectors, Seq)| ours.start <= range.start && range.end <= ours.end;
+        if self.places.near(range).any(|ours| is_part(&ours)) {
             return Ended {
                 doubtful: Some(range),
+                ..Ended::default()
+            };
+        }
+        if self.given_up.near(range).any(|ours| is_part(&ours)) {
+            let (late, seq) = self.given_up.end_youngest(range).unwrap_or((range, Seq::FIRST));
+            return Ended {
+                writes: vec![seq],
+                late: vec![(late, seq)],
                 ..Ended::default()
             };
         }
@@ -163,116 +245,59 @@ impl InFlight {
     /// A request-based driver ended a range.
     pub(crate) fn range_ended(&mut self, range: Sectors) -> Ended {
         let mut ended = Ended::default();
-        let mut at = range.start;
-        while at < range.end {
-            if let Some((ours, seq)) = self.take_youngest_at(at) {
-                let end = ours.end.min(range.end);
-                self.insert_rest(
-                    Sectors {
-                        start: ours.start,
-                        end: at,
-                    },
-                    seq,
-                );
-                self.insert_rest(
-                    Sectors {
-                        start: end,
-                        end: ours.end,
-                    },
-                    seq,
-                );
-                if ended.writes.last() != Some(&seq) {
-                    ended.writes.push(seq);
-                }
-                at = end;
+        let mut rest = range;
+        while rest.start < rest.end {
+            let (end, seq) = if let Some((part, seq)) = self.places.end_youngest(rest) {
+                (part.end, Some(seq))
+            } else if let Some((part, seq)) = self.given_up.end_youngest(self.up_to_next(rest)) {
+                ended.late.push((part, seq));
+                (part.end, Some(seq))
             } else {
-                let next = self
-                    .next_start_after(at)
-                    .map_or(range.end, |next| next.min(range.end));
-                ended.strangers.push(Sectors { start: at, end: next });
-                at = next;
+                let part = self.up_to_next(rest);
+                ended.strangers.push(part);
+                (part.end, None)
+            };
+            if seq.is_some() && ended.writes.last().copied() != seq {
+                ended.writes.extend(seq);
             }
+            rest.start = end;
         }
         ended
     }
 
-    fn insert_rest(&mut self, rest: Sectors, seq: Seq) {
-        if rest.start < rest.end {
-            self.insert(rest, seq);
+    /// The range up to where the next known write begins.
+    fn up_to_next(&self, range: Sectors) -> Sectors {
+        let next = self.places.next_start_after(range.start);
+        let next = next
+            .into_iter()
+            .chain(self.given_up.next_start_after(range.start));
+        Sectors {
+            end: next.fold(range.end, u64::min),
+            ..range
         }
-    }
-
-    fn take_youngest_at(&mut self, sector: u64) -> Option<(Sectors, Seq)> {
-        let lowest = (sector.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
-        let highest = (sector, Seq::new(u64::MAX)?);
-        let short = self
-            .short
-            .range(lowest..=highest)
-            .filter(|&(_, &end)| end > sector)
-            .max_by_key(|((_, seq), _)| *seq)
-            .map(|(&(start, seq), &end)| (Sectors { start, end }, seq));
-        let long = self
-            .long
-            .iter()
-            .enumerate()
-            .filter(|(_, (range, _))| range.start <= sector && sector < range.end)
-            .max_by_key(|(_, (_, seq))| *seq)
-            .map(|(i, &(range, seq))| (i, range, seq));
-        match (short, long) {
-            (Some((range, seq)), long) if long.is_none_or(|(_, _, other)| seq > other) => {
-                self.short.remove(&(range.start, seq));
-                Some((range, seq))
-            }
-            (_, Some((i, range, seq))) => {
-                self.long.swap_remove(i);
-                Some((range, seq))
-            }
-            (_, None) => None,
-        }
-    }
-
-    fn next_start_after(&self, sector: u64) -> Option<u64> {
-        let short = self
-            .short
-            .range((sector + 1, Seq::FIRST)..)
-            .next()
-            .map(|((start, _), _)| *start);
-        let long = self
-            .long
-            .iter()
-            .map(|(range, _)| range.start)
-            .filter(|&start| start > sector)
-            .min();
-        short.into_iter().chain(long).min()
     }
 
     /// A write up to `last` to this range that is still in flight, or what is left of it.
     pub(crate) fn find(&self, range: Sectors, last: Option<Seq>) -> Option<(Sectors, Seq)> {
         let last = last?;
-        let from = (range.start.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
-        let short = self
-            .short
-            .range(from..(range.end, Seq::FIRST))
-            .find(|&(&(_, seq), &end)| seq <= last && end > range.start)
-            .map(|(&(start, seq), &end)| (Sectors { start, end }, seq));
-        let mut long = self.long.iter().copied();
-        short.or_else(|| long.find(|&(ours, seq)| seq <= last && ours.overlaps(range)))
+        self.places.over(range).find(|&(_, seq)| seq <= last)
     }
 
     /// The oldest write to this range that may be in flight.
     pub(crate) fn oldest(&self, range: Sectors) -> Option<Seq> {
-        let from = (range.start.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
-        let short = self
-            .short
-            .range(from..(range.end, Seq::FIRST))
-            .filter(|&(_, &end)| end > range.start)
-            .map(|(&(_, seq), _)| seq);
-        let long = self
-            .long
-            .iter()
-            .filter(|(ours, _)| ours.overlaps(range))
-            .map(|&(_, seq)| seq);
-        short.chain(long).chain(self.unknown_from).min()
+        self.oldest_where(range, |_| true)
+    }
+
+    /// As [`InFlight::oldest`], also of those that were given up.
+    pub(crate) fn oldest_ever(&self, range: Sectors) -> Option<Seq> {
+        let given_up = self.given_up.over(range).map(|(_, seq)| seq);
+        given_up.chain(self.oldest(range)).min()
+    }
+
+    /// The oldest write to this range that may be in flight, of those whose place (or what is left of it) is `wanted`.
+    pub(crate) fn oldest_where(&self, range: Sectors, wanted: impl Fn(Sectors) -> bool) -> Option<Seq> {
+        let known = self.places.over(range).filter(|&(place, _)| wanted(place));
+        known.map(|(_, seq)| seq).chain(self.unknown_from).min()
     }
 
     /// The oldest write that may be in flight.
@@ -288,31 +313,37 @@ impl InFlight {
         self.find(range, last).is_some()
     }
 
-    /// Forgets writes up to `last`: they have ended, but nobody saw it. If one has not ended after all, its
-    /// completion is a stranger's, and its place is read again.
-    pub(crate) fn forget(&mut self, last: Option<Seq>) {
-        let Some(last) = last else { return };
-        self.unknown_from = self.unknown_from.filter(|&from| from > last);
-        self.short.retain(|&(_, seq), _| seq > last);
-        self.long.retain(|&(_, seq)| seq > last);
+    /// Takes writes up to `last` to have ended, although nobody saw it, and returns them: whether the disk took them
+    /// as they were seen is not known. If one ends later after all, it is late.
+    pub(crate) fn give_up(&mut self, last: Option<Seq>) -> Vec<(Sectors, Seq)> {
+        let Some(last) = last else { return Vec::new() };
         self.bios.retain(|_, chunks| {
             chunks.retain(|&(_, seq)| seq > last);
             !chunks.is_empty()
         });
+        let taken = self.places.take_up_to(last);
+        for &(range, seq) in &taken {
+            if self.given_up.len() < GIVEN_UP_MAX {
+                self.given_up.insert(range, seq);
+            } else {
+                self.unknown_from = self.unknown_from.into_iter().chain([seq]).min();
+            }
+        }
+        taken
+    }
+
+    /// Forgets writes up to `last` that were given up: one that ends later is a stranger's.
+    pub(crate) fn forget(&mut self, last: Option<Seq>) {
+        if let Some(last) = last {
+            self.given_up.take_up_to(last);
+            self.unknown_from = self.unknown_from.filter(|&from| from > last);
+        }
     }
 
     /// How many writes (or rests of writes) are in flight.
     #[cfg(test)]
     fn len(&self) -> usize {
-        self.short.len() + self.long.len()
-    }
-
-    /// Forgets everything: completions were lost, so nothing here can be trusted to end.
-    pub(crate) fn clear(&mut self) {
-        *self = Self {
-            unknown_from: self.oldest_of_all(),
-            ..Self::default()
-        };
+        self.places.len()
     }
 }
 
@@ -412,11 +443,32 @@ mod tests {
         assert_eq!(flight.oldest(range(7, 9)), Some(seq(3)));
         assert_eq!(flight.oldest(range(8, 9)), Some(seq(4)));
         assert_eq!(flight.oldest(range(4 * SHORT_SECTORS_MAX, u64::MAX)), None);
-        flight.clear();
+        assert_eq!(flight.give_up(Some(seq(4))).len(), 2);
         flight.queued(range(8, 9), seq(5), None);
-        assert_eq!(flight.oldest(range(8, 9)), Some(seq(3)));
-        flight.forget(Some(seq(4)));
         assert_eq!(flight.oldest(range(8, 9)), Some(seq(5)));
+        assert_eq!(flight.oldest_ever(range(8, 9)), Some(seq(4)));
+        flight.forget(Some(seq(4)));
+        assert_eq!(flight.oldest_ever(range(8, 9)), Some(seq(5)));
+    }
+
+    #[test]
+    fn what_was_given_up_is_late_and_no_stranger_until_it_is_forgotten() {
+        let mut flight = InFlight::default();
+        for n in 1..=3 {
+            flight.queued(range(0, 8), seq(n), None);
+        }
+        assert_eq!(flight.give_up(Some(seq(2))).len(), 2);
+        assert_eq!(flight.range_ended(range(0, 8)).late, vec![]);
+        let ended = flight.range_ended(range(4, 12));
+        assert_eq!(ended.late, vec![(range(4, 8), seq(2))]);
+        assert_eq!(
+            (ended.writes, ended.strangers),
+            (vec![seq(2)], vec![range(8, 12)])
+        );
+        let ended = flight.range_ended(range(0, 8));
+        assert_eq!(ended.late, vec![(range(0, 4), seq(2)), (range(4, 8), seq(1))]);
+        flight.forget(Some(seq(2)));
+        assert_eq!(flight.range_ended(range(0, 8)).strangers, vec![range(0, 8)]);
     }
 
     #[test]

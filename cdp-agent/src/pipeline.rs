@@ -196,8 +196,7 @@ impl Shared {
     /// Waits until every loss of a write that was queued before the call is known to the recorder, and every
     /// write captured by then has come to it. None if the agent stops meanwhile.
     pub(crate) fn losses_known(&self) -> Option<()> {
-        // The look that is under way may have begun before the call.
-        let target = self.recorder.lock().polls() + 2;
+        let target = self.recorder.lock().ask_for_losses();
         self.poll(None, || self.recorder.lock().polls() >= target)
             .then(|| self.drained().map(drop))
             .flatten()
@@ -548,7 +547,7 @@ impl Capture {
         if quiet {
             recorder.no_loss();
         }
-        if self.misses_at.elapsed() >= MISSES_INTERVAL {
+        if recorder.are_losses_asked_for() || self.misses_at.elapsed() >= MISSES_INTERVAL {
             self.misses_at = Instant::now();
             let misses = self.probe.recursion_misses().unwrap_or(self.misses);
             if misses > self.misses {

@@ -23,7 +23,7 @@ use crate::clock;
 use crate::device::BlockDevice;
 use crate::pipeline::{IndexRequest, Shared};
 use crate::priority;
-use crate::recorder::{PLUG_TIME, Run, Suspicion};
+use crate::recorder::{FLIGHT_TIME_MAX, PLUG_TIME, Run, Suspicion};
 
 /// Read under one note of `s`.
 const RUN_BYTES_MAX: u64 = 32 << 20;
@@ -35,8 +35,6 @@ const ALIGN_BYTES: usize = 4096;
 const IDLE: Duration = Duration::from_millis(10);
 /// How long to wait before a device that failed a read is read again.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long a write is waited for whose end was not seen.
-const FLIGHT_TIME_MAX: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(1);
 
 /// The devices of the volumes, by volume; shared with who adds and removes them.

@@ -7,12 +7,15 @@ use cdp_ebpf::event::CompleteEvent;
 use cdp_journal::format::GapCause;
 use cdp_journal::{BLOCK_BYTES, BootNs, SECTOR_BYTES, Seq, VolumeId};
 
-use super::{Recorder, Run, State, Suspicion, SuspicionMark, VolumeRun};
+use super::{FLIGHT_TIME_MAX, Recorder, Run, State, Suspicion, SuspicionMark, VolumeRun};
 use crate::capture::DiskNumber;
 use crate::inflight::Sectors;
 
 /// For this long after the last sign of a write that we did not capture, a split of a bio is taken for another.
 const DOUBT_TIME: Duration = Duration::from_secs(30);
+
+/// Writes that were given up are remembered for about so many times [`FLIGHT_TIME_MAX`].
+const GIVEN_UP_KEPT: usize = 6;
 
 impl Recorder {
     /// Pages were changed while they were written. The event stands before the one of their completion.
@@ -38,9 +41,13 @@ impl Recorder {
     pub(super) fn suspect(&mut self, disk: DiskNumber, range: Sectors, at: BootNs) {
         let known = self.disks.iter().find(|known| known.number == disk);
         // A write that was never captured is in a dirty region, and no record is in doubt.
-        let Some(since) = known.and_then(|disk| disk.in_flight.oldest(range)) else {
-            return;
-        };
+        if let Some(since) = known.and_then(|disk| disk.in_flight.oldest_ever(range)) {
+            self.suspect_since(disk, range, since, at);
+        }
+    }
+
+    /// As [`Recorder::suspect`], where no write before `since` is in doubt.
+    pub(super) fn suspect_since(&mut self, disk: DiskNumber, range: Sectors, since: Seq, at: BootNs) {
         for i in 0..self.volumes.len() {
             let volume = &mut self.volumes[i];
             if volume.disk != disk {
@@ -55,6 +62,34 @@ impl Recorder {
                 volume.doubt_since(Some(since));
                 self.open_gap(i, GapCause::ChangedInFlight, self.last_seq, at);
             }
+        }
+    }
+
+    /// Writes up to `last` are taken to have ended. Nobody saw it, nor whether their pages were changed meanwhile.
+    pub(super) fn give_up(&mut self, disk: DiskNumber, last: Option<Seq>) {
+        let Some(known) = self.disks.iter_mut().find(|known| known.number == disk) else {
+            return;
+        };
+        for (range, seq) in known.in_flight.give_up(last) {
+            self.suspect_since(disk, range, seq, self.latest);
+        }
+    }
+
+    /// Gives up writes that have been on their way for longer than `FLIGHT_TIME_MAX`, twice that at most.
+    pub(super) fn give_up_overdue(&mut self, now: BootNs) {
+        if self.full || now < self.overdue_at {
+            return;
+        }
+        self.overdue_at = BootNs(now.0.saturating_add(FLIGHT_TIME_MAX.as_nanos() as u64));
+        let overdue = self.overdue.back().copied().flatten();
+        self.overdue.push_back(self.last_seq);
+        let forgotten = match self.overdue.len() {
+            ..=GIVEN_UP_KEPT => None,
+            _ => self.overdue.pop_front().flatten(),
+        };
+        for disk in 0..self.disks.len() {
+            self.give_up(self.disks[disk].number, overdue);
+            self.disks[disk].in_flight.forget(forgotten);
         }
     }
 
@@ -126,9 +161,23 @@ impl Recorder {
         })
     }
 
+    /// All losses up to now are known when [`Recorder::polls`] says what this returns: also the skipped events, which
+    /// are looked for less often otherwise.
+    pub(crate) fn ask_for_losses(&mut self) -> u64 {
+        self.are_losses_asked_for = true;
+        // The look that is under way may have begun before the call.
+        self.polls + 2
+    }
+
+    /// Does somebody wait to know of skipped events?
+    pub(crate) fn are_losses_asked_for(&self) -> bool {
+        self.are_losses_asked_for
+    }
+
     /// The probe's counters have been looked at; what they told is known.
     pub(crate) fn polled(&mut self) {
         self.polls += 1;
+        self.are_losses_asked_for = false;
     }
 
     pub(crate) fn polls(&self) -> u64 {

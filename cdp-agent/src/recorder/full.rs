@@ -5,6 +5,7 @@ use cdp_journal::format::{Body, FrameBuilder, GapCause};
 use cdp_journal::{BootNs, Seq};
 
 use super::{Epoch, Recorder, State};
+use crate::inflight::InFlight;
 use crate::regions::Regions;
 
 impl Recorder {
@@ -39,8 +40,9 @@ impl Recorder {
         self.recent.clear();
         self.last_seq = next.prev();
         self.epoch = epoch;
+        self.overdue.clear();
         for disk in &mut self.disks {
-            disk.in_flight.clear();
+            disk.in_flight = InFlight::default();
         }
         for (i, (last_exact, last_exact_at)) in gaps.into_iter().enumerate() {
             let volume = &mut self.volumes[i];

@@ -72,14 +72,18 @@ impl Recorder {
         ring_position: u64,
         marks: &[Range<u64>],
     ) {
-        let Some(disk) = self.disks.iter_mut().find(|disk| disk.slot == slot) else {
+        let Some(number) = self
+            .disks
+            .iter()
+            .find(|disk| disk.slot == slot)
+            .map(|disk| disk.number)
+        else {
             return;
         };
         if losses.lost_completions > 0 {
-            // Which writes have ended is not known any more. Those that end later show up as strangers.
-            disk.in_flight.clear();
+            // Which writes have ended is not known any more.
+            self.give_up(number, self.last_seq);
         }
-        let number = disk.number;
         let floor = self.recent.front().map_or(now, |&(at, _)| at);
         for i in 0..self.volumes.len() {
             let volume = &mut self.volumes[i];
@@ -109,6 +113,9 @@ impl Recorder {
                     at: first_at.unwrap_or(floor),
                     ring_position,
                 });
+            }
+            if !matches!(self.volumes[i].state, State::Exact { .. }) {
+                self.doubt_in_flight(i);
             }
             self.reach_back(i, now);
         }
@@ -144,11 +151,30 @@ impl Recorder {
             if let Some(pending) = self.volumes[i].pending
                 && at >= pending.at
             {
-                self.volumes[i].pending = None;
-                let last_exact = self.last_seq_before(pending.at);
-                self.open_gap(i, pending.cause, last_exact, at);
+                self.place_gap(i, pending, at);
             }
         }
+    }
+
+    fn place_gap(&mut self, i: usize, pending: PendingGap, at: BootNs) {
+        self.doubt_in_flight(i);
+        self.volumes[i].pending = None;
+        let last_exact = self.last_seq_before(pending.at);
+        self.open_gap(i, pending.cause, last_exact, at);
+    }
+
+    /// What was lost may have told that a write in flight was taken otherwise than it was seen.
+    fn doubt_in_flight(&mut self, i: usize) {
+        let volume = &mut self.volumes[i];
+        let Some(disk) = self.disks.iter().find(|disk| disk.number == volume.disk) else {
+            return;
+        };
+        let oldest = disk.in_flight.oldest_where(volume.sectors(), |range| {
+            volume
+                .clip(range)
+                .is_some_and(|bytes| volume.touches_dirty(&bytes))
+        });
+        volume.doubt_since(oldest);
     }
 
     /// The ring has been emptied up to `position`.
@@ -157,11 +183,10 @@ impl Recorder {
             if let Some(pending) = self.volumes[i].pending
                 && position >= pending.ring_position
             {
-                self.volumes[i].pending = None;
-                let last_exact = self.last_seq_before(pending.at);
-                self.open_gap(i, pending.cause, last_exact, now);
+                self.place_gap(i, pending, now);
             }
         }
+        self.give_up_overdue(now);
     }
 
     /// The counters showed no loss: what was recorded a while ago will not be doubted by a later one. A bio
@@ -192,6 +217,9 @@ impl Recorder {
     pub(super) fn open_gap(&mut self, i: usize, cause: GapCause, last_exact: Option<Seq>, at: BootNs) {
         // A loss whose place is not reached yet may lie before this one.
         let pending = self.volumes[i].pending;
+        if pending.is_some() {
+            self.doubt_in_flight(i);
+        }
         let last_exact = pending.map_or(last_exact, |pending| {
             last_exact.min(self.last_seq_before(pending.at))
         });

@@ -55,6 +55,9 @@ const STRANGER_QUIET: Duration = Duration::from_secs(3);
 /// handed on within this time.
 pub(crate) const PLUG_TIME: Duration = Duration::from_millis(100);
 
+/// How long a write is waited for whose end was not seen.
+pub(crate) const FLIGHT_TIME_MAX: Duration = Duration::from_secs(10);
+
 /// Idle times are covered by ticks: after a write at least this long apart, then ever more seldom, so that
 /// what is not covered yet is at most a quarter of the idle time.
 const TICK_MIN: Duration = Duration::from_millis(50);
@@ -141,8 +144,12 @@ pub(crate) struct Recorder {
     /// The store takes no more: events are counted as dropped until there is room.
     full: bool,
     last_write: BootNs,
+    /// The last record, each time that [`Recorder::give_up_overdue`] looked: next at `overdue_at`.
+    overdue: VecDeque<Option<Seq>>,
+    overdue_at: BootNs,
     /// How often the probe's counters were looked at.
     polls: u64,
+    are_losses_asked_for: bool,
     /// Behind the last event that was recorded whole.
     position: RingPosition,
     /// An event is being recorded: frames are sealed behind it, if it fits.
@@ -168,7 +175,10 @@ impl Recorder {
             epoch: Epoch::default(),
             full: false,
             last_write: BootNs(0),
+            overdue: VecDeque::new(),
+            overdue_at: BootNs(0),
             polls: 0,
+            are_losses_asked_for: false,
             position: RingPosition::default(),
             is_in_event: false,
             #[cfg(test)]
@@ -338,6 +348,9 @@ impl Recorder {
     }
 
     fn record(&mut self, event: &Event<'_>) {
+        if !self.full {
+            self.open_pending_gaps(event.at());
+        }
         match event {
             Event::Write(write, data) => self.write(write, data),
             Event::Complete(complete) => self.complete(complete),
@@ -355,7 +368,6 @@ impl Recorder {
             self.drop_while_full(write);
             return;
         }
-        self.open_pending_gaps(at);
         let origin = Origin {
             pid: write.pid,
             comm: write.comm,
@@ -419,6 +431,9 @@ impl Recorder {
         let number = disk.number;
         if complete.whole_bio == 0 && !ended.writes.is_empty() {
             self.ended_among_unseen(number, range, at);
+        }
+        for (range, seq) in ended.late {
+            self.suspect_since(number, range, seq, at);
         }
         for stranger in ended.strangers {
             self.unknown(number, stranger, at);
@@ -487,15 +502,10 @@ impl Recorder {
         })
     }
 
-    /// Writes up to `last` to the disk of this run have ended, whatever the probe saw: see
-    /// [`InFlight::forget`].
+    /// Writes up to `last` to the disk of this run have ended, whatever the probe saw.
     pub(crate) fn ended(&mut self, run: &Run, last: Option<Seq>) {
-        let Some(volume) = self.volumes.iter().find(|volume| volume.id == run.volume) else {
-            return;
-        };
-        let disk = volume.disk;
-        for disk in self.disks.iter_mut().filter(|known| known.number == disk) {
-            disk.in_flight.forget(last);
+        if let Some(volume) = self.volumes.iter().find(|volume| volume.id == run.volume) {
+            self.give_up(volume.disk, last);
         }
     }
 

@@ -214,6 +214,7 @@ fn a_gap_opens_right_before_the_first_record_that_is_not_older_than_the_loss() {
 fn a_loss_behind_all_records_opens_its_gap_when_the_ring_is_empty() {
     let mut recorder = protected();
     write(&mut recorder, 0, 20 * SECOND);
+    complete(&mut recorder, 0, 4096, false, 20 * SECOND);
     lose(&mut recorder, 1, 21 * SECOND, 22 * SECOND, 1000, 0);
     recorder.drained_to(999, BootNs(22 * SECOND));
     assert!(matches!(state(&recorder), State::Exact { .. }));
@@ -232,6 +233,7 @@ fn a_loss_behind_all_records_opens_its_gap_when_the_ring_is_empty() {
 fn the_chunks_of_a_torn_bio_never_count_as_exact() {
     let mut recorder = protected();
     write(&mut recorder, 0, 20 * SECOND);
+    complete(&mut recorder, 0, 4096, false, 20 * SECOND);
     let before = recorder.last_seq();
     let torn = WriteEvent {
         last: 0,
@@ -464,32 +466,88 @@ fn gaps_from(recorder: &mut Recorder) -> Vec<Option<Seq>> {
     gaps.collect()
 }
 
-/// A suspect whose region becomes dirty is not compared any more: no moment since its write is exact.
+/// A suspect whose region becomes dirty is not compared any more: no moment since its write is exact. Nor where the
+/// news that it is one may be what was lost: the write was in flight then.
 #[test]
 fn a_gap_begins_before_what_was_in_doubt() {
-    for late in [false, true] {
+    for (has_ended, was_changed) in [(false, false), (true, false), (true, true)] {
         let mut recorder = protected();
         write(&mut recorder, 8, 20 * SECOND);
         let in_doubt = recorder.last_seq().unwrap();
         write(&mut recorder, 800, 21 * SECOND);
         let last_exact = recorder.last_seq();
         records(&mut recorder);
-        let notice = |recorder: &mut Recorder| {
-            changed(recorder, 8, 4096, 22 * SECOND);
-            complete(recorder, 8, 4096, false, 22 * SECOND);
-        };
-        if !late {
-            notice(&mut recorder);
+        if was_changed {
+            changed(&mut recorder, 8, 4096, 22 * SECOND);
+        }
+        if has_ended {
+            complete(&mut recorder, 8, 4096, false, 22 * SECOND);
         }
         lose(&mut recorder, 1, 23 * SECOND, 24 * SECOND, 1, 0);
         recorder.drained_to(1, BootNs(24 * SECOND));
-        if late {
-            assert_eq!(gaps_from(&mut recorder), [last_exact]);
-            notice(&mut recorder);
-        }
-        assert_eq!(gaps_from(&mut recorder), [in_doubt.prev()], "late: {late}");
+        let expected = if has_ended && !was_changed {
+            last_exact
+        } else {
+            in_doubt.prev()
+        };
+        assert_eq!(gaps_from(&mut recorder), [expected], "{has_ended} {was_changed}");
         assert_eq!(recorder.take_suspects(), None);
     }
+}
+
+/// Also if the gap is open already, for another reason.
+#[test]
+fn an_open_gap_begins_before_a_write_of_which_news_was_lost() {
+    let mut recorder = protected();
+    write(&mut recorder, 8, 20 * SECOND);
+    let in_doubt = recorder.last_seq().unwrap();
+    write(&mut recorder, 800, 21 * SECOND);
+    complete(&mut recorder, 800, 4096, true, 22 * SECOND);
+    assert_eq!(gaps_from(&mut recorder), [Some(in_doubt)]);
+    lose(&mut recorder, 1, 23 * SECOND, 24 * SECOND, 1, 0);
+    assert_eq!(gaps_from(&mut recorder), [in_doubt.prev()]);
+}
+
+/// An end that nobody saw may have been that of changed pages: the block is compared. One that comes late after all
+/// is no stranger's: what it wrote is known.
+#[test]
+fn a_write_whose_end_was_not_seen_is_compared_and_may_end_late() {
+    let mut recorder = protected();
+    recorder.drained_to(0, BootNs(20 * SECOND));
+    write(&mut recorder, 8, 20 * SECOND);
+    for seconds in [30, 40] {
+        assert_eq!(recorder.take_suspects(), None);
+        recorder.drained_to(0, BootNs(seconds * SECOND));
+    }
+    for at in [41, 42] {
+        let suspicion = recorder.take_suspects().expect("it is compared");
+        assert_eq!(suspicion.ranges, vec![BLOCK_BYTES..2 * BLOCK_BYTES]);
+        recorder.suspects_done(volume_id(), true);
+        assert_eq!(recorder.take_suspects(), None);
+        complete(&mut recorder, 8, 4096, false, at * SECOND);
+    }
+    assert!(
+        matches!(state(&recorder), State::Resyncing(_)),
+        "only one write was given up: the second end is a stranger's"
+    );
+}
+
+/// What ended while others might have been on their way is read once more, when they cannot be any more.
+#[test]
+fn an_end_that_may_have_been_another_writes_is_read_once_more() {
+    let mut recorder = recorder();
+    write(&mut recorder, 8, SECOND);
+    complete(&mut recorder, 8, 4096, false, 2 * SECOND);
+    assert_eq!(read_everything(&mut recorder), BYTES);
+    let quiet = |since: u64| Some(BootNs(since + PLUG_TIME.as_nanos() as u64 + 1));
+    assert!(!recorder.try_close(volume_id(), quiet(1), BootNs(2 * SECOND)));
+    let idle_at = quiet(2 * SECOND);
+    assert!(!recorder.try_close(volume_id(), idle_at, BootNs(3 * SECOND)));
+    assert_eq!(read_everything(&mut recorder), REGION);
+    complete(&mut recorder, 8, 4096, false, 2 * SECOND);
+    assert!(!recorder.try_close(volume_id(), idle_at, BootNs(3 * SECOND)));
+    assert_eq!(read_everything(&mut recorder), REGION, "a stranger's");
+    assert!(recorder.try_close(volume_id(), idle_at, BootNs(6 * SECOND)));
 }
 
 /// Between two looks at its size a device may grow and be written to beyond its old end.

@@ -140,7 +140,13 @@ impl VolumeRun {
 
     /// Will all of this be read back and compared, after every write that came up to now?
     pub(super) fn is_dirty(&self, bytes: &Range<u64>) -> bool {
-        self.regions_of(bytes).all(|region| self.dirty.contains(region) && !self.blank.contains(region))
+        self.regions_of(bytes)
+            .all(|region| self.dirty.contains(region) && !self.blank.contains(region))
+    }
+
+    /// Will any of it be?
+    pub(super) fn touches_dirty(&self, bytes: &Range<u64>) -> bool {
+        self.regions_of(bytes).any(|region| self.dirty.contains(region))
     }
 
     fn regions_left(&self) -> u64 {

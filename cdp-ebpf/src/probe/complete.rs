@@ -100,10 +100,12 @@ pub(super) fn request_completed(ctx: BtfTracePointContext) -> i32 {
         return 0;
     }
     let event = ended(op as u8, failed, disk, sector, bytes);
-    if failed == 0 && op as u8 == Op::Write as u8 {
-        pages::look_at_request(slot, region_shift, &event, bio);
+    let is_plain = failed != 0 || op as u8 != Op::Write as u8;
+    if is_plain || pages::look_at_request(slot, region_shift, &event, bio) {
+        complete(slot, region_shift, event);
+    } else {
+        unsaid(slot);
     }
-    complete(slot, region_shift, event);
     0
 }
 
@@ -175,11 +177,20 @@ pub(super) fn bio_completed(ctx: BtfTracePointContext) -> i32 {
         bio: bio as u64,
         ..ended(op, u8::from(status != 0), disk, sector, bytes)
     };
-    if status == 0 && op == Op::Write as u8 {
-        pages::look_at_bio(slot, region_shift, &event, bio);
+    let is_plain = status != 0 || op != Op::Write as u8;
+    if is_plain || pages::look_at_bio(slot, region_shift, &event, bio) {
+        complete(slot, region_shift, event);
+    } else {
+        unsaid(slot);
     }
-    complete(slot, region_shift, event);
     0
+}
+
+/// An end without the news that pages were changed would say that all is well: neither is told, so that the write
+/// counts as in flight until it is compared.
+#[inline(always)]
+fn unsaid(slot: u32) {
+    add(counter_index(slot, Counter::LostCompletions as u32), 1);
 }
 
 /// This range has ended, now.

@@ -52,12 +52,12 @@ pub(super) fn is_pinned(bio: *const u8, bytes: u32) -> bool {
     u32::from(flags) & kernel!(bio_pinned) != 0 && size >= bytes
 }
 
-/// Looks at what a request wrote, from its first bio on.
+/// Looks at what a request wrote, from its first bio on. False if it was changed and there was no room to tell.
 #[inline(always)]
-pub(super) fn look_at_request(slot: u32, region_shift: u32, event: &CompleteEvent, bio: *const u8) {
+pub(super) fn look_at_request(slot: u32, region_shift: u32, event: &CompleteEvent, bio: *const u8) -> bool {
     let cpu = this_cpu();
     if is_pinned(bio, event.bytes) {
-        return;
+        return true;
     }
     if let Some(area) = PAGES_OF_REQUEST.get_ptr_mut(cpu) {
         let walk = PageWalk {
@@ -72,16 +72,17 @@ pub(super) fn look_at_request(slot: u32, region_shift: u32, event: &CompleteEven
             end: 0,
             reserved: 0,
         };
-        look_for_changes(slot, region_shift, event, area, page_of_request, walk);
+        return look_for_changes(slot, region_shift, event, area, page_of_request, walk);
     }
+    true
 }
 
-/// Looks at what a whole bio wrote: its driver may have moved its iterator, so at all of its parts.
+/// As [`look_at_request`], of a whole bio: its driver may have moved its iterator, so at all of its parts.
 #[inline(always)]
-pub(super) fn look_at_bio(slot: u32, region_shift: u32, event: &CompleteEvent, bio: *const u8) {
+pub(super) fn look_at_bio(slot: u32, region_shift: u32, event: &CompleteEvent, bio: *const u8) -> bool {
     let cpu = this_cpu();
     if is_pinned(bio, 0) {
-        return;
+        return true;
     }
     if let Some(area) = PAGES_OF_BIO.get_ptr_mut(cpu) {
         // SAFETY: the tracepoint's argument, a `struct bio`.
@@ -99,12 +100,14 @@ pub(super) fn look_at_bio(slot: u32, region_shift: u32, event: &CompleteEvent, b
             end: 0,
             reserved: 0,
         };
-        look_for_changes(slot, region_shift, event, area, page_of_bio, walk);
+        return look_for_changes(slot, region_shift, event, area, page_of_bio, walk);
     }
+    true
 }
 
 /// A page of the page cache may be changed while it is written, unless its file system keeps it stable: the
 /// disk then gets what we did not see. Such a page is dirty again, or locked by who is about to say so.
+/// False if it could not be told.
 #[inline(always)]
 pub(super) fn look_for_changes(
     slot: u32,
@@ -113,7 +116,7 @@ pub(super) fn look_for_changes(
     area: *mut PageWalk,
     step: extern "C" fn(u64, *mut c_void) -> i64,
     walk: PageWalk,
-) {
+) -> bool {
     // SAFETY: this CPU's own area, see the module's head; written before bpf_loop runs, which gets a function
     // of the signature that it asks for. Read through the raw pointer, because the steps have changed it.
     let (first, end) = unsafe {
@@ -125,7 +128,7 @@ pub(super) fn look_for_changes(
         )
     };
     if end <= first {
-        return;
+        return true;
     }
     let changed = CompleteEvent {
         kind: EventKind::Changed as u8,
@@ -141,15 +144,19 @@ pub(super) fn look_for_changes(
         Some(mut entry) => {
             entry.write(changed);
             entry.submit(ring_flags());
+            true
         }
-        None => drop_write(
-            slot,
-            region_shift,
-            event.sector,
-            event.bytes,
-            Cause::RingFull as u32,
-            event.boot_ns,
-        ),
+        None => {
+            drop_write(
+                slot,
+                region_shift,
+                event.sector,
+                event.bytes,
+                Cause::RingFull as u32,
+                event.boot_ns,
+            );
+            false
+        }
     }
 }
 

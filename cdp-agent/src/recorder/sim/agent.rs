@@ -118,6 +118,8 @@ pub(super) struct Agent {
     idle_at: Option<BootNs>,
     drained_ns: u64,
     sealed_next: u64,
+    /// How often it gave up writes that have not ended.
+    given_up: u64,
 }
 
 fn sectors_of(bytes: &Range<u64>) -> Range<usize> {
@@ -209,6 +211,7 @@ impl Agent {
             idle_at: None,
             drained_ns: 0,
             sealed_next: durable + 1,
+            given_up: 0,
         };
         agent.tapped(model, None);
         agent
@@ -233,6 +236,7 @@ impl Agent {
     pub(super) fn is_settled(&self, kernel: &Kernel) -> bool {
         let volume = &self.recorder.volumes[0];
         kernel.ring.is_empty()
+            && kernel.skipped().next().is_none()
             && matches!(volume.state, State::Exact { .. })
             && volume.dirty.is_empty()
             && volume.suspects.held().next().is_none()
@@ -248,11 +252,18 @@ impl Agent {
     }
 
     /// The blocks that wait to be compared, or for a gap that will say that they are not.
-    pub(super) fn unsettled(&self) -> u64 {
+    pub(super) fn unsettled(&self, kernel: &Kernel) -> u64 {
         match self.recorder.volumes[0].in_doubt {
             Some(_) => u64::MAX,
-            None => self.suspects(),
+            None => self.perhaps_suspects(kernel),
         }
+    }
+
+    /// The blocks that wait to be compared, or will when the agent gives up a write whose end was skipped.
+    fn perhaps_suspects(&self, kernel: &Kernel) -> u64 {
+        kernel.skipped().fold(self.suspects(), |bits, range| {
+            bits | blocks_of(range.start, range.end - range.start)
+        })
     }
 
     /// Which frames survive a crash: the Seq after the last record.
@@ -340,6 +351,7 @@ impl Agent {
                 let first_at = (found.first_drop_ns != 0).then_some(BootNs(found.first_drop_ns));
                 self.recorder
                     .losses(SLOT, losses, first_at, now, kernel.produced, &marks);
+                self.tapped(model, None);
                 let counted = (found.dropped + found.lost_completions)
                     - (self.seen.dropped + self.seen.lost_completions);
                 self.seen = found;
@@ -355,7 +367,10 @@ impl Agent {
             Capture::Drain { now, target } => self.drain(rng, kernel, model, now, target),
             Capture::Forward(now, empty) => {
                 if self.forward() {
+                    let overdue_at = self.recorder.overdue_at;
                     self.recorder.drained_to(kernel.consumed, now);
+                    self.given_up += u64::from(self.recorder.overdue_at != overdue_at);
+                    kernel.given_up(self.given_up);
                     if empty {
                         self.recorder.tick(now);
                     }
@@ -372,7 +387,7 @@ impl Agent {
     }
 
     fn polled(&mut self, kernel: &mut Kernel, model: &mut Model, now: BootNs) {
-        if kernel.now_ns - self.misses_at_ns >= MISSES_INTERVAL_NS {
+        if self.recorder.are_losses_asked_for() || kernel.now_ns - self.misses_at_ns >= MISSES_INTERVAL_NS {
             self.misses_at_ns = kernel.now_ns;
             if kernel.counters.misses > self.misses {
                 self.recorder.everything_unknown(self.misses_seq, now);
@@ -402,7 +417,7 @@ impl Agent {
                 return Capture::Forward(now, true);
             };
             kernel.consumed += next.cost;
-            let before = self.suspects();
+            let before = self.perhaps_suspects(kernel);
             let mut touched = 0;
             match next.event {
                 RingEvent::Write(event, content, number) => {
@@ -631,7 +646,7 @@ impl Agent {
                     if job.run.is_some() {
                         return Some(Ok(()));
                     }
-                    job.phase = Phase::Polls(self.recorder.polls() + 2);
+                    job.phase = Phase::Polls(self.recorder.ask_for_losses());
                     return None;
                 };
                 job.read_ns = job.read_ns.min(kernel.now_ns);

@@ -59,6 +59,16 @@ pub(super) struct Counters {
     pub(super) misses: u64,
 }
 
+/// An end that nobody saw.
+#[derive(Debug)]
+struct Skipped {
+    range: Range<u64>,
+    /// Before it, the ring holds the write.
+    position: u64,
+    /// How often the agent had given up writes when it had seen it.
+    drained_at: Option<u64>,
+}
+
 #[derive(Debug)]
 pub(super) struct Kernel {
     pub(super) now_ns: u64,
@@ -79,6 +89,8 @@ pub(super) struct Kernel {
     /// Times of losses that the agent may not have read the counters for.
     pub(super) losses_ns: VecDeque<u64>,
     pub(super) misses_ns: VecDeque<u64>,
+    /// Of writes whose pages may have been changed.
+    skipped: Vec<Skipped>,
 }
 
 impl Kernel {
@@ -102,6 +114,7 @@ impl Kernel {
             counters: Counters::default(),
             losses_ns: VecDeque::new(),
             misses_ns: VecDeque::new(),
+            skipped: Vec::new(),
         }
     }
 
@@ -144,6 +157,7 @@ impl Kernel {
         self.counters = Counters::default();
         self.losses_ns.clear();
         self.misses_ns.clear();
+        self.skipped.clear();
         for bio in &mut self.bios {
             bio.unseen_since_ns = Some(u64::MAX);
         }
@@ -183,6 +197,22 @@ impl Kernel {
 
     pub(super) fn never_captured(&mut self, number: usize) {
         self.forget_captured(|other| other == number);
+    }
+
+    /// The agent has given up writes so often: those that it knew the time before.
+    pub(super) fn given_up(&mut self, times: u64) {
+        for skipped in &mut self.skipped {
+            if self.consumed >= skipped.position {
+                skipped.drained_at.get_or_insert(times);
+            }
+        }
+        self.skipped
+            .retain(|skipped| skipped.drained_at.is_none_or(|then| times < then + 2));
+    }
+
+    /// Where the agent cannot know yet that an end was skipped.
+    pub(super) fn skipped(&self) -> impl Iterator<Item = &Range<u64>> {
+        self.skipped.iter().map(|skipped| &skipped.range)
     }
 
     /// A write that the agent knows it did not see, and since when.
@@ -444,7 +474,6 @@ impl Kernel {
         // `sim`.
         let is_skipped = profile.skips
             && !profile.bio_based
-            && !was_changed
             && !failed
             && ended.iter().all(|&(i, _)| self.bios[i].unseen_since_ns.is_none())
             && rng.one_in(40);
@@ -457,6 +486,13 @@ impl Kernel {
                 self.bios.swap_remove(i);
             }
         }
+        if is_skipped {
+            self.skipped.push(Skipped {
+                range: piece.clone(),
+                position: self.produced,
+                drained_at: None,
+            });
+        }
         if !self.is_watched || is_skipped {
             return;
         }
@@ -466,8 +502,12 @@ impl Kernel {
                 ..event
             };
             if !self.put(profile, RingEvent::Changed(changed), at_ns, 1) {
+                // Its end must not be seen without it.
+                self.counters.lost_completions += 1;
+                self.losses_ns.push_back(at_ns);
                 self.drop_write(&piece, at_ns);
                 model.queued(at_ns);
+                return;
             }
         }
         if !self.put(profile, RingEvent::Complete(event), at_ns, 1) {

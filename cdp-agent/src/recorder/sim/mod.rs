@@ -181,7 +181,10 @@ impl Sim {
     }
 
     fn check(&mut self, everything: bool) -> Result<(), String> {
-        let suspects = self.agent.as_ref().map_or(0, Agent::unsettled);
+        let suspects = self
+            .agent
+            .as_ref()
+            .map_or(0, |agent| agent.unsettled(&self.kernel));
         self.model.check(everything, self.kernel.known_ns(), suspects)
     }
 
