@@ -396,6 +396,9 @@ impl Agent {
             }
             self.misses = kernel.counters.misses;
             kernel.misses_ns.clear();
+            for (_, _, known) in &mut kernel.missed {
+                known.get_or_insert(model.last_seq());
+            }
             self.misses_seq = self.recorder.last_seq();
         }
         self.recorder.polled();

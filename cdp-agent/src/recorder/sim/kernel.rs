@@ -89,6 +89,8 @@ pub(super) struct Kernel {
     /// Times of losses that the agent may not have read the counters for.
     pub(super) losses_ns: VecDeque<u64>,
     pub(super) misses_ns: VecDeque<u64>,
+    /// Writes that nobody saw: since when, where, and the record that the agent made when it knew.
+    pub(super) missed: Vec<(u64, Range<u64>, Option<u64>)>,
     /// Of writes whose pages may have been changed.
     skipped: Vec<Skipped>,
 }
@@ -114,6 +116,7 @@ impl Kernel {
             counters: Counters::default(),
             losses_ns: VecDeque::new(),
             misses_ns: VecDeque::new(),
+            missed: Vec::new(),
             skipped: Vec::new(),
         }
     }
@@ -157,6 +160,7 @@ impl Kernel {
         self.counters = Counters::default();
         self.losses_ns.clear();
         self.misses_ns.clear();
+        self.missed.clear();
         self.skipped.clear();
         for bio in &mut self.bios {
             bio.unseen_since_ns = Some(u64::MAX);
@@ -312,6 +316,7 @@ impl Kernel {
         } else if profile.misses && rng.one_in(200) {
             self.counters.misses += 1;
             self.misses_ns.push_back(at_ns);
+            self.missed.push((at_ns, range.clone(), None));
             bio.is_missed = true;
             bio.unseen_since_ns = Some(u64::MAX);
         } else if range.end > START
@@ -520,7 +525,7 @@ impl Kernel {
 }
 
 /// A sector of the disk, counted from the volume's start.
-fn of_volume(sector: u64) -> Option<usize> {
+pub(super) fn of_volume(sector: u64) -> Option<usize> {
     let own = sector.checked_sub(START)? as usize;
     (own < SECTORS).then_some(own)
 }

@@ -157,6 +157,11 @@ impl Sim {
             let next = running.survives(rng) + 1;
             let at_ns = kernel.instant();
             model.crashed(at_ns, next);
+            for (since_ns, range, known) in kernel.missed.drain(..) {
+                if known.is_none_or(|seq| seq >= next) {
+                    model.crashed_after_a_miss(since_ns, range, at_ns);
+                }
+            }
             kernel.unwatch();
             *agent = None;
             return;

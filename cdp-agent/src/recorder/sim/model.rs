@@ -9,6 +9,7 @@ use cdp_journal::SECTOR_BYTES;
 use cdp_journal::format::Body;
 
 use super::SECTORS;
+use super::kernel::of_volume;
 
 /// The first 8 bytes of a sector tell its content; 0 is a sector of zeroes.
 pub(super) type Content = u64;
@@ -221,6 +222,19 @@ impl Model {
     pub(super) fn crashed(&mut self, at_ns: u64, next: u64) {
         self.interrupted(at_ns, next);
         self.exempt(0..SECTORS, at_ns, Ended::Failed);
+    }
+
+    /// A write to this range of the disk had been skipped before, and it had not made durable that it knew: the limit
+    /// of ARCHITECTURE.md, "A gap opens".
+    pub(super) fn crashed_after_a_miss(&mut self, since_ns: u64, range: std::ops::Range<u64>, at_ns: u64) {
+        for sector in range.filter_map(of_volume) {
+            for quiet in self.quiet[sector]
+                .iter_mut()
+                .filter(|quiet| quiet.from_ns >= since_ns)
+            {
+                quiet.exempt_until_ns = quiet.exempt_until_ns.max(at_ns);
+            }
+        }
     }
 
     /// Its store filled up, or it died, and the log ends before `next`. What changed in flight is not corrected any
