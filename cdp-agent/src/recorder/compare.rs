@@ -54,10 +54,16 @@ impl Recorder {
                 continue;
             }
             let Some(bytes) = volume.clip(range) else { continue };
-            if volume.is_dirty(&bytes) {
+            // What is read back there hides from the compare how the write ended.
+            if volume.is_dirty(&bytes) || volume.is_being_read(&bytes) {
                 volume.doubt_since(Some(since));
                 self.reach_back(i, at);
-            } else if !volume.suspects.raise(&bytes, since) {
+            }
+            let volume = &mut self.volumes[i];
+            if volume.is_dirty(&bytes) {
+                continue;
+            }
+            if !volume.suspects.raise(&bytes, since) {
                 volume.mark(bytes);
                 volume.doubt_since(Some(since));
                 self.open_gap(i, GapCause::ChangedInFlight, self.last_seq, at);

@@ -144,7 +144,15 @@ impl VolumeRun {
             .all(|region| self.dirty.contains(region) && !self.blank.contains(region))
     }
 
-    /// Will any of it be?
+    /// Is any of this being read back?
+    pub(super) fn is_being_read(&self, bytes: &Range<u64>) -> bool {
+        let regions = self.regions_of(bytes);
+        self.reading
+            .as_ref()
+            .is_some_and(|run| run.start < regions.end && regions.start < run.end)
+    }
+
+    /// Is any of this waiting to be read back?
     pub(super) fn touches_dirty(&self, bytes: &Range<u64>) -> bool {
         self.regions_of(bytes).any(|region| self.dirty.contains(region))
     }
