@@ -11,6 +11,13 @@ use crate::capture::DiskNumber;
 /// How deep devices may be stacked on one another.
 const STACK_DEPTH_MAX: u32 = 16;
 
+/// Reads and writes that a disk has completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Requests {
+    pub(crate) reads: u64,
+    pub(crate) writes: u64,
+}
+
 /// A block device to be protected.
 #[derive(Clone, Debug)]
 pub(crate) struct BlockDevice {
@@ -128,14 +135,17 @@ impl BlockDevice {
         text.split_whitespace().nth(1)?.parse().ok()
     }
 
-    /// Reads and writes that the disk has completed so far: tells whether production is using it.
-    pub(crate) fn requests_done(&self) -> Option<u64> {
+    /// What the disk has completed so far: tells whether production is using it.
+    pub(crate) fn requests_done(&self) -> Option<Requests> {
         let text = std::fs::read_to_string(self.disk_sysfs.join("stat")).ok()?;
         let numbers: Vec<u64> = text
             .split_whitespace()
             .filter_map(|number| number.parse().ok())
             .collect();
-        Some(numbers.first()? + numbers.get(4)?)
+        Some(Requests {
+            reads: *numbers.first()?,
+            writes: *numbers.get(4)?,
+        })
     }
 }
 

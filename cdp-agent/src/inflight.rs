@@ -168,7 +168,8 @@ impl InFlight {
         if let Some(bio) = bio {
             self.add_chunk(bio, range, seq);
         }
-        let overlaps = self.any(range, seq.prev());
+        // One that was given up may have ended only after this one was queued, before we heard of it.
+        let overlaps = self.any(range, seq.prev()) || self.given_up.over(range).next().is_some();
         self.places.insert(range, seq);
         overlaps
     }
@@ -458,6 +459,8 @@ mod tests {
             flight.queued(range(0, 8), seq(n), None);
         }
         assert_eq!(flight.give_up(Some(seq(2))).len(), 2);
+        assert!(flight.queued(range(7, 8), seq(4), None));
+        assert_eq!(flight.range_ended(range(7, 8)).writes, vec![seq(4)]);
         assert_eq!(flight.range_ended(range(0, 8)).late, vec![]);
         let ended = flight.range_ended(range(4, 12));
         assert_eq!(ended.late, vec![(range(4, 8), seq(2))]);

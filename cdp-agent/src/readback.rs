@@ -20,7 +20,7 @@ use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 
 use crate::clock;
-use crate::device::BlockDevice;
+use crate::device::{BlockDevice, Requests};
 use crate::pipeline::{IndexRequest, Shared};
 use crate::priority;
 use crate::recorder::{FLIGHT_TIME_MAX, PLUG_TIME, Run, Suspicion};
@@ -29,6 +29,10 @@ use crate::recorder::{FLIGHT_TIME_MAX, PLUG_TIME, Run, Suspicion};
 const RUN_BYTES_MAX: u64 = 32 << 20;
 /// One read, and at most one record.
 const READ_BYTES: u64 = 1 << 20;
+/// One read of ours is split into a few requests at most.
+const REQUESTS_PER_READ: u64 = 16;
+/// How fast it goes on while others use the disk: what is read is compared, encoded and written as well.
+const BUSY_BYTES_PER_S: f64 = (32 << 20) as f64;
 /// Memory that O_DIRECT may want its buffers aligned to.
 const ALIGN_BYTES: usize = 4096;
 /// How long the thread sleeps when nothing is dirty.
@@ -52,12 +56,10 @@ pub(crate) struct ReadBack {
 #[error("the agent is stopping")]
 struct Stopping;
 
-/// Makes reading back give way to production: when others used the disk meanwhile, rest for as long as the
-/// read took.
+/// Makes reading back give way to production: while others use the disk, it goes on at a rate that they do not feel.
 struct Pace<'a> {
     device: &'a BlockDevice,
-    requests: Option<u64>,
-    ours: u64,
+    done: Option<Requests>,
     began: Instant,
 }
 
@@ -65,29 +67,22 @@ impl<'a> Pace<'a> {
     fn new(device: &'a BlockDevice) -> Self {
         Self {
             device,
-            requests: device.requests_done(),
-            ours: 0,
+            done: device.requests_done(),
             began: Instant::now(),
         }
     }
 
-    fn give_way(&mut self) {
-        // One read of ours is split into a few requests at most.
-        const REQUESTS_PER_READ: u64 = 16;
-        self.ours += REQUESTS_PER_READ;
+    /// This many bytes were read since the last call, in one read.
+    fn give_way(&mut self, bytes: u64) {
         let now = self.device.requests_done();
-        let others = now
-            .zip(self.requests)
-            .is_some_and(|(now, then)| now.saturating_sub(then) > self.ours);
+        let others = now.zip(self.done).is_some_and(|(now, then)| {
+            now.writes > then.writes || now.reads.saturating_sub(then.reads) > REQUESTS_PER_READ
+        });
         if others {
-            std::thread::sleep(self.began.elapsed().min(Duration::from_millis(50)));
+            let time = Duration::from_secs_f64(bytes as f64 / BUSY_BYTES_PER_S);
+            std::thread::sleep(time.saturating_sub(self.began.elapsed()));
         }
-        *self = Self {
-            requests: now,
-            ours: 0,
-            began: Instant::now(),
-            device: self.device,
-        };
+        *self = Self::new(self.device);
     }
 }
 
@@ -263,7 +258,7 @@ impl ReadBack {
                 Some(view) => self.record_changed(run, at, bytes, as_of, view)?,
             }
             at += length;
-            pace.give_way();
+            pace.give_way(length);
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use cdp_tests::agent::{Agent, AgentPlan, PROTECT_TIMEOUT};
 use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
+use cdp_tests::fio::Fio;
 use cdp_tests::moments::{QuietMoment, WallNs};
 use cdp_tests::mount::{FileSystem, Mount};
 use cdp_tests::process::poll_until;
@@ -58,6 +59,59 @@ fn a_full_ring_is_a_gap_that_is_counted_named_and_refused() {
         }
         after.check_at(&restore, "latest", &scene.path("image"))?;
         expect_refused(scene, &restore, inside, "ring-overflow", &before)?;
+        agent.stop()
+    });
+}
+
+/// Goal: a ring that overflows while production writes on, small and at random and large and in a row, is one gap, and
+/// all around it is exact. Method: the agent's process is stopped for 5 s of it; the moments before, and after each
+/// load has ended, are checked, `latest` last.
+#[test]
+fn a_ring_that_overflows_under_load_is_a_gap_and_all_around_it_is_exact() {
+    system_test("honest: ring full under load", &["fio"], |scene| {
+        let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(192 * MIB))?;
+        write(scene, &device, "old", 8 * MIB)?;
+        let plan = plan(scene, &device)?.flag("--ring-bytes", "1048576");
+        let mut agent = plan.protect()?;
+        let restore = Restore::from(plan.store())?;
+        let load = |name: &str, rw: &str, block: &str, offset: &str, seconds: u32| {
+            Fio::new(name, device.path(), rw)
+                .option("bs", block)
+                .option("offset", offset)
+                .option("size", "96m")
+                .option("time_based", 1)
+                .option("runtime", seconds)
+                .direct(8)
+                .seed(scene.seed())
+        };
+        let mut around = Vec::new();
+        for part in 0..3u64 {
+            write(scene, &device, &format!("before{part}"), 256 << 10)?;
+            around.push(QuietMoment::of_raw("v", device.path())?);
+        }
+        agent.wait_and_check()?;
+        let small = load("small", "randwrite", "4k", "0", 7).start(scene.dir())?;
+        let large = load("large", "write", "1m", "96m", 7).start(scene.dir())?;
+        agent.pause()?;
+        // As long as the agent stands still: a third writer tells when it is over.
+        load("while_stopped", "randwrite", "4k", "0", 5)
+            .option("rate_iops", 1000)
+            .run(scene.dir())?;
+        agent.resume()?;
+        small.finish(NOTICE_TIMEOUT)?;
+        large.finish(NOTICE_TIMEOUT)?;
+        wait_for_gap(&restore, "ring-overflow")?;
+        agent.wait_protected(PROTECT_TIMEOUT)?;
+        for part in 0..3u64 {
+            around.push(QuietMoment::of_raw("v", device.path())?);
+            write(scene, &device, &format!("after{part}"), 256 << 10)?;
+        }
+        let last = QuietMoment::of_raw("v", device.path())?;
+        agent.wait_synced()?;
+        for moment in &around {
+            moment.check(&restore, &mut scene.rng(), &scene.path("image"))?;
+        }
+        last.check_at(&restore, "latest", &scene.path("image"))?;
         agent.stop()
     });
 }
