@@ -179,6 +179,36 @@ fn what_is_not_the_next_frame_closes_the_connection_and_is_not_stored() {
     assert_eq!(held, Some(Seq::FIRST), "the one good frame");
 }
 
+/// Goal: an agent that has nothing to ship may be silent. Method: one that is, until another that said nothing at all, and
+/// came after it, is sent away for that.
+#[test]
+fn an_agent_without_anything_to_ship_is_left_alone() {
+    let kit = Kit::new();
+    let other = kit.dir.path().join("other");
+    kit.enroll("web02", Right::Append, &other);
+    let address = kit.address.to_string();
+    let connect = async |dir: &Path| {
+        let identities = Identities::load(dir, Right::Append).unwrap();
+        Link::connect(&address, identities.tls().unwrap()).await.unwrap()
+    };
+    runtime().block_on(async {
+        let silent = connect(&kit.identity()).await;
+        let (mut send, mut receive) = silent.connection.open_bi().await.unwrap();
+        let hello = Message::Hello {
+            log: Uuid::from_u128(1),
+            durable: None,
+        };
+        send.write_all(&hello.encode()).await.unwrap();
+        let welcome = read_message(&mut receive).await.unwrap();
+        assert_eq!(welcome.map(|(kind, _)| kind), Some(Kind::Welcome));
+        let mute = connect(&other).await;
+        let why = LinkError::from(mute.connection.closed().await).to_string();
+        assert!(why.contains("nothing was said in time"), "{why}");
+        assert!(silent.connection.close_reason().is_none());
+        silent.close().await;
+    });
+}
+
 /// Goal: a server outlives any bytes of an authenticated client. Method: mutations of good frames; the agent beside it
 /// ships all the while.
 #[test]

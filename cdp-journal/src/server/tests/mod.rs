@@ -57,6 +57,17 @@ impl Running {
     }
 
     pub(super) fn start_with(dir: &Path, listen: Option<SocketAddr>, writer: WriterOptions) -> Self {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(2).enable_all().build().unwrap();
+        Self::start_on(runtime, dir, listen, writer)
+    }
+
+    pub(super) fn start_on(
+        runtime: tokio::runtime::Runtime,
+        dir: &Path,
+        listen: Option<SocketAddr>,
+        writer: WriterOptions,
+    ) -> Self {
         let options = ServeOptions {
             store: dir.to_owned(),
             listen: listen.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap()),
@@ -66,11 +77,6 @@ impl Running {
         let (kill, killed) = tokio::sync::oneshot::channel();
         let (started, address) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(2)
-                .enable_all()
-                .build()
-                .unwrap();
             runtime.block_on(async {
                 let server = Server::start(&options).unwrap();
                 started.send(server.address().unwrap()).unwrap();

@@ -176,3 +176,33 @@ fn several_servers_are_kept_up_each_on_its_own() {
     drop(ships);
     other.stop();
 }
+
+/// Goal: restores that do not read their answers hold no agent up (V3). Method: a server whose only thread for such work
+/// is taken.
+#[test]
+fn an_agent_ships_though_every_thread_for_answers_is_busy() {
+    let mut kit = Kit::new();
+    kit.source.write(5, 1);
+    kit.server.take().unwrap().stop();
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime
+        .worker_threads(2)
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let (free, taken) = std::sync::mpsc::channel::<()>();
+    runtime.spawn_blocking(move || taken.recv());
+    let server = Running::start_on(runtime, &kit.site(), Some(kit.address), WriterOptions::default());
+    let shipper = kit.shipped();
+    kit.source.write(5, 2);
+    assert!(
+        shipper.wait_acked(kit.source.last(), PATIENCE),
+        "{:?}",
+        shipper.status()
+    );
+    drop(shipper);
+    kit.assert_same();
+    drop(free);
+    server.stop();
+}
