@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 use quinn::{RecvStream, SendStream};
 use tokio::sync::{Notify, mpsc, watch};
 
-use super::backoff::{Backoff, random};
+use super::backoff::{Backoff, Session, random};
 use super::identity::Identities;
 use super::link::{self, Link, LinkError};
 use crate::error::{OpenError, ReadError};
@@ -86,6 +86,8 @@ struct Progress {
     flight: Flight,
     full: bool,
     why: Option<String>,
+    /// Something new was acknowledged since it is connected.
+    is_useful: bool,
 }
 
 /// See the module's head.
@@ -121,6 +123,7 @@ impl Shipper {
                 flight: Flight::default(),
                 full: false,
                 why: None,
+                is_useful: false,
             }),
             changed: Condvar::new(),
             room: Notify::new(),
@@ -136,7 +139,11 @@ impl Shipper {
         };
         let thread = std::thread::Builder::new()
             .name("cdp-ship".into())
-            .spawn(move || runtime.block_on(worker.run()))?;
+            .spawn(move || {
+                runtime.block_on(worker.run());
+                // A name server, or the log's disk, may keep a helper for long: nobody who stops waits for that.
+                runtime.shutdown_background();
+            })?;
         Ok(Self {
             target,
             log,
@@ -291,9 +298,7 @@ impl Worker {
             let Err(error) = self.session(stop.clone()).await else {
                 return;
             };
-            if self.note(&error) == TargetState::Connected {
-                backoff.reset();
-            }
+            backoff.ended(self.note(&error));
             let wait = backoff.next(random());
             tokio::select! {
                 _ = stop.wait_for(|stop| *stop) => return,
@@ -302,8 +307,8 @@ impl Worker {
         }
     }
 
-    /// Takes note of a session's end; returns how it had been doing.
-    fn note(&self, error: &ShipError) -> TargetState {
+    /// Takes note of a session's end; returns what it was good for.
+    fn note(&self, error: &ShipError) -> Session {
         let why = error.to_string();
         let state = if error.is_refusal() {
             TargetState::Refused
@@ -311,14 +316,19 @@ impl Worker {
             TargetState::Connecting
         };
         let mut progress = self.target.progress.lock();
-        let before = std::mem::replace(&mut progress.state, state);
+        progress.state = state;
         progress.full = false;
+        let is_useful = std::mem::take(&mut progress.is_useful);
         if progress.why.as_ref() != Some(&why) {
             tracing::warn!(server = %self.target.server, "not connected: {why}");
             progress.why = Some(why);
         }
         self.target.changed.notify_all();
-        before
+        match error {
+            ShipError::Link(LinkError::Superseded { .. }) => Session::Useless,
+            _ if is_useful => Session::Useful,
+            _ => Session::Useless,
+        }
     }
 
     /// One connection, until it is cut (an error) or the shipper is told to stop.
@@ -406,10 +416,12 @@ impl Worker {
                 return Err(LinkError::closed("no acknowledgement").into());
             };
             let mut progress = self.target.progress.lock();
+            let before = progress.flight.acked_seq();
             progress
                 .flight
                 .acked(durable, Instant::now())
                 .map_err(|error| ShipError::Other(error.to_string()))?;
+            progress.is_useful |= progress.flight.acked_seq() > before;
             if full && !progress.full {
                 tracing::warn!(server = %self.target.server, "the server is full: it takes nothing more for now");
             }

@@ -220,7 +220,9 @@ fn mutated_frames_leave_the_server_unharmed() {
         frame_message(&kit, 1, Some(Seq::FIRST)),
     ]
     .concat();
-    let shipper = kit.ship();
+    let other = kit.dir.path().join("other");
+    kit.enroll("web02", Right::Append, &other);
+    let shipper = kit.source.ship(&kit.address.to_string(), &other);
     let mutations = (0..good.len(), 1..=255u8, HEADER_BYTES..=good.len());
     let config = ProptestConfig {
         cases: 24,
@@ -236,7 +238,6 @@ fn mutated_frames_leave_the_server_unharmed() {
         bytes[at] ^= flip;
         bytes.truncate(cut);
         log.set(log.get() + 1);
-        // The agent's own connection gives way to this one, and comes back.
         send_frames(&kit, Uuid::from_u128(log.get()), &bytes);
         kit.source.write(1, 9);
         prop_assert!(shipper.wait_acked(kit.source.last(), PATIENCE));

@@ -206,3 +206,41 @@ fn an_agent_ships_though_every_thread_for_answers_is_busy() {
     drop(free);
     server.stop();
 }
+
+/// Goal: whoever stops shipping does not wait for a disk or a name server that answers late. Method: a log that does not
+/// answer at all before the shipper is gone.
+#[test]
+fn a_shipper_ends_though_its_log_does_not_answer() {
+    struct Stuck {
+        log: Arc<Durable>,
+        asks: std::sync::mpsc::Sender<()>,
+        free: Mutex<std::sync::mpsc::Receiver<()>>,
+    }
+    impl DurableLog for Stuck {
+        fn wait_durable_beyond(&self, beyond: Option<Seq>, timeout: Duration) -> Option<Seq> {
+            if !timeout.is_zero() {
+                let _ = self.asks.send(());
+                let _ = self.free.lock().recv();
+            }
+            self.log.wait_durable_beyond(beyond, timeout)
+        }
+    }
+    let mut kit = Kit::new();
+    kit.source.write(5, 1);
+    let ((freed, free), (asks, asked)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    let log = Arc::new(Stuck {
+        log: Arc::clone(&kit.source.durable),
+        asks,
+        free: Mutex::new(free),
+    });
+    let (address, identity) = (kit.address.to_string(), kit.identity());
+    let shipper = Shipper::start(&kit.source.dir, &address, &identity, log).unwrap();
+    asked.recv_timeout(PATIENCE).unwrap();
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        drop(shipper);
+        done.send(()).unwrap();
+    });
+    is_done.recv_timeout(PATIENCE).expect("the shipper to end");
+    drop(freed);
+}
