@@ -27,6 +27,10 @@ impl DurableLog for Shared {
         }
         self.durable()
     }
+
+    fn log_bytes(&self) -> u64 {
+        self.log_bytes.load(std::sync::atomic::Ordering::Relaxed)
+    }
 }
 
 impl Ships {

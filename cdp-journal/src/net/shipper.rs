@@ -31,6 +31,9 @@ const STOP_WAIT: Duration = Duration::from_secs(2);
 pub trait DurableLog: Send + Sync + 'static {
     /// The last durable record, as soon as that is later than `beyond`, or after `timeout`.
     fn wait_durable_beyond(&self, beyond: Option<Seq>, timeout: Duration) -> Option<Seq>;
+
+    /// Bytes of the log by now. Only how it grows matters.
+    fn log_bytes(&self) -> u64;
 }
 
 /// How a target is doing.
@@ -60,7 +63,8 @@ pub struct TargetStatus {
     pub sent_bytes: u64,
     /// Bytes of the log that are not known to be durable there.
     pub backlog_bytes: u64,
-    /// How long those will take at the rate of the last seconds, where that is known.
+    /// How long those will take, if what comes in and what goes out stay as they were in the last seconds; nothing while
+    /// it is not connected, or falls behind.
     pub catch_up_seconds: Option<f64>,
     /// The server has no room.
     pub full: bool,
@@ -169,7 +173,8 @@ impl Shipper {
         let progress = progress.lock();
         let flight = &progress.flight;
         let (acked, end, oldest) = (flight.acked_seq(), flight.acked_end(), flight.oldest_on_its_way());
-        let rate = flight.bytes_per_second(Instant::now());
+        let is_connected = progress.state == TargetState::Connected;
+        let gain = flight.gain_per_second(Instant::now(), self.log.log_bytes());
         let mut status = TargetStatus {
             server: server.clone(),
             state: progress.state,
@@ -193,9 +198,9 @@ impl Shipper {
         let lag_ns = oldest.map_or(0, |oldest| WallNs::now().0.saturating_sub(oldest.0).max(0));
         status.lag_seconds = lag_ns as f64 / 1e9;
         status.backlog_bytes = LogTail::bytes_after(store, end).unwrap_or(0);
-        status.catch_up_seconds = rate
-            .filter(|rate| *rate > 0.0)
-            .map(|rate| status.backlog_bytes as f64 / rate);
+        status.catch_up_seconds = gain
+            .filter(|gain| is_connected && *gain > 0.0)
+            .map(|gain| status.backlog_bytes as f64 / gain);
         status
     }
 
@@ -419,7 +424,7 @@ impl Worker {
             let before = progress.flight.acked_seq();
             progress
                 .flight
-                .acked(durable, Instant::now())
+                .acked(durable, Instant::now(), self.log.log_bytes())
                 .map_err(|error| ShipError::Other(error.to_string()))?;
             progress.is_useful |= progress.flight.acked_seq() > before;
             if full && !progress.full {

@@ -8,6 +8,7 @@ mod trust;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -120,6 +121,7 @@ impl Drop for Running {
 #[derive(Default)]
 pub(super) struct Durable {
     seq: Mutex<Option<Seq>>,
+    bytes: AtomicU64,
     changed: Condvar,
 }
 
@@ -131,6 +133,10 @@ impl DurableLog for Durable {
         }
         *seq
     }
+
+    fn log_bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
 }
 
 /// An agent's log, without an agent.
@@ -140,6 +146,8 @@ pub(super) struct Source {
     _index: IndexWriter,
     pub(super) durable: Arc<Durable>,
     boot_ns: u64,
+    /// What to add to its times for those of the wall.
+    wall_offset_ns: i64,
 }
 
 impl Source {
@@ -158,6 +166,7 @@ impl Source {
             _index: index,
             durable,
             boot_ns: 0,
+            wall_offset_ns: 0,
         };
         if recovered.created {
             source.frame(&[(
@@ -184,8 +193,9 @@ impl Source {
                 .push(at, volume, origin, flags, body.clone(), &[data])
                 .unwrap();
         }
-        let frame = frame.seal(Uuid::from_u128(8), 0).unwrap();
+        let frame = frame.seal(Uuid::from_u128(8), self.wall_offset_ns).unwrap();
         self.log.append(&frame).unwrap();
+        self.durable.bytes.store(self.log.log_bytes(), Ordering::Relaxed);
         *self.durable.seq.lock() = self.log.sync().unwrap();
         self.durable.changed.notify_all();
     }
@@ -205,6 +215,12 @@ impl Source {
             let len = data.len() as u64;
             self.frame(&[(Body::Write { offset, len }, &data), (Body::Tick, &[])]);
         }
+    }
+
+    /// The same, written at this time.
+    pub(super) fn write_now(&mut self, count: u64, salt: u64) {
+        self.wall_offset_ns = WallNs::now().0 - self.boot_ns as i64;
+        self.write(count, salt);
     }
 
     pub(super) fn last(&self) -> Option<Seq> {

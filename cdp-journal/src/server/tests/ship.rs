@@ -224,6 +224,10 @@ fn a_shipper_ends_though_its_log_does_not_answer() {
             }
             self.log.wait_durable_beyond(beyond, timeout)
         }
+
+        fn log_bytes(&self) -> u64 {
+            self.log.log_bytes()
+        }
     }
     let mut kit = Kit::new();
     kit.source.write(5, 1);
@@ -243,4 +247,49 @@ fn a_shipper_ends_though_its_log_does_not_answer() {
     });
     is_done.recv_timeout(PATIENCE).expect("the shipper to end");
     drop(freed);
+}
+
+/// Goal: what `status` says of a server that takes nothing is true. Method: an agent that is revoked; the oldest write that
+/// the server has not is timed, the growth of the log measured; then it is let in again.
+#[test]
+fn lag_and_backlog_are_those_of_what_the_server_has_not() {
+    let mut kit = Kit::new();
+    kit.source.write(20, 1);
+    let shipper = kit.shipped();
+    let acked = kit.source.last().unwrap().get();
+    Grants::open(&kit.site()).unwrap().revoke(&name("web01")).unwrap();
+    wait_until("a refusal", || shipper.status().state == TargetState::Refused);
+    let before = shipper.status();
+    assert_eq!(
+        (before.lag_seconds, before.backlog_bytes),
+        (0.0, 0),
+        "nothing is missing there"
+    );
+    let bytes = kit.source.durable.log_bytes();
+    let began = std::time::Instant::now();
+    kit.source.write_now(30, 2);
+    let grown = kit.source.durable.log_bytes() - bytes;
+    wait_until("a lag of more than a second", || {
+        shipper.status().lag_seconds > 1.0
+    });
+    let status = shipper.status();
+    let age = began.elapsed().as_secs_f64();
+    assert_eq!(status.acked_seq, acked);
+    assert!(status.lag_seconds <= age + 0.1, "{status:?}, age {age}");
+    assert_eq!(status.backlog_bytes, grown, "{status:?}");
+    assert_eq!(
+        status.catch_up_seconds, None,
+        "nobody knows when it will be let in"
+    );
+    let identity = kit.identity();
+    std::fs::remove_dir_all(&identity).unwrap();
+    kit.enroll("web01", Right::Append, &identity);
+    assert!(
+        shipper.wait_acked(kit.source.last(), PATIENCE),
+        "{:?}",
+        shipper.status()
+    );
+    let status = shipper.status();
+    assert_eq!((status.lag_seconds, status.backlog_bytes), (0.0, 0));
+    assert_eq!(status.catch_up_seconds, Some(0.0));
 }
