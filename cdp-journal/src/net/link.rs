@@ -224,6 +224,11 @@ impl Link {
         Ok(Self { connection, endpoint })
     }
 
+    /// Bytes of datagrams that have left for the other end.
+    pub(crate) fn sent_bytes(&self) -> u64 {
+        self.connection.stats().udp_tx.bytes
+    }
+
     /// Says good-bye and waits until that has left.
     pub(crate) async fn close(self) {
         close(&self.connection, Close::Done, "done");

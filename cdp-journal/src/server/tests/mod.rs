@@ -20,7 +20,7 @@ use super::{ServeOptions, Server};
 use crate::format::{Body, FrameBuilder, Origin, RecordFlags, VolumeKind};
 use crate::index::IndexWriter;
 use crate::log::LogWriter;
-use crate::net::{DurableLog, Shipper};
+use crate::net::{DurableLog, Shipper, Throttle};
 use crate::ship::LogTail;
 use crate::site::{AgentName, Site};
 use crate::store::{StoreWriter, WriterOptions};
@@ -228,8 +228,13 @@ impl Source {
     }
 
     pub(super) fn ship(&self, server: &str, identity: &Path) -> Shipper {
+        self.ship_at(server, identity, &Arc::default())
+    }
+
+    /// As fast as `throttle` allows.
+    pub(super) fn ship_at(&self, server: &str, identity: &Path, throttle: &Arc<Throttle>) -> Shipper {
         let log: Arc<dyn DurableLog> = Arc::clone(&self.durable) as _;
-        Shipper::start(&self.dir, server, identity, log).unwrap()
+        Shipper::start(&self.dir, server, identity, log, Arc::clone(throttle)).unwrap()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::net::TargetState;
+use crate::ship::{Rate, Schedule};
 
 #[test]
 fn what_is_shipped_is_the_same_log() {
@@ -238,7 +239,7 @@ fn a_shipper_ends_though_its_log_does_not_answer() {
         free: Mutex::new(free),
     });
     let (address, identity) = (kit.address.to_string(), kit.identity());
-    let shipper = Shipper::start(&kit.source.dir, &address, &identity, log).unwrap();
+    let shipper = Shipper::start(&kit.source.dir, &address, &identity, log, Arc::default()).unwrap();
     asked.recv_timeout(PATIENCE).unwrap();
     let (done, is_done) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -247,6 +248,41 @@ fn a_shipper_ends_though_its_log_does_not_answer() {
     });
     is_done.recv_timeout(PATIENCE).expect("the shipper to end");
     drop(freed);
+}
+
+/// Goal: the limit is kept on the way to the server, and told. Method: frames that take some seconds at it, against the
+/// clock: no faster than the limit and its burst allow.
+#[test]
+fn a_limit_on_the_rate_is_kept() {
+    let mut kit = Kit::new();
+    kit.source.write(100, 1);
+    let limit = 400 << 10;
+    let throttle = Arc::new(Throttle::default());
+    throttle.set(Schedule::new(vec![format!("{limit} B/s").parse().unwrap()]).unwrap());
+    assert_eq!(throttle.limit().map(Rate::bytes_per_second), Some(limit));
+    let began = std::time::Instant::now();
+    let shipper = kit
+        .source
+        .ship_at(&kit.address.to_string(), &kit.identity(), &throttle);
+    assert!(
+        shipper.wait_acked(kit.source.last(), PATIENCE),
+        "{:?}",
+        shipper.status()
+    );
+    let seconds = began.elapsed().as_secs_f64();
+    let sent = shipper.status().sent_bytes as f64;
+    assert!(sent > 3.0 * limit as f64, "{sent} bytes are too few to tell");
+    // A quarter of a second may go at once, and the last piece.
+    let most = limit as f64 * (seconds + 0.25) + f64::from(16 << 10);
+    assert!(sent <= most, "{sent} bytes in {seconds} s");
+    kit.assert_same();
+    throttle.set(Schedule::default());
+    kit.source.write(100, 2);
+    assert!(
+        shipper.wait_acked(kit.source.last(), PATIENCE),
+        "{:?}",
+        shipper.status()
+    );
 }
 
 /// Goal: what `status` says of a server that takes nothing is true. Method: an agent that is revoked; the oldest write that
@@ -281,6 +317,7 @@ fn lag_and_backlog_are_those_of_what_the_server_has_not() {
         status.catch_up_seconds, None,
         "nobody knows when it will be let in"
     );
+    assert_eq!(shipper.backlog(), None);
     let identity = kit.identity();
     std::fs::remove_dir_all(&identity).unwrap();
     kit.enroll("web01", Right::Append, &identity);
@@ -292,4 +329,12 @@ fn lag_and_backlog_are_those_of_what_the_server_has_not() {
     let status = shipper.status();
     assert_eq!((status.lag_seconds, status.backlog_bytes), (0.0, 0));
     assert_eq!(status.catch_up_seconds, Some(0.0));
+    assert_eq!(shipper.backlog(), Some(0));
+    kit.source.write(50, 3);
+    assert!(
+        shipper.wait_acked(kit.source.last(), PATIENCE),
+        "{:?}",
+        shipper.status()
+    );
+    assert_eq!(shipper.backlog(), Some(0), "counted on, over several segments");
 }
