@@ -10,6 +10,7 @@ use anyhow::{Context as _, bail, ensure};
 use cdp_ebpf::DiskFilter;
 use cdp_ebpf::map::{DIRTY_WORDS_PER_DISK, DISKS_MAX, RANGES_MAX, SectorRange};
 use cdp_journal::format::{Body, GapCause, VolumeKind};
+use cdp_journal::ship::Rate;
 use cdp_journal::store::{StoreWriter, VolumeState, WriterOptions};
 use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 use parking_lot::Mutex;
@@ -132,7 +133,7 @@ impl Agent {
             .unwrap_or(0)
             + 1;
         let mut agent = Self {
-            ships: Arc::new(Ships::new(&shared)),
+            ships: Ships::new(&shared),
             shared,
             agent_id,
             boot_id,
@@ -493,6 +494,9 @@ impl Agent {
                 })
                 .collect(),
             targets,
+            rate_bytes_per_s: self.ships.limit().map(Rate::bytes_per_second),
+            rate_readback_bytes_per_s: self.shared.pace.limit().map(Rate::bytes_per_second),
+            readback_waits_for: self.shared.pace.waits_for(),
         }
     }
 

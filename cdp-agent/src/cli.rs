@@ -169,6 +169,13 @@ pub(crate) struct RunArgs {
     /// Stop appending when the store holds this much [default: no bound but the file system]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) store_bytes_max: Option<u64>,
+    /// How fast to ship, to all servers together, such as "20 Mbit/s" or "mon-fri 08:00-18:00 20 Mbit/s" in this host's
+    /// time zone. May be given several times: the lowest that holds counts [default: no limit]
+    #[arg(long, value_name = "LIMIT")]
+    pub(crate) rate: Vec<String>,
+    /// The same for what is read back from the devices: first copies and resyncs [default: no limit]
+    #[arg(long, value_name = "LIMIT")]
+    pub(crate) rate_readback: Vec<String>,
 }
 
 /// `90s`, `5m`, `2h`, `250ms`.

@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 
+use cdp_journal::ship::{Schedule, WINDOWS_MAX, Window};
+
 use crate::cli::RunArgs;
 
-const KEYS: [&str; 9] = [
+const KEYS: [&str; 11] = [
     "store",
     "volume",
     "server",
@@ -17,6 +19,8 @@ const KEYS: [&str; 9] = [
     "commit_interval_ms",
     "encode_queue_bytes",
     "store_bytes_max",
+    "rate",
+    "rate_readback",
 ];
 const RING_BYTES_DEFAULT: u64 = 64 << 20;
 const RING_BYTES_MIN: u64 = 1 << 20;
@@ -56,6 +60,10 @@ pub(crate) struct Config {
     pub(crate) commit_interval: Duration,
     pub(crate) encode_queue_bytes: u64,
     pub(crate) store_bytes_max: Option<u64>,
+    /// How fast all servers together are shipped to.
+    pub(crate) rate: Schedule,
+    /// How fast first copies and resyncs go.
+    pub(crate) rate_readback: Schedule,
 }
 
 impl Config {
@@ -126,6 +134,20 @@ impl Config {
             "encode_queue_bytes is {encode_queue_bytes}, must be from {ENCODE_QUEUE_BYTES_MIN} to \
              {ENCODE_QUEUE_BYTES_MAX}"
         );
+        let rate = schedule(
+            "rate",
+            if flags.rate.is_empty() {
+                &file.rate
+            } else {
+                &flags.rate
+            },
+        )?;
+        let rate_readback = if flags.rate_readback.is_empty() {
+            &file.rate_readback
+        } else {
+            &flags.rate_readback
+        };
+        let rate_readback = schedule("rate_readback", rate_readback)?;
         Ok(Self {
             store,
             volumes,
@@ -136,8 +158,23 @@ impl Config {
             commit_interval: Duration::from_millis(commit_ms),
             encode_queue_bytes,
             store_bytes_max: flags.store_bytes_max.or(file.store_bytes_max),
+            rate,
+            rate_readback,
         })
     }
+}
+
+fn schedule(key: &str, limits: &[String]) -> anyhow::Result<Schedule> {
+    let windows = limits.iter().map(|text| text.parse::<Window>());
+    let windows = windows
+        .collect::<Result<Vec<_>, _>>()
+        .with_context(|| key.to_owned())?;
+    Schedule::new(windows).with_context(|| {
+        format!(
+            "{key} has {} limits; {WINDOWS_MAX} at most can be given",
+            limits.len()
+        )
+    })
 }
 
 fn check_servers(servers: &[String], has_identity: bool) -> anyhow::Result<()> {
@@ -211,6 +248,8 @@ fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
             "dirty_region_bytes" => args.dirty_region_bytes = Some(bytes(key, value)?),
             "commit_interval_ms" => args.commit_interval_ms = Some(bytes(key, value)?),
             "encode_queue_bytes" => args.encode_queue_bytes = Some(bytes(key, value)?),
+            "rate" => args.rate = limits(key, value)?,
+            "rate_readback" => args.rate_readback = limits(key, value)?,
             "store_bytes_max" => args.store_bytes_max = Some(bytes(key, value)?),
             _ => {
                 let nearest = KEYS
@@ -224,6 +263,18 @@ fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
         }
     }
     Ok(args)
+}
+
+/// One limit, a list of them, or a table of time windows and their limits.
+fn limits(key: &str, value: &toml::Value) -> anyhow::Result<Vec<String>> {
+    match value {
+        toml::Value::String(limit) => Ok(vec![limit.clone()]),
+        toml::Value::Table(table) => table
+            .iter()
+            .map(|(window, limit)| Ok(format!("{window} {}", string(key, limit)?)))
+            .collect(),
+        _ => strings(key, value, "mon-fri 08:00-18:00 20 Mbit/s"),
+    }
 }
 
 fn strings(key: &str, value: &toml::Value, form: &str) -> anyhow::Result<Vec<String>> {
@@ -298,6 +349,29 @@ mod tests {
             flags.server = vec![bad.into()];
             assert!(refused(&flags).contains("HOST:PORT"), "{bad}");
         }
+    }
+
+    #[test]
+    fn limits_are_one_text_a_list_or_a_table_and_flags_win() {
+        let windows = |file: &str| parse_file(file).map(|args| args.rate);
+        assert_eq!(windows("rate = \"5 MiB/s\"").unwrap(), ["5 MiB/s"]);
+        let list = "rate = [\"mon-fri 08:00-18:00 20 Mbit/s\", \"1 Gbit/s\"]";
+        assert_eq!(windows(list).unwrap().len(), 2);
+        let table = "[rate]\n\"mon-fri 08:00-18:00\" = \"20 Mbit/s\"";
+        assert_eq!(windows(table).unwrap(), ["mon-fri 08:00-18:00 20 Mbit/s"]);
+        let mut flags = flags("pg=/dev/x");
+        flags.rate = vec!["20 Mbit/s".into()];
+        let config = Config::load(&flags).unwrap();
+        assert!(!config.rate.is_empty() && config.rate_readback.is_empty());
+        flags.rate_readback = vec!["20 apples".into()];
+        let error = format!("{:#}", Config::load(&flags).unwrap_err());
+        assert!(
+            error.contains("rate_readback") && error.contains("apples"),
+            "{error}"
+        );
+        flags.rate_readback = vec!["1 MiB/s".into(); WINDOWS_MAX + 1];
+        let error = format!("{:#}", Config::load(&flags).unwrap_err());
+        assert!(error.contains("at most"), "{error}");
     }
 
     #[test]

@@ -69,6 +69,12 @@ pub(crate) struct Status {
     pub(crate) store: Option<StoreStatus>,
     pub(crate) volumes: Vec<VolumeStatus>,
     pub(crate) targets: Vec<TargetStatus>,
+    /// The limit in force on what is sent to all servers together; nothing where there is none.
+    pub(crate) rate_bytes_per_s: Option<u64>,
+    /// The same for first copies and resyncs.
+    pub(crate) rate_readback_bytes_per_s: Option<u64>,
+    /// The server that is so far behind that nothing more is read back for now.
+    pub(crate) readback_waits_for: Option<String>,
 }
 
 /// The store in it.

@@ -14,6 +14,7 @@ mod device;
 mod event;
 mod inflight;
 mod losses;
+mod pace;
 mod pipeline;
 mod priority;
 mod progress;

@@ -29,6 +29,7 @@ use crate::capture::{DiskNumber, Probe, RingPosition, RingPositions, Slot, Watch
 use crate::clock;
 use crate::event::Event;
 use crate::losses::Losses;
+use crate::pace::Pace;
 use crate::priority;
 use crate::recorder::{Epoch, FRAME_BYTES_SEAL, Recorder, Sealed};
 
@@ -68,6 +69,8 @@ pub(crate) struct Shared {
     pub(crate) log_bytes: AtomicU64,
     /// How full the store is, once it was asked.
     pub(crate) room: Mutex<Option<Room>>,
+    /// How fast the read-back may go.
+    pub(crate) pace: Pace,
     store: Mutex<Option<StoreChange>>,
 }
 
@@ -116,6 +119,7 @@ impl Shared {
             commit_interval_ms: AtomicU64::new(commit_interval.as_millis() as u64),
             log_bytes: AtomicU64::new(0),
             room: Mutex::new(None),
+            pace: Pace::default(),
             store: Mutex::new(None),
         }
     }
@@ -698,6 +702,7 @@ impl LogStage<'_> {
             Ok(location) => {
                 self.shared
                     .set_appended(self.log.next_seq().prev(), encoded.position);
+                self.shared.pace.encoded(&frame);
                 self.unsynced.push((frame.head().into(), location));
                 self.oldest.get_or_insert_with(Instant::now);
                 Ok(())

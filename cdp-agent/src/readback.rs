@@ -96,13 +96,15 @@ impl ReadBack {
             if !self.check_suspects()? {
                 return Ok(());
             }
-            let run = self.shared.recorder.lock().take_run(RUN_BYTES_MAX);
-            let Some(run) = run else {
+            let bytes = self.shared.pace.bytes_now().min(RUN_BYTES_MAX);
+            let run = (bytes > 0).then(|| self.shared.recorder.lock().take_run(bytes));
+            let Some(run) = run.flatten() else {
                 self.close_gaps(&mut idle_at);
                 std::thread::sleep(IDLE);
                 continue;
             };
             let result = self.read_run(&run);
+            self.shared.pace.run_done();
             self.shared.recorder.lock().run_done(&run, result.is_err());
             match result {
                 Ok(()) => {}
@@ -328,7 +330,9 @@ impl ReadBack {
                 .recorder
                 .lock()
                 .read_back(run, place.clone(), as_of, data, clock::boot_ns())
-        })
+        })?;
+        self.shared.pace.recorded(data.map_or(0, <[u8]>::len) as u64);
+        Ok(())
     }
 
     /// Waits until every write up to `as_of` to this run has ended. A kernel may skip the probe now and then

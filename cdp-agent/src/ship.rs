@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use cdp_journal::Seq;
-use cdp_journal::net::{DurableLog, Shipper, TargetStatus};
+use cdp_journal::net::{DurableLog, Shipper, TargetStatus, Throttle};
+use cdp_journal::ship::Rate;
 use parking_lot::Mutex;
 
 use crate::config::Config;
@@ -18,6 +19,8 @@ use crate::pipeline::Shared;
 pub(crate) struct Ships {
     shared: Arc<Shared>,
     ships: Mutex<Vec<Arc<Shipper>>>,
+    /// Of all servers together.
+    throttle: Arc<Throttle>,
 }
 
 impl DurableLog for Shared {
@@ -27,18 +30,27 @@ impl DurableLog for Shared {
         }
         self.durable()
     }
+
+    fn log_bytes(&self) -> u64 {
+        self.log_bytes.load(std::sync::atomic::Ordering::Relaxed)
+    }
 }
 
 impl Ships {
-    pub(crate) fn new(shared: &Arc<Shared>) -> Self {
-        Self {
+    pub(crate) fn new(shared: &Arc<Shared>) -> Arc<Self> {
+        let ships = Arc::new(Self {
             shared: Arc::clone(shared),
             ships: Mutex::default(),
-        }
+            throttle: Arc::default(),
+        });
+        shared.pace.look_at(&ships);
+        ships
     }
 
     /// Ships to the servers of `config` from now on, and to no others.
     pub(crate) fn set(&self, config: &Config) -> anyhow::Result<()> {
+        self.throttle.set(config.rate.clone());
+        self.shared.pace.set(config.rate_readback.clone());
         let mut ships = self.ships.lock();
         ships.retain(|ship| config.servers.iter().any(|server| server == ship.server()));
         for server in &config.servers {
@@ -47,11 +59,25 @@ impl Ships {
             }
             let identity = config.identity.as_deref().context("no identity")?;
             let log: Arc<dyn DurableLog> = Arc::clone(&self.shared) as _;
-            let ship = Shipper::start(&config.store, server, identity, log)
+            let ship = Shipper::start(&config.store, server, identity, log, Arc::clone(&self.throttle))
                 .with_context(|| format!("start to ship to {server}"))?;
             ships.push(Arc::new(ship));
         }
         Ok(())
+    }
+
+    /// The limit in force on what is sent to all of them together.
+    pub(crate) fn limit(&self) -> Option<Rate> {
+        self.throttle.limit()
+    }
+
+    /// The most that a server that is connected has still to get, and which that is.
+    pub(crate) fn largest_backlog(&self) -> Option<(u64, String)> {
+        let ships = self.ships.lock();
+        let behind = ships
+            .iter()
+            .filter_map(|ship| Some((ship.backlog()?, ship.server())));
+        behind.max().map(|(backlog, server)| (backlog, server.to_owned()))
     }
 
     /// How each of them is doing.

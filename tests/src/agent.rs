@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde::Deserialize;
 
+use crate::network::Host;
 use crate::process::{Background, Cmd, Outcome, cmd, poll_until, tail};
 use crate::scene::Scene;
 
@@ -69,6 +70,12 @@ pub struct Status {
     pub volumes: Vec<VolumeStatus>,
     /// Every server that the agent ships to.
     pub targets: Vec<TargetStatus>,
+    /// The limit on what is sent.
+    pub rate_bytes_per_s: Option<u64>,
+    /// The limit on what is read back.
+    pub rate_readback_bytes_per_s: Option<u64>,
+    /// The server that reading back waits for.
+    pub readback_waits_for: Option<String>,
 }
 
 /// One server in [`Status`].
@@ -86,6 +93,8 @@ pub struct TargetStatus {
     pub sent_bytes: u64,
     /// Bytes that are still to be sent or acknowledged.
     pub backlog_bytes: u64,
+    /// How long those will take, where that is known.
+    pub catch_up_seconds: Option<f64>,
     /// Why it is not connected.
     pub why: Option<String>,
 }
@@ -170,6 +179,7 @@ pub struct AgentPlan {
     log: PathBuf,
     probe: Arc<PinnedProbe>,
     boot_id: Option<PathBuf>,
+    host: Option<Host>,
 }
 
 /// Where the probes of agents are pinned.
@@ -207,6 +217,7 @@ impl AgentPlan {
             log,
             probe,
             boot_id: None,
+            host: None,
         })
     }
 
@@ -253,6 +264,14 @@ impl AgentPlan {
         }
     }
 
+    /// The same, on a host with a network of its own.
+    pub fn on(self, host: Host) -> AgentPlan {
+        AgentPlan {
+            host: Some(host),
+            ..self
+        }
+    }
+
     /// The file of its log.
     pub fn log_file(&self) -> &Path {
         &self.log
@@ -273,11 +292,15 @@ impl AgentPlan {
                 .arg(file)
                 .arg(&self.program),
         };
-        program
+        let command = program
             .arg("run")
             .arg("--store")
             .arg(&self.store)
-            .args(&self.args)
+            .args(&self.args);
+        match self.host {
+            Some(host) => host.enter(command),
+            None => command,
+        }
     }
 
     /// Starts it.

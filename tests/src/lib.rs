@@ -12,7 +12,7 @@
 //!
 //! Knobs, all environment variables: `CDP_SEED` (replay a run), `CDP_REPS` (repetitions of each test,
 //! default 1; 20 or more is the long run), `CDP_MOMENTS` (moments checked under load, default 8, in
-//! the long run 50), `CDP_STATES` (crash states opened, see `tests/crash_states`), `CDP_TMP` (where
+//! the long run 50), `CDP_ROUNDS` (rounds of faults in `network`, default 6), `CDP_STATES` (crash states opened, see `tests/crash_states`), `CDP_TMP` (where
 //! scenes are built, default `/var/tmp`), `CDP_KEEP=1` (leave the folder of a failed test),
 //! `CDP_AGENT`, `CDP_JOURNAL` and `CDP_RESTORE` (the binaries), `CI=true` (a test that
 //! cannot run here fails instead of being skipped).
@@ -24,6 +24,7 @@ pub mod fingerprint;
 pub mod fio;
 pub mod moments;
 pub mod mount;
+pub mod network;
 pub mod postgres;
 pub mod process;
 pub mod refused;

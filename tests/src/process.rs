@@ -203,6 +203,33 @@ impl Cmd {
         self
     }
 
+    /// The same command, as the last arguments of another program that runs it in its own place.
+    pub fn prefixed(self, program: &str, args: impl IntoIterator<Item = String>) -> Cmd {
+        let Cmd {
+            command,
+            user,
+            timeout,
+            stdin,
+        } = self;
+        let mut outer = Command::new(program);
+        outer.stdin(Stdio::null()).args(args);
+        outer.arg(command.get_program()).args(command.get_args());
+        copy_surroundings(&command, &mut outer);
+        if let Some(user) = &user {
+            outer.uid(user.uid).gid(user.gid);
+        }
+        let outer = Cmd {
+            command: outer,
+            user,
+            timeout,
+            stdin: None,
+        };
+        match stdin {
+            Some(input) => outer.stdin(input),
+            None => outer,
+        }
+    }
+
     fn text(&self) -> String {
         let args = self.command.get_args().map(|arg| arg.to_string_lossy());
         std::iter::once(self.command.get_program().to_string_lossy())
@@ -307,20 +334,25 @@ impl Cmd {
             .args(["--pdeathsig", "TERM", "--"])
             .arg(self.command.get_program())
             .args(self.command.get_args());
-        for (key, value) in self.command.get_envs() {
-            match value {
-                Some(value) => command.env(key, value),
-                None => command.env_remove(key),
-            };
-        }
-        if let Some(dir) = self.command.get_current_dir() {
-            command.current_dir(dir);
-        }
+        copy_surroundings(&self.command, &mut command);
         if let Some(user) = &self.user {
             command.uid(user.uid).gid(user.gid);
         }
         command.stdin(Stdio::null());
         command
+    }
+}
+
+/// Gives `to` the environment and the folder of `from`.
+fn copy_surroundings(from: &Command, to: &mut Command) {
+    for (key, value) in from.get_envs() {
+        match value {
+            Some(value) => to.env(key, value),
+            None => to.env_remove(key),
+        };
+    }
+    if let Some(dir) = from.get_current_dir() {
+        to.current_dir(dir);
     }
 }
 

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use crate::agent::binary;
+use crate::network::Host;
 use crate::process::{Cmd, Outcome, cmd};
 
 /// Exit code: done.
@@ -78,6 +79,7 @@ pub struct Bookmark {
 pub struct Restore {
     program: PathBuf,
     source: Vec<OsString>,
+    host: Option<Host>,
 }
 
 impl Restore {
@@ -86,6 +88,7 @@ impl Restore {
         Ok(Restore {
             program: binary("cdp-restore")?,
             source: vec![store.into()],
+            host: None,
         })
     }
 
@@ -94,16 +97,29 @@ impl Restore {
         Ok(Restore {
             program: binary("cdp-restore")?,
             source: vec![address.into(), "--identity".into(), identity.into()],
+            host: None,
         })
+    }
+
+    /// The same, on a host with a network of its own.
+    pub fn on(self, host: Host) -> Restore {
+        Restore {
+            host: Some(host),
+            ..self
+        }
     }
 
     /// `cdp-restore COMMAND --from STORE`, to be given the rest.
     pub fn command(&self, command: &str) -> Cmd {
-        cmd(&self.program)
+        let command = cmd(&self.program)
             .arg(command)
             .arg("--from")
             .args(&self.source)
-            .timeout(Duration::from_secs(300))
+            .timeout(Duration::from_secs(300));
+        match self.host {
+            Some(host) => host.enter(command),
+            None => command,
+        }
     }
 
     /// `image VOLUME --at WHEN --to TARGET`.

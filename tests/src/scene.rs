@@ -77,6 +77,12 @@ impl Scene {
         knob("CDP_MOMENTS").unwrap_or(default) as usize
     }
 
+    /// How many rounds of faults to play: `CDP_ROUNDS`, else 100 in the long run and 6 otherwise.
+    pub fn rounds(&self) -> usize {
+        let default = if self.long_run { 100 } else { 6 };
+        knob("CDP_ROUNDS").unwrap_or(default) as usize
+    }
+
     /// Shows the end of each log.
     pub fn show_logs(&self) {
         let Ok(entries) = std::fs::read_dir(self.dir()) else {

@@ -2,19 +2,21 @@
 
 use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 
 use crate::agent::binary;
+use crate::network::Network;
 use crate::process::{Background, Cmd, cmd, poll_until, tail};
 use crate::scene::Scene;
 
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A journal server on loopback; stopped when the guard goes.
+/// A journal server, on loopback or on a host of its own; stopped when the guard goes.
 #[derive(Debug)]
 pub struct Server {
     program: PathBuf,
@@ -22,27 +24,47 @@ pub struct Server {
     address: String,
     log: PathBuf,
     process: Option<Background>,
+    network: Option<Rc<Network>>,
 }
 
 impl Server {
     /// Starts one whose folder is `store`, on a port that nobody uses.
     pub fn start(scene: &Scene, store: &Path) -> Result<Server> {
         let free = UdpSocket::bind("127.0.0.1:0").context("find a free port")?;
+        let address = free.local_addr()?.to_string();
+        drop(free);
+        Server::listening(scene, store, address, None)
+    }
+
+    /// Starts one on the server's host of `network`.
+    pub fn start_in(scene: &Scene, store: &Path, network: &Rc<Network>) -> Result<Server> {
+        Server::listening(scene, store, network.server_address(), Some(Rc::clone(network)))
+    }
+
+    fn listening(
+        scene: &Scene,
+        store: &Path,
+        address: String,
+        network: Option<Rc<Network>>,
+    ) -> Result<Server> {
         let mut server = Server {
             program: binary("cdp-journal")?,
             store: store.to_owned(),
-            address: free.local_addr()?.to_string(),
+            address,
             log: scene.log("server"),
             process: None,
+            network,
         };
-        drop(free);
         server.run()?;
         Ok(server)
     }
 
     /// Starts it where it was.
     pub fn run(&mut self) -> Result<()> {
-        let command = self.command("serve").args(["--listen", &self.address]);
+        let mut command = self.command("serve").args(["--listen", &self.address]);
+        if let Some(network) = &self.network {
+            command = network.server.enter(command);
+        }
         let mut process = command.spawn(&self.log)?;
         poll_until("the server to answer", START_TIMEOUT, || {
             if let Some(code) = process.try_code()? {
@@ -70,6 +92,22 @@ impl Server {
         &self.store
     }
 
+    /// What `status --json` tells.
+    pub fn status(&self) -> Result<serde_json::Value> {
+        let text = self.command("status").arg("--json").output()?;
+        serde_json::from_str(&text).with_context(|| format!("status --json: {text}"))
+    }
+
+    /// The last record of `agent` that is durable here.
+    pub fn durable_seq(&self, agent: &str) -> Result<u64> {
+        let status = self.status()?;
+        let mut agents = status["agents"].as_array().into_iter().flatten();
+        let found = agents.find(|found| found["agent"] == agent);
+        found
+            .and_then(|found| found["durable_seq"].as_u64())
+            .with_context(|| format!("no durable_seq of {agent} in {status}"))
+    }
+
     /// A token for `agent`; `more` may be `--restore`.
     pub fn token(&self, agent: &str, more: &[&str]) -> Result<String> {
         self.command("token").args(["--agent", agent]).args(more).output()
@@ -77,7 +115,7 @@ impl Server {
 
     /// `PROGRAM enroll` with a token, into `identity`.
     pub fn enroll(&self, program: &str, token: &str, identity: &Path) -> Result<Cmd> {
-        Ok(cmd(binary(program)?)
+        let command = cmd(binary(program)?)
             .args([
                 "enroll",
                 "--server",
@@ -86,7 +124,11 @@ impl Server {
                 token,
                 "--identity",
             ])
-            .arg(identity))
+            .arg(identity);
+        Ok(match &self.network {
+            Some(network) => network.agent.enter(command),
+            None => command,
+        })
     }
 
     /// Enrols agent `agent` and its restores; gives back the two folders of certificates.

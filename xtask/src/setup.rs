@@ -22,7 +22,7 @@ const fn package(name: &'static str, program: Option<&'static str>, why: &'stati
     Package { name, program, why }
 }
 
-const PACKAGES: [Package; 15] = [
+const PACKAGES: [Package; 17] = [
     package("clang", Some("clang"), "headers for RocksDB's bindings"),
     package("libclang-dev", None, "RocksDB's bindings are made by libclang"),
     package("g++", Some("c++"), "compiles RocksDB"),
@@ -50,6 +50,12 @@ const PACKAGES: [Package; 15] = [
         "NBD clients that `cdp-restore nbd` is tested with",
     ),
     package("fuse3", Some("fusermount3"), "mounts images"),
+    package(
+        "iproute2",
+        Some("tc"),
+        "network name spaces and a slow line in tests",
+    ),
+    package("nftables", Some("nft"), "lost datagrams in tests"),
 ];
 
 /// Components that rustup installs with the pinned toolchain, unless it was told not to.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use cdp_journal::net::{TargetState, TargetStatus};
+use cdp_journal::ship::Rate;
 use cdp_journal::store::StoreReader;
 
 use crate::cli::WaitFor;
@@ -71,6 +72,9 @@ fn status_of_store(store: &Path) -> anyhow::Result<Status> {
         store: None,
         volumes,
         targets: Vec::new(),
+        rate_bytes_per_s: None,
+        rate_readback_bytes_per_s: None,
+        readback_waits_for: None,
     })
 }
 
@@ -94,6 +98,18 @@ fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Resu
     }
     for target in &status.targets {
         print_target(out, target)?;
+    }
+    let limits = [
+        ("rate", status.rate_bytes_per_s),
+        ("rate_readback", status.rate_readback_bytes_per_s),
+    ];
+    for (key, limit) in limits {
+        if let Some(limit) = limit {
+            writeln!(out, "{key:<16} {} now", Rate::new(limit))?;
+        }
+    }
+    if let Some(server) = &status.readback_waits_for {
+        writeln!(out, "reading back waits for {server} to come nearer")?;
     }
     Ok(())
 }

@@ -43,6 +43,12 @@ pub enum LinkError {
         /// Why.
         why: String,
     },
+    /// Another connection with the same certificate took over.
+    #[error("{why}; if this goes on, two agents use one certificate: enroll each of them by itself")]
+    Superseded {
+        /// As the server says it.
+        why: String,
+    },
     /// The server's name or address cannot be used.
     #[error("{server}: {why}")]
     Address {
@@ -85,10 +91,10 @@ impl From<ConnectionError> for LinkError {
         match &error {
             ConnectionError::ApplicationClosed(close) => {
                 let why = String::from_utf8_lossy(&close.reason).into_owned();
-                if Close::is_refusal(close.error_code.into_inner()) {
-                    Self::Refused { why }
-                } else {
-                    Self::Closed { why }
+                match close.error_code.into_inner() {
+                    code if Close::is_refusal(code) => Self::Refused { why },
+                    code if code == u64::from(Close::Superseded.code()) => Self::Superseded { why },
+                    _ => Self::Closed { why },
                 }
             }
             ConnectionError::ConnectionClosed(close) => {
@@ -216,6 +222,11 @@ impl Link {
             .await
             .map_err(|_| LinkError::closed("no answer"))??;
         Ok(Self { connection, endpoint })
+    }
+
+    /// Bytes of datagrams that have left for the other end.
+    pub(crate) fn sent_bytes(&self) -> u64 {
+        self.connection.stats().udp_tx.bytes
     }
 
     /// Says good-bye and waits until that has left.

@@ -1,7 +1,7 @@
 //! Over the network: QUIC with TLS 1.3, certificates of both ends, nothing in the clear.
 //!
 //! - [`enroll`] turns a token into a certificate, [`Identities`] are those that a folder holds.
-//! - [`Shipper`] keeps a server up with a log.
+//! - [`Shipper`] keeps a server up with a log, no faster than a [`Throttle`] allows.
 //! - [`RemoteSite`](crate::remote::RemoteSite) reads from a server.
 
 mod backoff;
@@ -9,6 +9,7 @@ mod enroll;
 mod identity;
 pub(crate) mod link;
 mod shipper;
+mod throttle;
 pub(crate) mod tls;
 
 pub(crate) use backoff::{Backoff, random};
@@ -16,3 +17,4 @@ pub use enroll::{EnrollError, enroll};
 pub use identity::{Identities, IdentityError};
 pub use link::LinkError;
 pub use shipper::{DurableLog, Shipper, TargetState, TargetStatus};
+pub use throttle::Throttle;

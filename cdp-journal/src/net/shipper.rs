@@ -12,9 +12,10 @@ use parking_lot::{Condvar, Mutex};
 use quinn::{RecvStream, SendStream};
 use tokio::sync::{Notify, mpsc, watch};
 
-use super::backoff::{Backoff, random};
+use super::backoff::{Backoff, Session, random};
 use super::identity::Identities;
 use super::link::{self, Link, LinkError};
+use super::throttle::Throttle;
 use crate::error::{OpenError, ReadError};
 use crate::ship::{Flight, LogTail, Sent, TailError, TailFrame};
 use crate::types::{Seq, WallNs};
@@ -24,6 +25,8 @@ use crate::wire::{Kind, Message, Right};
 const FRAMES_AHEAD: usize = 4;
 /// How often the reader of the log looks whether it is still wanted.
 const DURABLE_WAIT: Duration = Duration::from_millis(100);
+/// Written at once where there is a limit.
+const PIECE_BYTES: usize = 16 << 10;
 /// What a stop gives a connected server to acknowledge the rest.
 const STOP_WAIT: Duration = Duration::from_secs(2);
 
@@ -31,6 +34,9 @@ const STOP_WAIT: Duration = Duration::from_secs(2);
 pub trait DurableLog: Send + Sync + 'static {
     /// The last durable record, as soon as that is later than `beyond`, or after `timeout`.
     fn wait_durable_beyond(&self, beyond: Option<Seq>, timeout: Duration) -> Option<Seq>;
+
+    /// Bytes of the log by now. Only how it grows matters.
+    fn log_bytes(&self) -> u64;
 }
 
 /// How a target is doing.
@@ -60,7 +66,8 @@ pub struct TargetStatus {
     pub sent_bytes: u64,
     /// Bytes of the log that are not known to be durable there.
     pub backlog_bytes: u64,
-    /// How long those will take at the rate of the last seconds, where that is known.
+    /// How long those will take, if what comes in and what goes out stay as they were in the last seconds; nothing while
+    /// it is not connected, or falls behind.
     pub catch_up_seconds: Option<f64>,
     /// The server has no room.
     pub full: bool,
@@ -86,6 +93,10 @@ struct Progress {
     flight: Flight,
     full: bool,
     why: Option<String>,
+    /// Something new was acknowledged since it is connected.
+    is_useful: bool,
+    /// Bytes of the log that the server had when it connected, less those acknowledged before.
+    held_bytes: i128,
 }
 
 /// See the module's head.
@@ -105,12 +116,14 @@ impl std::fmt::Debug for Shipper {
 }
 
 impl Shipper {
-    /// Starts to ship the log of the store in `store` to `server`, with the certificate in the folder `identity`.
+    /// Starts to ship the log of the store in `store` to `server`, with the certificate in the folder `identity`, as fast
+    /// as `throttle` allows.
     pub fn start(
         store: &Path,
         server: &str,
         identity: &Path,
         log: Arc<dyn DurableLog>,
+        throttle: Arc<Throttle>,
     ) -> std::io::Result<Self> {
         let target = Arc::new(Target {
             server: server.to_owned(),
@@ -121,6 +134,8 @@ impl Shipper {
                 flight: Flight::default(),
                 full: false,
                 why: None,
+                is_useful: false,
+                held_bytes: 0,
             }),
             changed: Condvar::new(),
             room: Notify::new(),
@@ -132,11 +147,16 @@ impl Shipper {
         let worker = Worker {
             target: Arc::clone(&target),
             log: Arc::clone(&log),
+            throttle,
             stop: stopped,
         };
         let thread = std::thread::Builder::new()
             .name("cdp-ship".into())
-            .spawn(move || runtime.block_on(worker.run()))?;
+            .spawn(move || {
+                runtime.block_on(worker.run());
+                // A name server, or the log's disk, may keep a helper for long: nobody who stops waits for that.
+                runtime.shutdown_background();
+            })?;
         Ok(Self {
             target,
             log,
@@ -162,7 +182,8 @@ impl Shipper {
         let progress = progress.lock();
         let flight = &progress.flight;
         let (acked, end, oldest) = (flight.acked_seq(), flight.acked_end(), flight.oldest_on_its_way());
-        let rate = flight.bytes_per_second(Instant::now());
+        let is_connected = progress.state == TargetState::Connected;
+        let gain = flight.gain_per_second(Instant::now(), self.log.log_bytes());
         let mut status = TargetStatus {
             server: server.clone(),
             state: progress.state,
@@ -186,10 +207,19 @@ impl Shipper {
         let lag_ns = oldest.map_or(0, |oldest| WallNs::now().0.saturating_sub(oldest.0).max(0));
         status.lag_seconds = lag_ns as f64 / 1e9;
         status.backlog_bytes = LogTail::bytes_after(store, end).unwrap_or(0);
-        status.catch_up_seconds = rate
-            .filter(|rate| *rate > 0.0)
-            .map(|rate| status.backlog_bytes as f64 / rate);
+        status.catch_up_seconds = gain
+            .filter(|gain| is_connected && *gain > 0.0)
+            .map(|gain| status.backlog_bytes as f64 / gain);
         status
+    }
+
+    /// About how many bytes of the log it has still to get, without a look at the disk; `None` if it takes nothing now.
+    pub fn backlog(&self) -> Option<u64> {
+        let progress = self.target.progress.lock();
+        let takes = progress.state == TargetState::Connected && !progress.full;
+        let held = progress.held_bytes + i128::from(progress.flight.acked_bytes());
+        let backlog = i128::from(self.log.log_bytes()) - held;
+        takes.then(|| u64::try_from(backlog).unwrap_or(0))
     }
 
     /// Waits until everything up to `seq` is durable there; false after `timeout`.
@@ -280,6 +310,7 @@ struct Established {
 struct Worker {
     target: Arc<Target>,
     log: Arc<dyn DurableLog>,
+    throttle: Arc<Throttle>,
     stop: watch::Receiver<bool>,
 }
 
@@ -291,9 +322,7 @@ impl Worker {
             let Err(error) = self.session(stop.clone()).await else {
                 return;
             };
-            if self.note(&error) == TargetState::Connected {
-                backoff.reset();
-            }
+            backoff.ended(self.note(&error));
             let wait = backoff.next(random());
             tokio::select! {
                 _ = stop.wait_for(|stop| *stop) => return,
@@ -302,8 +331,8 @@ impl Worker {
         }
     }
 
-    /// Takes note of a session's end; returns how it had been doing.
-    fn note(&self, error: &ShipError) -> TargetState {
+    /// Takes note of a session's end; returns what it was good for.
+    fn note(&self, error: &ShipError) -> Session {
         let why = error.to_string();
         let state = if error.is_refusal() {
             TargetState::Refused
@@ -311,14 +340,19 @@ impl Worker {
             TargetState::Connecting
         };
         let mut progress = self.target.progress.lock();
-        let before = std::mem::replace(&mut progress.state, state);
+        progress.state = state;
         progress.full = false;
+        let is_useful = std::mem::take(&mut progress.is_useful);
         if progress.why.as_ref() != Some(&why) {
             tracing::warn!(server = %self.target.server, "not connected: {why}");
             progress.why = Some(why);
         }
         self.target.changed.notify_all();
-        before
+        match error {
+            ShipError::Link(LinkError::Superseded { .. }) => Session::Useless,
+            _ if is_useful => Session::Useful,
+            _ => Session::Useless,
+        }
     }
 
     /// One connection, until it is cut (an error) or the shipper is told to stop.
@@ -335,7 +369,7 @@ impl Worker {
         tokio::select! {
             _ = stop.wait_for(|stop| *stop) => {}
             ended = self.take_acks(acks) => return ended,
-            ended = self.send_frames(receiver, frames) => return ended,
+            ended = self.send_frames(receiver, frames, &link) => return ended,
             ended = reader => return ended?,
         }
         link.close().await;
@@ -361,8 +395,12 @@ impl Worker {
         };
         let tail = blocking(move || tail.skip_to(held.as_ref(), durable).map(|()| tail)).await??;
         {
-            let mut progress = self.target.progress.lock();
             let end = held.and_then(|_| tail.position());
+            let missing = LogTail::bytes_after(&self.target.store, end)?;
+            let log_bytes = self.log.log_bytes();
+            let mut progress = self.target.progress.lock();
+            progress.held_bytes =
+                i128::from(log_bytes) - i128::from(missing) - i128::from(progress.flight.acked_bytes());
             progress.flight.restart(held.map(|held| held.last), end);
             (progress.state, progress.why) = (TargetState::Connected, None);
             self.target.changed.notify_all();
@@ -375,7 +413,9 @@ impl Worker {
         &self,
         mut frames: mpsc::Receiver<TailFrame>,
         mut stream: SendStream,
+        link: &Link,
     ) -> Result<(), ShipError> {
+        let mut charge = Charge::default();
         while let Some(frame) = frames.recv().await {
             while !self.target.progress.lock().flight.has_room() {
                 self.target.room.notified().await;
@@ -391,13 +431,30 @@ impl Worker {
                 previous: frame.previous,
                 frame: frame.bytes,
             };
-            stream
-                .write_all(&message.encode())
-                .await
-                .map_err(LinkError::from)?;
+            let message = message.encode();
+            let piece_bytes = match self.throttle.limit() {
+                Some(_) => PIECE_BYTES,
+                None => message.len(),
+            };
+            for piece in message.chunks(piece_bytes) {
+                self.wait_for_turn().await;
+                stream.write_all(piece).await.map_err(LinkError::from)?;
+                self.throttle
+                    .charge(charge.due(piece.len() as u64, link.sent_bytes()));
+            }
         }
         // The reader has ended, and says why.
         std::future::pending().await
+    }
+
+    async fn wait_for_turn(&self) {
+        loop {
+            let wait = self.throttle.wait();
+            if wait.is_zero() {
+                return;
+            }
+            tokio::time::sleep(wait).await;
+        }
     }
 
     async fn take_acks(&self, mut stream: RecvStream) -> Result<(), ShipError> {
@@ -406,10 +463,12 @@ impl Worker {
                 return Err(LinkError::closed("no acknowledgement").into());
             };
             let mut progress = self.target.progress.lock();
+            let before = progress.flight.acked_seq();
             progress
                 .flight
-                .acked(durable, Instant::now())
+                .acked(durable, Instant::now(), self.log.log_bytes())
                 .map_err(|error| ShipError::Other(error.to_string()))?;
+            progress.is_useful |= progress.flight.acked_seq() > before;
             if full && !progress.full {
                 tracing::warn!(server = %self.target.server, "the server is full: it takes nothing more for now");
             }
@@ -418,6 +477,24 @@ impl Worker {
             drop(progress);
             self.target.room.notify_one();
         }
+    }
+}
+
+/// What a connection counts against a limit: what was written to it or, where that is more, what has left the host for it,
+/// headers and all that was sent again included.
+#[derive(Debug, Default)]
+struct Charge {
+    written: u64,
+    charged: u64,
+}
+
+impl Charge {
+    /// What is due after a piece was written, of a connection that has sent `sent` bytes so far.
+    fn due(&mut self, piece: u64, sent: u64) -> u64 {
+        self.written += piece;
+        let due = self.written.max(sent).saturating_sub(self.charged);
+        self.charged += due;
+        due
     }
 }
 
@@ -444,5 +521,23 @@ fn read_ahead(
             return Ok(());
         }
         durable = log.wait_durable_beyond(durable, DURABLE_WAIT);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_left_the_host_is_charged_once() {
+        let mut charge = Charge::default();
+        assert_eq!(charge.due(1000, 0), 1000, "still in a buffer");
+        assert_eq!(charge.due(1000, 1500), 1000);
+        assert_eq!(
+            charge.due(1000, 3300),
+            1300,
+            "headers, and what was lost on the way"
+        );
+        assert_eq!(charge.due(1000, 3300), 700);
     }
 }

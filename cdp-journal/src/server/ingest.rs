@@ -69,7 +69,7 @@ pub(super) async fn serve(
         return Ok(());
     }
     let (dir, options) = (shared.logs.site.log_dir(agent, log), shared.logs.options.clone());
-    let opened = tokio::task::spawn_blocking(move || {
+    let opened = on_own_thread("cdp-open", move || {
         let (store, recovered) = StoreWriter::open_copy(&dir, log, &options)?;
         let held = store
             .last_frame()
@@ -92,6 +92,22 @@ pub(super) async fn serve(
     drop(place);
     tracing::info!(%agent, durable = intake.durable(), "ships no more");
     ended
+}
+
+/// Runs what blocks on a thread of its own. Those that the runtime keeps for such work may all be busy with answers to
+/// restores that do not read them: no agent waits for that.
+async fn on_own_thread<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> std::io::Result<T> {
+    let (done, result) = oneshot::channel();
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        // Nobody waits any more if the server is ending.
+        let _ = done.send(work());
+    })?;
+    result
+        .await
+        .map_err(|_| std::io::Error::other(format!("the thread {name} panicked")))
 }
 
 async fn read_hello(stream: &mut RecvStream, agent: &AgentName) -> Result<Uuid, Refusal> {
@@ -155,10 +171,8 @@ async fn take_in(
     let welcome = Message::Welcome { held };
     let ended = async {
         send.write_all(&welcome.encode()).await.map_err(LinkError::from)?;
-        let late = |_| Refusal::new(Close::Protocol, "no frames in time");
-        let mut stream = tokio::time::timeout(HELLO_TIMEOUT, connection.accept_uni())
-            .await
-            .map_err(late)??;
+        // It begins with the first frame: who has nothing to say may be silent.
+        let mut stream = connection.accept_uni().await?;
         tokio::select! {
             ended = read_frames(&mut stream, frames, intake) => ended,
             ended = write_acks(send, &mut acks) => ended,
@@ -170,10 +184,9 @@ async fn take_in(
     .await;
     // The queue to the log is closed by now: the threads finish what is in it, unless there is no room for it.
     drop(acks);
-    let joined = tokio::task::spawn_blocking(move || threads.join()).await;
-    if joined.is_err() {
-        return Err(Refusal::failed(&"a thread panicked"));
-    }
+    on_own_thread("cdp-join", move || threads.join())
+        .await
+        .map_err(|error| Refusal::failed(&error))?;
     // What the threads found says more than that the stream has ended.
     failure.try_recv().map_or(ended, Err)
 }

@@ -300,16 +300,11 @@ async fn enroll(shared: &Shared, connection: &Connection) -> Result<(), Refusal>
     };
     let refused = |error: &dyn std::fmt::Display| Refusal::new(Close::Token, error.to_string());
     let request = Authority::check_request(&request).map_err(|error| refused(&error))?;
-    let grant = shared
+    let (holder, grant) = shared
         .grants
         .redeem(&secret, right, WallNs::now())
         .map_err(|error| refused(&error))?;
     let failed = |error: TrustError| Refusal::failed(&error);
-    let holder = Holder {
-        generation: shared.grants.generation(&grant.agent).map_err(failed)?,
-        agent: grant.agent,
-        right: grant.right,
-    };
     let valid = Duration::from_secs(grant.valid_seconds);
     let certificate = shared.authority.sign(&request, &holder, valid).map_err(failed)?;
     tracing::info!(from = %connection.remote_address(), "enrolled {holder}");

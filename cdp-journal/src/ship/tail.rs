@@ -228,11 +228,13 @@ impl LogTail {
         let measure = || -> io::Result<u64> {
             let mut bytes = 0;
             for id in segments(&disk)? {
+                if end.is_some_and(|(segment, _)| id.0.get() < segment) {
+                    continue;
+                }
                 let len = std::fs::metadata(disk.path(&id.file_name()))?.len();
                 bytes += match end {
-                    Some((segment, _)) if id.0.get() < segment => 0,
                     Some((segment, offset)) if id.0.get() == segment => len.saturating_sub(offset),
-                    _ => len.saturating_sub(SEGMENT_HEADER_BYTES as u64),
+                    _ => len,
                 };
             }
             Ok(bytes)

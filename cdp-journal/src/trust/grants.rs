@@ -33,6 +33,16 @@ pub struct TokenGrant {
     pub expires_ns: i64,
 }
 
+/// A token's file.
+#[derive(Serialize, Deserialize)]
+struct TokenFile {
+    #[serde(flatten)]
+    grant: TokenGrant,
+    /// How often the agent's certificates had been revoked when the token was made: what it turns into is no newer.
+    #[serde(default)]
+    generation: u64,
+}
+
 #[derive(Default, Serialize, Deserialize)]
 struct NameFile {
     generation: u64,
@@ -98,33 +108,38 @@ impl Grants {
         self.forget_spent(WallNs::now())?;
         let token =
             Token::generate(authority.fingerprint()).map_err(TrustError::io("make a token in", &self.dir))?;
-        write(&self.token_path(&token.secret, "json"), grant)?;
+        let file = TokenFile {
+            grant: grant.clone(),
+            generation: self.generation(&grant.agent)?,
+        };
+        write(&self.token_path(&token.secret, "json"), &file)?;
         Ok(token)
     }
 
     /// What the token with that secret gives, without taking it.
-    fn look_up(&self, secret: &[u8; SECRET_BYTES], now: WallNs) -> Result<TokenGrant, RedeemError> {
-        let Some(grant) = read::<TokenGrant>(&self.token_path(secret, "json"))? else {
-            let used = read::<TokenGrant>(&self.token_path(secret, "used"))?;
+    fn look_up(&self, secret: &[u8; SECRET_BYTES], now: WallNs) -> Result<TokenFile, RedeemError> {
+        let Some(file) = read::<TokenFile>(&self.token_path(secret, "json"))? else {
+            let used = read::<TokenFile>(&self.token_path(secret, "used"))?;
             return Err(match used {
                 Some(_) => RedeemError::Used,
                 None => RedeemError::Unknown,
             });
         };
-        if WallNs(grant.expires_ns) < now {
-            return Err(RedeemError::Expired(WallNs(grant.expires_ns)));
+        if WallNs(file.grant.expires_ns) < now {
+            return Err(RedeemError::Expired(WallNs(file.grant.expires_ns)));
         }
-        Ok(grant)
+        Ok(file)
     }
 
-    /// Takes it. Of several who try at a time, one succeeds.
+    /// Takes it, and tells whom a certificate is to be made for and what the token gives. Of several who try at a
+    /// time, one succeeds.
     pub fn redeem(
         &self,
         secret: &[u8; SECRET_BYTES],
         wanted: Right,
         now: WallNs,
-    ) -> Result<TokenGrant, RedeemError> {
-        let grant = self.look_up(secret, now)?;
+    ) -> Result<(Holder, TokenGrant), RedeemError> {
+        let TokenFile { grant, generation } = self.look_up(secret, now)?;
         if grant.right != wanted {
             let given = grant.right;
             return Err(RedeemError::OtherRight { given, wanted });
@@ -132,7 +147,14 @@ impl Grants {
         let (from, to) = (self.token_path(secret, "json"), self.token_path(secret, "used"));
         let taken = std::fs::rename(&from, &to).and_then(|()| files::sync_names(&self.dir.join(TOKENS_DIR)));
         match taken {
-            Ok(()) => Ok(grant),
+            Ok(()) => {
+                let holder = Holder {
+                    agent: grant.agent.clone(),
+                    right: grant.right,
+                    generation,
+                };
+                Ok((holder, grant))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(RedeemError::Used),
             Err(error) => Err(TrustError::io("take", from)(error).into()),
         }
@@ -271,7 +293,7 @@ mod tests {
             Err(RedeemError::OtherRight { .. })
         ));
         let given = grants.redeem(&token.secret, Right::Append, WallNs(100));
-        assert_eq!(given.unwrap(), grant(100));
+        assert_eq!(given.unwrap().1, grant(100));
         assert!(matches!(
             grants.redeem(&token.secret, Right::Append, WallNs(100)),
             Err(RedeemError::Used)
@@ -330,6 +352,26 @@ mod tests {
             grants.redeem(&token.secret, Right::Append, WallNs(0)),
             Err(RedeemError::Unknown)
         ));
+    }
+
+    /// Goal: a token that is redeemed while its agent is revoked gives nothing. Method: the token is put back as it was
+    /// before the revocation, which is what one sees who reads it in between.
+    #[test]
+    fn a_token_redeemed_during_a_revocation_gives_a_revoked_certificate() {
+        let Kit {
+            grants, authority, ..
+        } = &kit();
+        let agent: AgentName = "web01".parse().unwrap();
+        let token = grants.issue(authority, &grant(i64::MAX)).unwrap();
+        let path = grants.token_path(&token.secret, "json");
+        let before = std::fs::read(&path).unwrap();
+        grants.revoke(&agent).unwrap();
+        std::fs::write(&path, before).unwrap();
+        let (holder, _) = grants.redeem(&token.secret, Right::Append, WallNs(0)).unwrap();
+        assert!(grants.is_revoked(&holder).unwrap(), "{holder:?}");
+        let token = grants.issue(authority, &grant(i64::MAX)).unwrap();
+        let (holder, _) = grants.redeem(&token.secret, Right::Append, WallNs(0)).unwrap();
+        assert!(!grants.is_revoked(&holder).unwrap(), "{holder:?}");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::*;
 use crate::net::Identities;
 use crate::net::link::{Link, LinkError, read_message};
 use crate::net::tls;
+use crate::wire::fuzz::{Noise, bad_frame, deadline, good_frames};
 use crate::wire::{HEADER_BYTES, Header, Kind, Message};
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -179,6 +180,36 @@ fn what_is_not_the_next_frame_closes_the_connection_and_is_not_stored() {
     assert_eq!(held, Some(Seq::FIRST), "the one good frame");
 }
 
+/// Goal: an agent that has nothing to ship may be silent. Method: one that is, until another that said nothing at all, and
+/// came after it, is sent away for that.
+#[test]
+fn an_agent_without_anything_to_ship_is_left_alone() {
+    let kit = Kit::new();
+    let other = kit.dir.path().join("other");
+    kit.enroll("web02", Right::Append, &other);
+    let address = kit.address.to_string();
+    let connect = async |dir: &Path| {
+        let identities = Identities::load(dir, Right::Append).unwrap();
+        Link::connect(&address, identities.tls().unwrap()).await.unwrap()
+    };
+    runtime().block_on(async {
+        let silent = connect(&kit.identity()).await;
+        let (mut send, mut receive) = silent.connection.open_bi().await.unwrap();
+        let hello = Message::Hello {
+            log: Uuid::from_u128(1),
+            durable: None,
+        };
+        send.write_all(&hello.encode()).await.unwrap();
+        let welcome = read_message(&mut receive).await.unwrap();
+        assert_eq!(welcome.map(|(kind, _)| kind), Some(Kind::Welcome));
+        let mute = connect(&other).await;
+        let why = LinkError::from(mute.connection.closed().await).to_string();
+        assert!(why.contains("nothing was said in time"), "{why}");
+        assert!(silent.connection.close_reason().is_none());
+        silent.close().await;
+    });
+}
+
 /// Goal: a server outlives any bytes of an authenticated client. Method: mutations of good frames; the agent beside it
 /// ships all the while.
 #[test]
@@ -190,7 +221,9 @@ fn mutated_frames_leave_the_server_unharmed() {
         frame_message(&kit, 1, Some(Seq::FIRST)),
     ]
     .concat();
-    let shipper = kit.ship();
+    let other = kit.dir.path().join("other");
+    kit.enroll("web02", Right::Append, &other);
+    let shipper = kit.source.ship(&kit.address.to_string(), &other);
     let mutations = (0..good.len(), 1..=255u8, HEADER_BYTES..=good.len());
     let config = ProptestConfig {
         cases: 24,
@@ -206,11 +239,67 @@ fn mutated_frames_leave_the_server_unharmed() {
         bytes[at] ^= flip;
         bytes.truncate(cut);
         log.set(log.get() + 1);
-        // The agent's own connection gives way to this one, and comes back.
         send_frames(&kit, Uuid::from_u128(log.get()), &bytes);
         kit.source.write(1, 9);
         prop_assert!(shipper.wait_acked(kit.source.last(), PATIENCE));
         Ok(())
     });
     done.unwrap();
+}
+
+/// Goal: no frames of an authenticated client harm the server: no thread of it panics, what it took can be read, and others
+/// ship all the while. Method: good frames changed behind right checksums, each case a history of its own.
+#[test]
+fn frames_meant_to_do_harm_leave_the_server_unharmed() {
+    static PANICS: AtomicU64 = AtomicU64::new(0);
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let name = std::thread::current().name().unwrap_or_default().to_owned();
+        if name.starts_with("cdp-") || name.starts_with("tokio") {
+            PANICS.fetch_add(1, Ordering::SeqCst);
+        }
+        before(info);
+    }));
+    let mut kit = Kit::new();
+    let other = kit.dir.path().join("other");
+    kit.enroll("web02", Right::Append, &other);
+    let shipper = kit.source.ship(&kit.address.to_string(), &other);
+    let mut noise = Noise::new();
+    let frames = good_frames(Seq::FIRST);
+    let (until, mut cases) = (deadline(), 0);
+    while cases < 5 || std::time::Instant::now() < until && cases < 2000 {
+        cases += 1;
+        let good = &frames[noise.below(frames.len())];
+        let frame = bad_frame(&mut noise, good);
+        let message = Message::Frame {
+            previous: None,
+            frame,
+        }
+        .encode();
+        let log = Uuid::from_u128(1000 + cases);
+        send_frames(&kit, log, &message);
+        assert_eq!(
+            PANICS.load(Ordering::SeqCst),
+            0,
+            "a thread of the server panicked in case {cases}"
+        );
+        let site = Site::open(&kit.site()).unwrap().unwrap();
+        let dir = site.log_dir(&name("web01"), log);
+        // The next connection waits for this one's threads: what it took lies there by then.
+        kit.source.write(1, 9);
+        assert!(
+            shipper.wait_acked(kit.source.last(), PATIENCE),
+            "{:?}",
+            shipper.status()
+        );
+        if let Ok(store) = crate::store::StoreReader::open(&dir)
+            && let Ok(volumes) = store.volumes()
+        {
+            for volume in volumes {
+                let _ = store.history(volume.id);
+            }
+        }
+        let _ = std::fs::remove_dir_all(&dir);
+    }
+    eprintln!("{cases} cases");
 }

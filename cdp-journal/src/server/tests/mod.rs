@@ -8,6 +8,7 @@ mod trust;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use super::{ServeOptions, Server};
 use crate::format::{Body, FrameBuilder, Origin, RecordFlags, VolumeKind};
 use crate::index::IndexWriter;
 use crate::log::LogWriter;
-use crate::net::{DurableLog, Shipper};
+use crate::net::{DurableLog, Shipper, Throttle};
 use crate::ship::LogTail;
 use crate::site::{AgentName, Site};
 use crate::store::{StoreWriter, WriterOptions};
@@ -57,6 +58,17 @@ impl Running {
     }
 
     pub(super) fn start_with(dir: &Path, listen: Option<SocketAddr>, writer: WriterOptions) -> Self {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(2).enable_all().build().unwrap();
+        Self::start_on(runtime, dir, listen, writer)
+    }
+
+    pub(super) fn start_on(
+        runtime: tokio::runtime::Runtime,
+        dir: &Path,
+        listen: Option<SocketAddr>,
+        writer: WriterOptions,
+    ) -> Self {
         let options = ServeOptions {
             store: dir.to_owned(),
             listen: listen.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap()),
@@ -66,11 +78,6 @@ impl Running {
         let (kill, killed) = tokio::sync::oneshot::channel();
         let (started, address) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(2)
-                .enable_all()
-                .build()
-                .unwrap();
             runtime.block_on(async {
                 let server = Server::start(&options).unwrap();
                 started.send(server.address().unwrap()).unwrap();
@@ -114,6 +121,7 @@ impl Drop for Running {
 #[derive(Default)]
 pub(super) struct Durable {
     seq: Mutex<Option<Seq>>,
+    bytes: AtomicU64,
     changed: Condvar,
 }
 
@@ -125,6 +133,10 @@ impl DurableLog for Durable {
         }
         *seq
     }
+
+    fn log_bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
 }
 
 /// An agent's log, without an agent.
@@ -134,6 +146,8 @@ pub(super) struct Source {
     _index: IndexWriter,
     pub(super) durable: Arc<Durable>,
     boot_ns: u64,
+    /// What to add to its times for those of the wall.
+    wall_offset_ns: i64,
 }
 
 impl Source {
@@ -152,6 +166,7 @@ impl Source {
             _index: index,
             durable,
             boot_ns: 0,
+            wall_offset_ns: 0,
         };
         if recovered.created {
             source.frame(&[(
@@ -178,8 +193,9 @@ impl Source {
                 .push(at, volume, origin, flags, body.clone(), &[data])
                 .unwrap();
         }
-        let frame = frame.seal(Uuid::from_u128(8), 0).unwrap();
+        let frame = frame.seal(Uuid::from_u128(8), self.wall_offset_ns).unwrap();
         self.log.append(&frame).unwrap();
+        self.durable.bytes.store(self.log.log_bytes(), Ordering::Relaxed);
         *self.durable.seq.lock() = self.log.sync().unwrap();
         self.durable.changed.notify_all();
     }
@@ -201,13 +217,24 @@ impl Source {
         }
     }
 
+    /// The same, written at this time.
+    pub(super) fn write_now(&mut self, count: u64, salt: u64) {
+        self.wall_offset_ns = WallNs::now().0 - self.boot_ns as i64;
+        self.write(count, salt);
+    }
+
     pub(super) fn last(&self) -> Option<Seq> {
         *self.durable.seq.lock()
     }
 
     pub(super) fn ship(&self, server: &str, identity: &Path) -> Shipper {
+        self.ship_at(server, identity, &Arc::default())
+    }
+
+    /// As fast as `throttle` allows.
+    pub(super) fn ship_at(&self, server: &str, identity: &Path, throttle: &Arc<Throttle>) -> Shipper {
         let log: Arc<dyn DurableLog> = Arc::clone(&self.durable) as _;
-        Shipper::start(&self.dir, server, identity, log).unwrap()
+        Shipper::start(&self.dir, server, identity, log, Arc::clone(throttle)).unwrap()
     }
 }
 
