@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use cdp_journal::trust::Token;
 use cdp_journal::when::When;
@@ -118,7 +119,7 @@ pub(crate) enum Command {
 }
 
 /// Where history is read from.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct From {
     /// The store to read: an agent's folder, such as /var/lib/cdp, or a journal server's; or a server, as HOST:PORT
     #[arg(long, value_name = "SRC")]
@@ -126,12 +127,21 @@ pub(crate) struct From {
     /// The folder with the certificate for the server, which `enroll` put there
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: Option<PathBuf>,
+    /// How long a server that does not answer any more is asked again, before it is an error
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_patience)]
+    pub(crate) patience: Duration,
+}
+
+fn parse_patience(text: &str) -> Result<Duration, String> {
+    let told = text.parse::<jiff::SignedDuration>();
+    let told = told.map_err(|error| format!("{error}; give a length of time, such as 60s"))?;
+    Duration::try_from(told).map_err(|_| "give a length of time, such as 60s".to_owned())
 }
 
 impl From {
     /// Opens every store of the source.
     pub(crate) fn open(&self) -> anyhow::Result<Vec<Opened>> {
-        self.from.open(self.identity.as_deref())
+        self.from.open(self.identity.as_deref(), self.patience)
     }
 }
 
@@ -410,6 +420,8 @@ pub(crate) struct Bisect {
     /// A later moment that is bad
     #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
     pub(crate) bad: When,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

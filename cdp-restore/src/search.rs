@@ -10,7 +10,7 @@ use std::thread;
 use cdp_journal::ReadError;
 use cdp_journal::VolumeId;
 use cdp_journal::format::{Body, Origin, PlacedRecord};
-use cdp_journal::store::{FrameRecords, Records, StoreReader};
+use cdp_journal::store::{Archive, FrameRecords, RecordsOf};
 use memchr::memmem::Finder;
 
 /// Frames that wait for each thread, and what was found in them.
@@ -57,9 +57,9 @@ struct End {
 /// Gives `visit` every place where `pattern` was written to the volume by one of `records`, in order, until it says
 /// `false`. `progress` is told of every so many bytes of the log that are done.
 pub(crate) fn search(
-    store: &StoreReader,
+    store: &dyn Archive,
     volume: VolumeId,
-    records: Records<'_>,
+    records: RecordsOf<'_>,
     pattern: &[u8],
     threads: usize,
     progress: &dyn Fn(u64),
@@ -115,7 +115,7 @@ pub(crate) fn search(
 type FrameScan = Result<(u64, Vec<Scanned>), ReadError>;
 
 fn scan_all(
-    store: &StoreReader,
+    store: &dyn Archive,
     volume: VolumeId,
     finder: &Finder<'_>,
     frames: &Receiver<FrameRecords>,
@@ -131,7 +131,7 @@ fn scan_all(
 }
 
 fn scan(
-    store: &StoreReader,
+    store: &dyn Archive,
     volume: VolumeId,
     finder: &Finder<'_>,
     frame: &FrameRecords,

@@ -2,11 +2,11 @@
 
 use cdp_journal::Seq;
 use cdp_journal::format::Body;
-use cdp_journal::store::StoreReader;
+use cdp_journal::store::Archive;
 use cdp_journal::when::When;
 use serde::Serialize;
 
-use super::{open_volume_here, table};
+use super::{open_block_volume, table};
 use crate::args::Find;
 use crate::exit::UsageError;
 use crate::report::Report;
@@ -39,12 +39,12 @@ struct JsonHit {
 }
 
 pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
-    let (store, volume) = open_volume_here(&args.source, &args.volume, "find")?;
-    let until = locate(&store, args.until.as_ref().unwrap_or(&When::Latest))?;
+    let (store, volume) = open_block_volume(&args.source, &args.volume, "find")?;
+    let until = locate(&*store, args.until.as_ref().unwrap_or(&When::Latest))?;
     let since = args
         .since
         .as_ref()
-        .map(|since| locate(&store, since))
+        .map(|since| locate(&*store, since))
         .transpose()?
         .flatten();
     let first = since.map_or(Seq::FIRST, Seq::next);
@@ -53,10 +53,12 @@ pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
     }
     let progress = report.progress("searching", store.log_bytes()?);
     let (mut hits, mut truncated) = (Vec::new(), false);
-    let records = store.records(first..=until.unwrap_or(Seq::FIRST));
+    // Nothing at all if `until` lies before the first record.
+    let seqs = until.map_or(Seq::FIRST.next()..=Seq::FIRST, |until| first..=until);
+    let records = store.records(seqs);
     let advance = |bytes| progress.advance(bytes);
     let searched = search(
-        &store,
+        &*store,
         volume.id,
         records,
         &args.bytes.0,
@@ -92,7 +94,7 @@ pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
 }
 
 /// The last record that belongs to a moment, exact or not.
-fn locate(store: &StoreReader, when: &When) -> anyhow::Result<Option<Seq>> {
+fn locate(store: &dyn Archive, when: &When) -> anyhow::Result<Option<Seq>> {
     Ok(store.locate(when)?.seq)
 }
 
