@@ -6,10 +6,12 @@
 
 mod damage;
 mod device;
+mod ext4;
 mod find;
 mod history;
 mod image;
 mod live;
+mod mounts;
 mod nbd;
 mod program;
 mod rewind;
