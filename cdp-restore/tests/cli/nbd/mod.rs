@@ -84,6 +84,42 @@ fn nbdcopy_copies_exactly_the_moment() {
     }
 }
 
+/// Goal: what fio writes through its own engine it reads again, over several connections that see each other's writes.
+/// Method: random writes with checksums, several jobs, each verified; the history stays.
+#[test]
+fn fios_own_engine_reads_what_it_wrote() {
+    let name = "fios_own_engine_reads_what_it_wrote";
+    if !programs_for(name, &["fio"]) {
+        return;
+    }
+    if !tool("fio", ["--enghelp"]).contains("nbd") {
+        crate::program::skip(name, "this fio has no nbd engine");
+        return;
+    }
+    const BLOCKS: u64 = 2048;
+    let store = Store::noisy(BLOCKS, "/dev/no-such-device");
+    let before = files_below(&store.path());
+    let server = Server::start(&store, "latest", &["--rw"]);
+    let uri = format!("--uri={}", server.uri);
+    let jobs = [
+        "--numjobs=4",
+        "--size=2M",
+        "--offset_increment=2M",
+        "--iodepth=16",
+    ];
+    let load = ["--name=load", "--ioengine=nbd", &uri, "--rw=randrw", "--bs=4k"];
+    let verify = [
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        "--group_reporting",
+    ];
+    tool("fio", [&load[..], &jobs, &verify].concat());
+    let (status, stderr) = server.stop();
+    assert!(status.success(), "{stderr}");
+    assert_eq!(files_below(&store.path()), before);
+}
+
 #[test]
 fn qemu_reads_compares_and_maps_it() {
     if !programs_for("qemu_reads_compares_and_maps_it", &["qemu-img"]) {
