@@ -52,8 +52,8 @@ fn a_volume_of_one_of_several_agents_is_mounted_and_bisected() {
     fs::create_dir(&dir).unwrap();
     let dir = dir.to_str().unwrap();
     for more in [&[][..], &["--raw"]] {
-        let arguments = ["web02/pg", "--at", "latest", dir];
-        store.run("mount", &[&arguments[..], more].concat()).exits(0);
+        let arguments = [&["--at", "latest"][..], more, &["--", "web02/pg", dir]].concat();
+        store.run("mount", &arguments).exits(0);
         let shown = if more.is_empty() { "e" } else { "pg.img" };
         assert!(fs::exists(format!("{dir}/{shown}")).unwrap());
         run(["umount", dir]).exits(0);
