@@ -369,7 +369,8 @@ pub(crate) struct Diff {
 /// Looks through everything that was written in the stretch of time, whether it can still be seen in any moment or not,
 /// in the order in which it was written. Bytes that one write wrote are found wherever they lie in it; bytes that came
 /// in two writes, or that the file system stores in two places, are not. Who wrote is the process that handed the write
-/// to the device: for data that the kernel wrote back from its page cache, that is a kernel thread.
+/// to the device: for data that the kernel wrote back from its page cache, that is a kernel thread. Bytes are gone with
+/// the first record after which they are not at that place any more; to which file they belonged is not known.
 #[derive(Debug, Args)]
 #[command(after_help = help_with_when!(
     "  cdp-restore find --from /var/lib/cdp pg --bytes 'DROP TABLE orders'
