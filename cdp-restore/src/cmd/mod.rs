@@ -20,6 +20,7 @@ pub(crate) mod bisect;
 pub(crate) mod completions;
 pub(crate) mod diff;
 pub(crate) mod enroll;
+pub(crate) mod files;
 pub(crate) mod find;
 pub(crate) mod image;
 pub(crate) mod ls;

@@ -7,6 +7,7 @@
 mod damage;
 mod device;
 mod ext4;
+mod files;
 mod find;
 mod history;
 mod image;
