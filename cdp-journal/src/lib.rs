@@ -12,6 +12,53 @@
 //! `net` (on by default) there are also the [`server`] itself, who may do what with it ([`trust`]), and its clients
 //! ([`net`]). Everything else needs no runtime.
 //!
+//! # As a library
+//!
+//! Any moment of a volume is a [`view::View`], read from a folder beside whoever writes to it, without a lock and
+//! without touching anything:
+//!
+//! ```
+//! use cdp_journal::format::{Body, FrameBuilder, Origin, RecordFlags, VolumeKind};
+//! use cdp_journal::store::{StoreReader, StoreWriter, WriterOptions};
+//! use cdp_journal::when::When;
+//! use cdp_journal::{BootNs, VolumeId};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = tempfile::tempdir()?;
+//! # let folder = folder.path();
+//! // A store as an agent writes it: a volume of 1 MiB whose first block is written twice.
+//! let (mut log, _index) = StoreWriter::open(folder, &WriterOptions::default())?.0.split();
+//! let mut frame = FrameBuilder::new(log.next_seq());
+//! let write = Body::Write { offset: 0, len: 4096 };
+//! for (at, body, data) in [
+//!     (1, Body::Volume { kind: VolumeKind::Block, bytes: 1 << 20, name: "pg".into(), path: "/dev/vdb".into() }, vec![]),
+//!     (2, Body::GapClose, vec![]), // history is exact from here on
+//!     (3, write.clone(), vec![b'a'; 4096]),
+//!     (4, write, vec![b'b'; 4096]),
+//! ] {
+//!     frame.push(BootNs(at), VolumeId::new(1), Origin::default(), RecordFlags::default(), body, &[&data])?;
+//! }
+//! log.append(&frame.seal(uuid::Uuid::new_v4(), 0).ok_or("no records")?)?;
+//! log.sync()?;
+//!
+//! // Any moment of it: named as on the command line, refused if it is not exact, then read at any offset.
+//! let store = StoreReader::open(folder)?;
+//! let volume = store.volume("pg")?.ok_or("no such volume")?;
+//! let mut block = [0; 4096];
+//! for (when, expected) in [("seq:3", b'a'), ("latest", b'b'), ("seq:2", 0)] {
+//!     let moment = store.resolve(volume.id, &when.parse::<When>()?)?;
+//!     let view = store.view(volume.id, moment.seq.ok_or("before the first record")?)?;
+//!     assert_eq!(view.bytes(), 1 << 20);
+//!     view.read_at(0, &mut block)?; // every byte checked against its checksum
+//!     assert_eq!(block, [expected; 4096]);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A journal server is read in the same way: `remote::RemoteSite` gives stores that are read through the same trait,
+//! [`store::Archive`].
+//!
 //! Always true:
 //! - J1: `applied <= durable <= appended`: only what survived an fsync is ever indexed.
 //! - J2: every byte that leaves a [`view::View`] was checked against its checksum.

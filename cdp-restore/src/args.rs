@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use cdp_journal::trust::Token;
 use cdp_journal::when::When;
@@ -30,6 +31,7 @@ Examples:
   cdp-restore mount  --from /var/lib/cdp pg --at -5m /mnt/then
   cdp-restore umount /mnt/then
   cdp-restore nbd    --from /var/lib/cdp pg --at -5m --listen unix:/run/pg.sock
+  cdp-restore files  --from /var/lib/cdp pg --at -5m data/pg_hba.conf --to /tmp/then
   cdp-restore diff   --from /var/lib/cdp pg --since bookmark:before-upgrade --until latest
   cdp-restore find   --from /var/lib/cdp pg --bytes 'DROP TABLE orders' --since -1h
   cdp-restore verify --from /var/lib/cdp
@@ -109,6 +111,7 @@ pub(crate) enum Command {
     Mount(Mount),
     Umount(Umount),
     Nbd(Nbd),
+    Files(Files),
     Diff(Diff),
     Find(Find),
     Bisect(Bisect),
@@ -118,7 +121,7 @@ pub(crate) enum Command {
 }
 
 /// Where history is read from.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct From {
     /// The store to read: an agent's folder, such as /var/lib/cdp, or a journal server's; or a server, as HOST:PORT
     #[arg(long, value_name = "SRC")]
@@ -126,12 +129,21 @@ pub(crate) struct From {
     /// The folder with the certificate for the server, which `enroll` put there
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: Option<PathBuf>,
+    /// How long a server that does not answer any more is asked again, before it is an error
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_patience)]
+    pub(crate) patience: Duration,
+}
+
+fn parse_patience(text: &str) -> Result<Duration, String> {
+    let told = text.parse::<jiff::SignedDuration>();
+    let told = told.map_err(|error| format!("{error}; give a length of time, such as 60s"))?;
+    Duration::try_from(told).map_err(|_| "give a length of time, such as 60s".to_owned())
 }
 
 impl From {
     /// Opens every store of the source.
     pub(crate) fn open(&self) -> anyhow::Result<Vec<Opened>> {
-        self.from.open(self.identity.as_deref())
+        self.from.open(self.identity.as_deref(), self.patience)
     }
 }
 
@@ -317,6 +329,37 @@ pub(crate) struct Nbd {
     pub(crate) json: bool,
 }
 
+/// Copy paths out of a block volume as it was at a moment, into a new folder.
+///
+/// From any file system that the kernel mounts, with owner, mode, times, links and extended attributes; needs root, as
+/// mount does. Paths are those that `mount` would show below its folder; symbolic links are copied as such. The folder
+/// appears only once it is complete.
+#[derive(Debug, Args)]
+#[command(after_help = help_with_when!(
+    "  cdp-restore files --from /var/lib/cdp pg --at -90s --to /tmp/everything
+  cdp-restore files --from /var/lib/cdp pg --at bookmark:before-upgrade etc/passwd home/ann --to /tmp/then"
+))]
+pub(crate) struct Files {
+    #[command(flatten)]
+    pub(crate) source: From,
+    /// The volume's name, as `ls` shows it
+    pub(crate) volume: String,
+    /// The moment to copy from
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) at: When,
+    /// What to copy; everything if left out
+    #[arg(value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    /// The folder to put it into, which must be empty or not be there
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: PathBuf,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// Where a throw-away layer lies, and how large it may get.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct LayerBounds {
@@ -359,7 +402,8 @@ pub(crate) struct Diff {
 /// Looks through everything that was written in the stretch of time, whether it can still be seen in any moment or not,
 /// in the order in which it was written. Bytes that one write wrote are found wherever they lie in it; bytes that came
 /// in two writes, or that the file system stores in two places, are not. Who wrote is the process that handed the write
-/// to the device: for data that the kernel wrote back from its page cache, that is a kernel thread.
+/// to the device: for data that the kernel wrote back from its page cache, that is a kernel thread. Bytes are gone with
+/// the first record after which they are not at that place any more; to which file they belonged is not known.
 #[derive(Debug, Args)]
 #[command(after_help = help_with_when!(
     "  cdp-restore find --from /var/lib/cdp pg --bytes 'DROP TABLE orders'
@@ -410,6 +454,8 @@ pub(crate) struct Bisect {
     /// A later moment that is bad
     #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
     pub(crate) bad: When,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -571,9 +617,7 @@ mod tests {
             &["ls", "--from", "/store", "-v", "-q"],
             &["verify", "--from", "/store", "--threads", "0"],
             &["mount", "--from", "/store", "pg", "--at", "latest"],
-            &[
-                "files", "--from", "/store", "pg", "--at", "latest", "--to", "/mnt",
-            ],
+            &["files", "--from", "/store", "pg", "--at", "latest"],
         ] {
             let parsed = Cli::try_parse_from([&["cdp-restore"], arguments].concat());
             let error = parsed.expect_err(&format!("{arguments:?} was accepted"));

@@ -8,6 +8,7 @@ use cdp_journal::when::WhenError;
 use cdp_journal::{OpenError, ReadError};
 
 use crate::cmd::{Damaged, NotExactHere};
+use crate::disk::DiskError;
 
 /// The exit codes that scripts rely on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,8 +66,9 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     let damaged = cause.is::<Damaged>()
         || cause.downcast_ref::<OpenError>().is_some_and(OpenError::is_damage)
         || cause.downcast_ref::<ReadError>().is_some_and(ReadError::is_damage)
-        // It shows the read error as itself, so that one is not in the chain.
-        || matches!(cause.downcast_ref::<CopyError>(), Some(CopyError::Read(read)) if read.is_damage());
+        // These show the read error as themselves, so that one is not in the chain.
+        || matches!(cause.downcast_ref::<CopyError>(), Some(CopyError::Read(read)) if read.is_damage())
+        || matches!(cause.downcast_ref::<DiskError>(), Some(DiskError::Read(read)) if read.is_damage());
     damaged.then_some(Exit::Damaged)
 }
 

@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         Command::Mount(args) => cmd::mount::run(&args, &report),
         Command::Umount(args) => cmd::mount::unmount_all(&args, &report),
         Command::Nbd(args) => cmd::nbd::run(&args, &report),
+        Command::Files(args) => cmd::files::run(&args, &report),
         Command::Diff(args) => cmd::diff::run(&args, &report),
         Command::Find(args) => cmd::find::run(&args, &report),
         Command::Bisect(args) => cmd::bisect::run(&args, &report),

@@ -45,8 +45,9 @@ impl Report {
             (false, 2) => "debug",
             (false, _) => "trace",
         };
-        // It says of every question of the kernel that is not answered that it was not.
-        let filter = EnvFilter::new(format!("{level},fuser=error"));
+        // It says of every question of the kernel that is not answered that it was not, and of every answer that the
+        // kernel does not want any more. What ends it is our error.
+        let filter = EnvFilter::new(format!("{level},fuser=off"));
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(Stderr);

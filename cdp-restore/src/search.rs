@@ -3,6 +3,7 @@
 //! A pattern is found within a record, across the blocks and groups that its data lies in, and across records that one
 //! write was cut into. Such records follow each other closely, each beginning where one before it ended.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
@@ -10,7 +11,7 @@ use std::thread;
 use cdp_journal::ReadError;
 use cdp_journal::VolumeId;
 use cdp_journal::format::{Body, Origin, PlacedRecord};
-use cdp_journal::store::{FrameRecords, Records, StoreReader};
+use cdp_journal::store::{Archive, FrameRecords, RecordsOf};
 use memchr::memmem::Finder;
 
 /// Frames that wait for each thread, and what was found in them.
@@ -34,6 +35,18 @@ pub(crate) struct Searched {
     pub(crate) bytes: u64,
 }
 
+/// What a search comes by, in the order of the records.
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    /// A record that changes bytes at an offset, or (`u64::MAX` bytes) ends the volume there.
+    Changed {
+        record: PlacedRecord,
+        offset: u64,
+        len: u64,
+    },
+    Hit(Hit),
+}
+
 /// What is known of a record after its thread has searched it.
 struct Scanned {
     record: PlacedRecord,
@@ -54,16 +67,16 @@ struct End {
     tail: Vec<u8>,
 }
 
-/// Gives `visit` every place where `pattern` was written to the volume by one of `records`, in order, until it says
-/// `false`. `progress` is told of every so many bytes of the log that are done.
+/// Gives `visit` every place where `pattern` was written to the volume by one of `records`, after every change that a
+/// record makes, in order, until it says `false`. `progress` is told of every so many bytes of the log that are done.
 pub(crate) fn search(
-    store: &StoreReader,
+    store: &dyn Archive,
     volume: VolumeId,
-    records: Records<'_>,
+    records: RecordsOf<'_>,
     pattern: &[u8],
     threads: usize,
     progress: &dyn Fn(u64),
-    mut visit: impl FnMut(Hit) -> bool,
+    mut visit: impl FnMut(Event) -> Result<bool, ReadError>,
 ) -> Result<Searched, ReadError> {
     let finder = Finder::new(pattern);
     thread::scope(|scope| {
@@ -96,8 +109,14 @@ pub(crate) fn search(
             let Ok(scanned) = result.recv() else { break };
             let (frame_bytes, records) = scanned?;
             for scanned in records {
-                for hit in joiner.take(scanned) {
-                    if !visit(hit) {
+                let changed = Event::Changed {
+                    record: scanned.record.clone(),
+                    offset: scanned.offset,
+                    len: scanned.len,
+                };
+                let hits = joiner.take(scanned).into_iter().map(Event::Hit);
+                for event in std::iter::once(changed).chain(hits) {
+                    if !visit(event)? {
                         break 'all;
                     }
                 }
@@ -115,7 +134,7 @@ pub(crate) fn search(
 type FrameScan = Result<(u64, Vec<Scanned>), ReadError>;
 
 fn scan_all(
-    store: &StoreReader,
+    store: &dyn Archive,
     volume: VolumeId,
     finder: &Finder<'_>,
     frames: &Receiver<FrameRecords>,
@@ -131,34 +150,53 @@ fn scan_all(
 }
 
 fn scan(
-    store: &StoreReader,
+    store: &dyn Archive,
     volume: VolumeId,
     finder: &Finder<'_>,
     frame: &FrameRecords,
 ) -> Result<Vec<Scanned>, ReadError> {
-    let has_data =
-        |placed: &&PlacedRecord| placed.record.volume == Some(volume) && placed.record.body.data_bytes() > 0;
-    let wanted: Vec<_> = frame.records.iter().filter(has_data).collect();
+    let wanted: Vec<_> = frame
+        .records
+        .iter()
+        .filter(|placed| placed.record.volume == Some(volume))
+        .filter_map(|placed| Some((placed, change(&placed.record.body)?)))
+        .collect();
     if wanted.is_empty() {
         return Ok(Vec::new());
     }
-    let data = store.frame_data(frame)?;
+    let has_data = wanted
+        .iter()
+        .any(|(placed, _)| placed.record.body.data_bytes() > 0);
+    let data = has_data.then(|| store.frame_data(frame)).transpose()?;
     let keep = finder.needle().len() - 1;
-    let scanned = wanted.into_iter().filter_map(|placed| {
-        let (Body::Write { offset, len } | Body::ReadBack { offset, len, .. }) = placed.record.body else {
-            return None;
+    let scanned = wanted.into_iter().map(|(placed, (offset, len))| {
+        let bytes = match &data {
+            Some(data) if placed.record.body.data_bytes() > 0 => frame.data_of(placed, data),
+            _ => Cow::default(),
         };
-        let bytes = frame.data_of(placed, &data);
-        Some(Scanned {
+        Scanned {
             record: placed.clone(),
             offset,
             len,
             at: finder.find_iter(&bytes).collect(),
             head: bytes[..keep.min(bytes.len())].to_vec(),
             tail: bytes[bytes.len() - keep.min(bytes.len())..].to_vec(),
-        })
+        }
     });
     Ok(scanned.collect())
+}
+
+/// Which bytes a record changes, if any: offset and length.
+fn change(body: &Body) -> Option<(u64, u64)> {
+    match *body {
+        Body::Write { offset, len }
+        | Body::Zero { offset, len }
+        | Body::Discard { offset, len }
+        | Body::ReadBack { offset, len, .. }
+        | Body::ReadBackZero { offset, len, .. } => Some((offset, len)),
+        Body::Resize { bytes } => Some((bytes, u64::MAX)),
+        _ => None,
+    }
 }
 
 /// Puts together what was cut apart.
@@ -172,6 +210,9 @@ struct Joiner<'a> {
 impl Joiner<'_> {
     /// The hits that end in a record.
     fn take(&mut self, scanned: Scanned) -> Vec<Hit> {
+        if scanned.record.record.body.data_bytes() == 0 {
+            return Vec::new();
+        }
         self.searched.records += 1;
         self.searched.bytes += scanned.len;
         let origin = scanned.record.record.origin;

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use cdp_journal::remote::RemoteSite;
@@ -29,8 +30,6 @@ pub(crate) struct Opened {
     /// Has the agent begun another history since?
     pub(crate) is_newest: bool,
     pub(crate) archive: Box<dyn Archive>,
-    /// The store's own folder, if it lies on this host.
-    pub(crate) folder: Option<PathBuf>,
 }
 
 impl Opened {
@@ -54,10 +53,10 @@ impl Source {
 
     /// Opens every store of the source: one of an agent's folder, one for each history of a server's. A server is
     /// shown the certificate in the folder `identity`.
-    pub(crate) fn open(&self, identity: Option<&Path>) -> anyhow::Result<Vec<Opened>> {
+    pub(crate) fn open(&self, identity: Option<&Path>, patience: Duration) -> anyhow::Result<Vec<Opened>> {
         match (self, identity) {
             (Source::Folder(folder), _) => open_folder(folder),
-            (Source::Server(server), Some(identity)) => open_server(server, identity),
+            (Source::Server(server), Some(identity)) => open_server(server, identity, patience),
             (Source::Server(server), None) => Err(UsageError(format!(
                 "{server} names a journal server: give --identity DIR, the folder that `cdp-restore enroll` put the \
                  certificate into (a folder of that name is written ./{server})"
@@ -67,13 +66,15 @@ impl Source {
     }
 }
 
-fn open_server(server: &str, identity: &Path) -> anyhow::Result<Vec<Opened>> {
-    let site = RemoteSite::open(server, identity).with_context(|| format!("read from {server}"))?;
+fn open_server(server: &str, identity: &Path, patience: Duration) -> anyhow::Result<Vec<Opened>> {
+    // Absolute, for it is read again for each new connection, and who serves a mount leaves the working folder.
+    let identity = std::path::absolute(identity).with_context(|| format!("find {}", identity.display()))?;
+    let site =
+        RemoteSite::open(server, &identity, patience).with_context(|| format!("read from {server}"))?;
     let opened = site.stores()?.into_iter().map(|(label, age, archive)| Opened {
         agent: Some(label),
         is_newest: age == 0,
         archive: Box::new(archive) as _,
-        folder: None,
     });
     Ok(opened.collect())
 }
@@ -93,7 +94,6 @@ fn open_folder(folder: &Path) -> anyhow::Result<Vec<Opened>> {
             agent: None,
             is_newest: true,
             archive: Box::new(StoreReader::open(&folder)?),
-            folder: Some(folder),
         }]);
     };
     let mut opened = Vec::new();
@@ -102,7 +102,6 @@ fn open_folder(folder: &Path) -> anyhow::Result<Vec<Opened>> {
             agent: Some(log.label()),
             is_newest: log.age == 0,
             archive: Box::new(StoreReader::open(&log.dir)?),
-            folder: Some(log.dir.clone()),
         });
     }
     Ok(opened)

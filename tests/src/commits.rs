@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -107,7 +107,8 @@ pub fn numbers(rows: &[String]) -> Result<BTreeSet<u64>> {
 /// Sessions that commit one transaction after the other in the background.
 #[derive(Debug)]
 pub struct Committers {
-    threads: Vec<JoinHandle<Result<Vec<Commit>>>>,
+    threads: Vec<JoinHandle<Result<()>>>,
+    commits: Arc<Mutex<Vec<Commit>>>,
     stop: Arc<AtomicBool>,
     committed: Arc<AtomicU64>,
 }
@@ -121,20 +122,25 @@ impl Committers {
     ) -> Committers {
         let stop = Arc::new(AtomicBool::new(false));
         let committed = Arc::new(AtomicU64::new(0));
+        let commits = Arc::new(Mutex::new(Vec::new()));
         let open = Arc::new(open);
         let threads = (1..=sessions).map(|session| {
             let (stop, open, mut rng) = (Arc::clone(&stop), Arc::clone(&open), rng.fork());
-            let committed = Arc::clone(&committed);
+            let (commits, committed) = (Arc::clone(&commits), Arc::clone(&committed));
             // The session is opened by the thread that uses it: its process ends with that thread.
             std::thread::spawn(move || {
                 let mut conversation = open(session)?;
-                let commits = commit_numbers(&mut conversation, session, &mut rng, &stop, &committed)?;
-                conversation.finish(Duration::from_secs(30))?;
-                Ok(commits)
+                let note = |commit| {
+                    lock(&commits).push(commit);
+                    committed.fetch_add(1, Ordering::SeqCst);
+                };
+                commit_numbers(&mut conversation, session, &mut rng, &stop, note)?;
+                conversation.finish(Duration::from_secs(30))
             })
         });
         Committers {
             threads: threads.collect(),
+            commits,
             stop,
             committed,
         }
@@ -150,15 +156,20 @@ impl Committers {
         })
     }
 
+    /// The transactions that have returned by now.
+    pub fn so_far(&self) -> CommitLog {
+        CommitLog {
+            commits: lock(&self.commits).clone(),
+        }
+    }
+
     /// Ends the sessions after their present transaction; gives all transactions.
     pub fn stop(mut self) -> Result<CommitLog> {
         self.stop.store(true, Ordering::SeqCst);
-        let mut log = CommitLog::default();
         for thread in self.threads.drain(..) {
-            log.commits
-                .extend(thread.join().map_err(|_| anyhow!("a session panicked"))??);
+            thread.join().map_err(|_| anyhow!("a session panicked"))??;
         }
-        Ok(log)
+        Ok(self.so_far())
     }
 }
 
@@ -176,11 +187,10 @@ fn commit_numbers(
     session: u64,
     rng: &mut Rng,
     stop: &AtomicBool,
-    committed: &AtomicU64,
-) -> Result<Vec<Commit>> {
+    mut note: impl FnMut(Commit),
+) -> Result<()> {
     let tally = format!("insert into tally values ({session}, 0);\nselect 'ready';\n");
     conversation.ask(&tally, "ready")?;
-    let mut commits = Vec::new();
     for count in 1..SESSION_NUMBERS {
         if stop.load(Ordering::SeqCst) {
             break;
@@ -194,14 +204,17 @@ fn commit_numbers(
         let began = WallNs::now();
         conversation.ask(&sql, &format!("done {number}"))?;
         let returned = WallNs::now();
-        committed.fetch_add(1, Ordering::SeqCst);
-        commits.push(Commit {
+        note(Commit {
             number,
             began,
             returned,
         });
     }
-    Ok(commits)
+    Ok(())
+}
+
+fn lock(commits: &Mutex<Vec<Commit>>) -> MutexGuard<'_, Vec<Commit>> {
+    commits.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Where a session's stderr goes.

@@ -35,6 +35,7 @@ pub mod server;
 pub mod small;
 pub mod sqlite;
 pub mod trace;
+pub mod view;
 pub mod workload;
 
 pub use scene::{Scene, system_test};

@@ -13,10 +13,12 @@ use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
 use cdp_tests::moments::WallNs;
 use cdp_tests::mount::{FileSystem, Mount};
 use cdp_tests::network::{self, Network};
-use cdp_tests::postgres::Installation;
+use cdp_tests::postgres::{self, Installation};
 use cdp_tests::restore::Restore;
+use cdp_tests::rng::Rng;
 use cdp_tests::server::Server;
 use cdp_tests::sqlite::{Database, Journal};
+use cdp_tests::view::View;
 use cdp_tests::{Scene, system_test};
 
 /// Sessions of PostgreSQL that commit at once.
@@ -43,22 +45,13 @@ fn postgresql_restored_from_the_server_alone_has_exactly_the_commits_until_then(
 
 fn postgresql_has_exactly_the_commits(name: &str, is_far: bool) {
     system_test(name, &programs(&["mkfs.ext4", "psql"], is_far), |scene| {
-        let postgres =
-            Installation::find()?.context("PostgreSQL is not installed (cargo xtask setup gets it)")?;
-        let mut rng = scene.rng();
+        let (postgres, mut rng) = (postgres()?, scene.rng());
         let (device, mount) = ext4(scene, 256 * MIB)?;
-        let data = mount.dir().join("data");
-        postgres.create_cluster(&data)?;
-        let settings = ["max_wal_size=4MB", "min_wal_size=2MB", "checkpoint_timeout=30s"];
-        let server =
-            Arc::new(postgres.start(&data, &scene.path("sock"), &settings, &scene.log("postgres"))?);
-        server.sql(SCHEMA)?;
+        let server = start_postgres(scene, &postgres, &mount)?;
         let plan = AgentPlan::new(scene, &scene.path("store"))?.volume("pg", device.path());
         let history = History::arrange(scene, plan, is_far)?;
         let mut agent = history.plan.protect()?;
-        let (sessions, logs) = (Arc::clone(&server), scene.dir().to_owned());
-        let open = move |session| sessions.session(&session_log(&logs, session));
-        let committers = Committers::start(SESSIONS, &mut rng, open);
+        let committers = commit(scene, &server, &mut rng);
         let moments = scene.moments();
         committers.wait_for(moments as u64 * COMMITS_PER_MOMENT)?;
         let log = committers.stop()?;
@@ -77,6 +70,43 @@ fn postgresql_has_exactly_the_commits(name: &str, is_far: bool) {
         drop(server);
         mount.unmount()?;
         agent.map_or(Ok(()), Agent::stop)
+    });
+}
+
+/// Goal: P1 for PostgreSQL started on a mount of a moment, while production and the agent go on. Method: sessions commit
+/// without a pause; random moments since the beginning are mounted with `--rw`, the server recovers on each mount; its
+/// rows are compared in the end with what the clients had seen.
+#[test]
+fn postgresql_on_a_mount_of_any_moment_has_exactly_the_commits_until_then() {
+    let name = "commits: PostgreSQL on a mount";
+    system_test(name, &["mkfs.ext4", "psql"], |scene| {
+        let (postgres, mut rng) = (postgres()?, scene.rng());
+        let (device, mount) = ext4(scene, 256 * MIB)?;
+        let server = start_postgres(scene, &postgres, &mount)?;
+        let plan = AgentPlan::new(scene, &scene.path("store"))?.volume("v", device.path());
+        let mut agent = plan.protect()?;
+        let committers = commit(scene, &server, &mut rng);
+        let view = View::new(scene, Restore::from(plan.store())?)?;
+        let mut seen = Vec::new();
+        for number in 0..scene.moments() {
+            committers.wait_for(COMMITS_PER_MOMENT / 3)?;
+            let at = committers.so_far().random_moment(&mut rng)?;
+            view.mount(&at.to_string(), &["--rw"])?.success()?;
+            let logfile = scene.log(&format!("mounted-{number}"));
+            let copy = postgres.start(&view.dir().join("data"), &scene.path("sock2"), &[], &logfile)?;
+            seen.push((at, copy.sql(PRESENT)?, copy.sql(TORN)?));
+            copy.stop().with_context(|| format!("mounted at {at}"))?;
+            std::fs::remove_file(logfile).context("remove the log of a recovery that went well")?;
+            view.unmount()?;
+        }
+        let log = committers.stop()?;
+        for (at, present, torn) in &seen {
+            judge(&log, *at, present, torn)?;
+        }
+        agent.wait_and_check()?;
+        drop(server);
+        mount.unmount()?;
+        agent.stop()
     });
 }
 
@@ -175,6 +205,26 @@ impl History {
         std::fs::remove_dir_all(self.plan.store()).context("delete the agent's store")?;
         Ok((None, restore.clone()))
     }
+}
+
+fn postgres() -> Result<Installation> {
+    Installation::find()?.context("PostgreSQL is not installed (cargo xtask setup gets it)")
+}
+
+/// A cluster with log segments so small that checkpoints and recycling happen all the time.
+fn start_postgres(scene: &Scene, postgres: &Installation, mount: &Mount) -> Result<Arc<postgres::Server>> {
+    let data = mount.dir().join("data");
+    postgres.create_cluster(&data)?;
+    let settings = ["max_wal_size=4MB", "min_wal_size=2MB", "checkpoint_timeout=30s"];
+    let server = postgres.start(&data, &scene.path("sock"), &settings, &scene.log("postgres"))?;
+    server.sql(SCHEMA)?;
+    Ok(Arc::new(server))
+}
+
+fn commit(scene: &Scene, server: &Arc<postgres::Server>, rng: &mut Rng) -> Committers {
+    let (sessions, logs) = (Arc::clone(server), scene.dir().to_owned());
+    let open = move |session| sessions.session(&session_log(&logs, session));
+    Committers::start(SESSIONS, rng, open)
 }
 
 fn ext4(scene: &Scene, bytes: u64) -> Result<(LoopDevice, Mount)> {

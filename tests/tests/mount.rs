@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use cdp_tests::agent::{Agent, AgentPlan};
@@ -10,12 +10,12 @@ use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
 use cdp_tests::fingerprint::Fingerprint;
 use cdp_tests::moments::{QuietMoment, WallNs};
 use cdp_tests::mount::{FileSystem, Mount};
-use cdp_tests::process::{Outcome, cmd};
+use cdp_tests::process::cmd;
 use cdp_tests::restore::Restore;
 use cdp_tests::rng::Rng;
+use cdp_tests::view::{View, files_in};
 use cdp_tests::workload::Mix;
 use cdp_tests::{Scene, system_test};
-use sha2::{Digest, Sha256};
 
 const WRITER_BYTES_PER_SECOND: u64 = 8 * MIB;
 
@@ -56,33 +56,37 @@ fn files_are_those_of_the_moment(name: &str, file_system: FileSystem) {
             drop(frozen);
         }
         agent.wait_and_check()?;
-        let view = View::new(scene, &plan)?;
+        let view = View::new(scene, Restore::from(plan.store())?)?;
         for (at, files) in &quiet {
             view.mount(&at.to_string(), &[])?.success()?;
-            ensure!(&files_in(&view.dir)? == files, "the files at {at} are others");
-            let refused = fs::write(view.dir.join("new"), "x").expect_err("it is read-only");
+            ensure!(&files_in(view.dir())? == files, "the files at {at} are others");
+            let refused = fs::write(view.dir().join("new"), "x").expect_err("it is read-only");
             ensure!(refused.raw_os_error() == Some(30), "{refused}");
             view.unmount()?;
         }
         for at in &crashed {
             // The journal is replayed, with users kept out and let in.
             view.mount(&at.to_string(), &[])?.success()?;
-            let files = files_in(&view.dir)?;
+            let files = files_in(view.dir())?;
             view.unmount()?;
             view.mount(&at.to_string(), &["--rw"])?.success()?;
             ensure!(
-                files_in(&view.dir)? == files,
+                files_in(view.dir())? == files,
                 "the files at {at} are others with --rw"
             );
-            fs::write(view.dir.join("new"), vec![1; 1 << 20])?;
-            cmd("sync").arg("--file-system").arg(&view.dir).run()?.success()?;
+            fs::write(view.dir().join("new"), vec![1; 1 << 20])?;
+            cmd("sync")
+                .arg("--file-system")
+                .arg(view.dir())
+                .run()?
+                .success()?;
             view.unmount()?;
             view.mount(&at.to_string(), &[])?.success()?;
-            ensure!(files_in(&view.dir)? == files, "the history has changed at {at}");
+            ensure!(files_in(view.dir())? == files, "the history has changed at {at}");
             view.unmount()?;
         }
         original.unmount()?;
-        QuietMoment::of_raw("v", device.path())?.check(&view.restore, &mut rng, &scene.path("image"))?;
+        QuietMoment::of_raw("v", device.path())?.check(view.restore(), &mut rng, &scene.path("image"))?;
         agent.stop()
     });
 }
@@ -97,8 +101,8 @@ fn the_raw_image_is_the_moment() {
         let moment = QuietMoment::of_raw("v", device.path())?;
         noise(device.path(), &mut scene.rng(), 0, 8 * MIB)?;
         agent.wait_and_check()?;
-        let view = View::new(scene, &plan)?;
-        let image = view.dir.join("v.img");
+        let view = View::new(scene, Restore::from(plan.store())?)?;
+        let image = view.dir().join("v.img");
         let at = moment.to.to_string();
         for round in 0..2 {
             view.mount(&at, &["--raw"])?.success()?;
@@ -151,7 +155,7 @@ fn partitions_have_a_folder_each() {
             drop(file);
             cdp_tests::device::flush_cache(device.path())?;
             agent.wait_and_check()?;
-            let view = View::new(scene, &plan)?;
+            let view = View::new(scene, Restore::from(plan.store())?)?;
             let ran = view.mount("latest", &[])?.success()?;
             ensure!(
                 ran.stderr.contains("an LVM physical volume in partition 2"),
@@ -159,9 +163,9 @@ fn partitions_have_a_folder_each() {
                 ran.transcript()
             );
             for (number, text) in &expected {
-                ensure!(&fs::read_to_string(view.dir.join(format!("p{number}/file")))? == text);
+                ensure!(&fs::read_to_string(view.dir().join(format!("p{number}/file")))? == text);
             }
-            ensure!(fs::read_dir(&view.dir)?.count() == 2);
+            ensure!(fs::read_dir(view.dir())?.count() == 2);
             view.unmount()?;
             agent.stop()
         },
@@ -177,7 +181,7 @@ fn umount_cleans_up_after_a_killed_server_and_waits_for_users() {
         FileSystem::Ext4.make(device.path())?;
         cdp_tests::device::flush_cache(device.path())?;
         agent.wait_and_check()?;
-        let view = View::new(scene, &plan)?;
+        let view = View::new(scene, Restore::from(plan.store())?)?;
         for more in [&["--rw"][..], &["--raw", "--rw"], &[]] {
             view.mount("latest", more)?.success()?;
             if more.contains(&"--rw") {
@@ -186,7 +190,7 @@ fn umount_cleans_up_after_a_killed_server_and_waits_for_users() {
                     .write(true)
                     .create(true)
                     .truncate(false)
-                    .open(view.dir.join(name))?;
+                    .open(view.dir().join(name))?;
                 std::os::unix::fs::FileExt::write_all_at(&file, &[7; 65536], 4096)?;
             }
             let server = view.server()?;
@@ -195,7 +199,7 @@ fn umount_cleans_up_after_a_killed_server_and_waits_for_users() {
             view.unmount()?;
         }
         view.mount("latest", &["--rw"])?.success()?;
-        let user = fs::File::create(view.dir.join("open"))?;
+        let user = fs::File::create(view.dir().join("open"))?;
         let ran = view.try_unmount()?.expect_code(1)?;
         ensure!(ran.stderr.contains("is in use"), "{}", ran.transcript());
         drop(user);
@@ -211,7 +215,7 @@ fn what_cannot_be_mounted_is_refused_and_leaves_nothing() {
     system_test("mount: refusals", &["mkfs.ext4"], |scene| {
         let (device, plan, mut agent) = stage(scene, 16 * MIB)?;
         agent.wait_and_check()?;
-        let view = View::new(scene, &plan)?;
+        let view = View::new(scene, Restore::from(plan.store())?)?;
         let ran = view.mount("latest", &[])?.expect_code(1)?;
         ensure!(
             ran.stderr.contains("no file system to mount"),
@@ -227,12 +231,12 @@ fn what_cannot_be_mounted_is_refused_and_leaves_nothing() {
         view.mount("latest", &[])?.success()?;
         let ran = view.mount("latest", &[])?.expect_code(1)?;
         ensure!(ran.stderr.contains("has a mount already"), "{}", ran.transcript());
-        ensure!(view.dir.join("lost+found").is_dir(), "the first mount is gone");
+        ensure!(view.dir().join("lost+found").is_dir(), "the first mount is gone");
         view.unmount()?;
         view.try_unmount()?.expect_code(1)?;
         let inside = plan.store().join("log");
         let ran = view
-            .restore
+            .restore()
             .command("mount")
             .args(["v", "--at", "latest"])
             .arg(&inside)
@@ -240,85 +244,6 @@ fn what_cannot_be_mounted_is_refused_and_leaves_nothing() {
         ensure!(ran.expect_code(1)?.stderr.contains("inside the store"));
         agent.stop()
     });
-}
-
-/// A place to mount at.
-struct View {
-    restore: Restore,
-    dir: PathBuf,
-}
-
-impl View {
-    fn new(scene: &Scene, plan: &AgentPlan) -> Result<View> {
-        let dir = scene.path("then");
-        fs::create_dir(&dir)?;
-        Ok(View {
-            restore: Restore::from(plan.store())?,
-            dir,
-        })
-    }
-
-    fn mount(&self, when: &str, more: &[&str]) -> Result<Outcome> {
-        let command = self.restore.command("mount").args(["v", "--at", when]).args(more);
-        command.arg(&self.dir).run()
-    }
-
-    fn try_unmount(&self) -> Result<Outcome> {
-        cmd(cdp_tests::agent::binary("cdp-restore")?)
-            .arg("umount")
-            .arg(&self.dir)
-            .run()
-    }
-
-    fn unmount(&self) -> Result<()> {
-        self.try_unmount()?.success()?;
-        self.expect_nothing_left()
-    }
-
-    /// No mount, loop device, process or file of ours.
-    fn expect_nothing_left(&self) -> Result<()> {
-        let dir = self.dir.display().to_string();
-        let mounts = fs::read_to_string("/proc/self/mounts")?;
-        ensure!(
-            !mounts.contains(&dir) && !mounts.contains("/run/cdp-restore"),
-            "mounted still:\n{mounts}"
-        );
-        for entry in fs::read_dir("/sys/block")? {
-            let backing = fs::read_to_string(entry?.path().join("loop/backing_file")).unwrap_or_default();
-            ensure!(
-                !backing.contains("cdp-restore"),
-                "a loop device lies over {backing}"
-            );
-        }
-        ensure!(self.server().is_err(), "a process serves still");
-        let left = fs::read_dir("/run/cdp-restore").map_or(0, Iterator::count);
-        ensure!(left == 0, "{left} folders are left in /run/cdp-restore");
-        ensure!(fs::read_dir(&self.dir)?.count() == 0, "{dir} is not empty");
-        Ok(())
-    }
-
-    /// The process that serves this place.
-    fn server(&self) -> Result<i32> {
-        for entry in fs::read_dir("/proc")? {
-            let path = entry?.path();
-            let line = fs::read(path.join("cmdline")).unwrap_or_default();
-            let words: Vec<_> = line.split(|byte| *byte == 0).collect();
-            let is_ours = words.contains(&&b"--serve-in"[..])
-                && words.contains(&self.dir.as_os_str().as_encoded_bytes());
-            if is_ours {
-                let name = path.file_name().context("a process id")?;
-                return Ok(name.to_string_lossy().parse()?);
-            }
-        }
-        anyhow::bail!("no process serves {}", self.dir.display())
-    }
-}
-
-impl Drop for View {
-    fn drop(&mut self) {
-        // Of a test that has failed.
-        let _ = self.try_unmount();
-    }
 }
 
 fn stage(scene: &Scene, bytes: u64) -> Result<(LoopDevice, AgentPlan, Agent)> {
@@ -334,28 +259,4 @@ fn noise(path: &Path, rng: &mut Rng, start: u64, bytes: u64) -> Result<()> {
     let file = fs::File::options().write(true).open(path)?;
     std::os::unix::fs::FileExt::write_all_at(&file, &noise, start)?;
     Ok(file.sync_all()?)
-}
-
-/// Every path below a folder, with the SHA-256 of its content.
-fn files_in(dir: &Path) -> Result<BTreeMap<PathBuf, String>> {
-    let mut files = BTreeMap::new();
-    let mut folders = vec![dir.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).with_context(|| format!("list {}", folder.display()))? {
-            let entry = entry?;
-            let (path, kind) = (entry.path(), entry.file_type()?);
-            let below = path.strip_prefix(dir)?.to_owned();
-            let content = if kind.is_dir() {
-                folders.push(path);
-                String::from("a folder")
-            } else if kind.is_file() {
-                let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-                format!("{:x}", Sha256::digest(bytes))
-            } else {
-                String::from("something else")
-            };
-            files.insert(below, content);
-        }
-    }
-    Ok(files)
 }

@@ -314,6 +314,14 @@ impl GroupHeader {
     }
 }
 
+/// Bytes of the group at the start of `bytes`, header included; nothing is checked. All of `bytes` if that is no group.
+pub(crate) fn stored_group_bytes(bytes: &[u8]) -> usize {
+    let header = GroupHeader::decode(bytes);
+    header.map_or(bytes.len(), |header| {
+        bytes.len().min(GROUP_HEADER_BYTES + header.stored_bytes)
+    })
+}
+
 /// Checks the group at the start of `bytes` against `crc`, which comes from elsewhere than the group so that a
 /// good group in a wrong place fails too, and puts its raw bytes at the start of `raw`.
 pub(crate) fn decode_group(bytes: &[u8], crc: u32, raw: &mut [u8]) -> Option<GroupHeader> {

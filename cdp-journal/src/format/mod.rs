@@ -104,8 +104,8 @@ mod record;
 mod segment;
 
 pub use build::{FrameBuilder, PushError, SealedFrame};
-pub(crate) use frame::decode_group;
 pub use frame::{Frame, FrameError, FrameHeader, GroupRef, Part, PlacedRecord};
+pub(crate) use frame::{decode_group, stored_group_bytes};
 pub use record::{Body, GapCause, Origin, Record, RecordFlags, VolumeKind};
 pub(crate) use segment::{Envelope, SegmentHeader, SegmentHeaderError};
 

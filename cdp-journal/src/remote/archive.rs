@@ -5,6 +5,7 @@ use std::io;
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
@@ -12,12 +13,12 @@ use uuid::Uuid;
 
 use super::blocks::{RemoteBlocks, read_error};
 use super::line::{AskError, Line};
-use super::{About, Ask, Told};
+use super::{About, Ask, Told, decode_head};
 use crate::error::ReadError;
 use crate::format::Frame;
 use crate::history::{History, VolumeInfo};
 use crate::net::LinkError;
-use crate::store::{Archive, FrameRecords, RecordsOf};
+use crate::store::{Archive, FrameData, FrameRecords, RecordsOf};
 use crate::types::{Seq, VolumeId, WallNs};
 use crate::verify::VerifyReport;
 use crate::view::View;
@@ -31,10 +32,11 @@ pub struct RemoteSite {
 }
 
 impl RemoteSite {
-    /// Connects to `server` (HOST:PORT) with the certificate in the folder `identity`. Blocks; must not be called from
-    /// within a runtime, nor may what it gives.
-    pub fn open(server: &str, identity: &Path) -> Result<Self, LinkError> {
-        let line = Arc::new(Line::open(server, identity)?);
+    /// Connects to `server` (HOST:PORT) with the certificate in the folder `identity`. A question whose connection is
+    /// lost is asked again on a new one, for `patience` at most. Blocks; must not be called from within a runtime, nor
+    /// may what it gives.
+    pub fn open(server: &str, identity: &Path, patience: Duration) -> Result<Self, LinkError> {
+        let line = Arc::new(Line::open(server, identity, patience)?);
         Ok(Self { line })
     }
 
@@ -108,6 +110,11 @@ impl Archive for RemoteArchive {
         self.blocks.log
     }
 
+    fn refresh(&self) -> Result<(), ReadError> {
+        // The server takes in what its log has before it answers.
+        self.about().map(drop)
+    }
+
     fn writer_alive(&self) -> io::Result<bool> {
         self.about().map(|about| about.live).map_err(io::Error::other)
     }
@@ -142,7 +149,12 @@ impl Archive for RemoteArchive {
     fn view(&self, volume: VolumeId, seq: Seq) -> Result<View, ReadError> {
         let log = self.blocks.log;
         let bytes = self.read(&Ask::View { log, volume, seq })?;
-        Ok(View::new(Arc::clone(&self.blocks) as _, volume, seq, bytes))
+        Ok(View::new(
+            Arc::new(self.blocks.of_view(bytes)),
+            volume,
+            seq,
+            bytes,
+        ))
     }
 
     fn records(&self, seqs: RangeInclusive<Seq>) -> RecordsOf<'_> {
@@ -150,6 +162,13 @@ impl Archive for RemoteArchive {
             archive: self,
             rest: (!seqs.is_empty()).then_some(seqs),
             found: VecDeque::new(),
+        })
+    }
+
+    fn frame_data(&self, frame: &FrameRecords) -> Result<FrameData, ReadError> {
+        let path = self.blocks.segment_path(frame.segment());
+        frame.read_data(&path, |segment, offset, buf| {
+            self.blocks.read(segment, offset, buf)
         })
     }
 
@@ -178,15 +197,16 @@ impl RemoteRecords<'_> {
         let asked = blocks.line.ask::<Option<Seq>>(&ask, &mut |_| {});
         let (heads, next) = asked.map_err(|error| read_error(self.archive.server(), error))?;
         for (kind, head) in heads {
-            let frame = Frame::parse(&head).ok().filter(|_| kind == Kind::Head);
-            let mut frame = frame.ok_or_else(|| ReadError::Server {
+            let placed = decode_head(&head).filter(|_| kind == Kind::Head);
+            let frame =
+                placed.and_then(|(segment, offset, head)| Some((Frame::parse(head).ok()?, segment, offset)));
+            let (frame, segment, offset) = frame.ok_or_else(|| ReadError::Server {
                 server: self.archive.server().to_owned(),
                 why: "the answer makes no sense: no record table".to_owned(),
             })?;
-            frame.records.retain(|placed| seqs.contains(&placed.record.seq));
+            let frame = FrameRecords::new(frame, &seqs, segment, offset);
             if !frame.records.is_empty() {
-                let head = FrameRecords::without_data(frame.header, frame.records);
-                self.found.push_back(head);
+                self.found.push_back(frame);
             }
         }
         // A server that does not get on would be asked for ever.

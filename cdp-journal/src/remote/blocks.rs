@@ -1,5 +1,6 @@
 //! What views of a remote store read from.
 
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,19 +9,36 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::line::{AskError, Line};
-use super::{Ask, Fault, decode_items, decode_versions};
+use super::{Ask, Fault, GROUPS_MAX, decode_items, decode_versions};
 use crate::error::ReadError;
 use crate::index::{BlockVersion, Place};
 use crate::types::{SegmentId, Seq, VolumeId};
 use crate::view::{Blocks, GroupCache, Item, SegmentBytes, group_through};
 use crate::wire::{Kind, READ_BYTES_MAX};
 
+/// Groups that are kept for the next read: 32 MiB.
+const CACHED_GROUPS_MAX: usize = 512;
+/// What is planned together for a small read, so that its neighbours need not ask again.
+const WINDOW_BYTES: u64 = 1 << 20;
+/// Windows whose plans are kept.
+const WINDOWS_MAX: usize = 64;
+
 /// See the module's head.
 #[derive(Debug)]
 pub(crate) struct RemoteBlocks {
     pub(crate) line: Arc<Line>,
     pub(crate) log: Uuid,
-    groups: Mutex<GroupCache>,
+    groups: Arc<Mutex<GroupCache>>,
+    /// Of a view, its size; else 0.
+    view_bytes: u64,
+    plans: Mutex<Plans>,
+}
+
+/// The windows of a view that were planned last.
+#[derive(Debug, Default)]
+struct Plans {
+    windows: HashMap<u64, Arc<Vec<Item>>>,
+    order: VecDeque<u64>,
 }
 
 impl RemoteBlocks {
@@ -28,8 +46,102 @@ impl RemoteBlocks {
         Self {
             line: Arc::clone(line),
             log,
-            groups: Mutex::default(),
+            groups: Arc::new(Mutex::new(GroupCache::of(CACHED_GROUPS_MAX))),
+            view_bytes: 0,
+            plans: Mutex::default(),
         }
+    }
+
+    /// The same for one view of `bytes`.
+    pub(crate) fn of_view(&self, bytes: u64) -> Self {
+        Self {
+            line: Arc::clone(&self.line),
+            log: self.log,
+            groups: Arc::clone(&self.groups),
+            view_bytes: bytes,
+            plans: Mutex::default(),
+        }
+    }
+
+    /// The plan of a window of a view.
+    fn window(&self, volume: VolumeId, seq: Seq, start: u64) -> Result<Arc<Vec<Item>>, ReadError> {
+        if let Some(items) = self.plans.lock().windows.get(&start) {
+            return Ok(Arc::clone(items));
+        }
+        let end = self.view_bytes.min(start + WINDOW_BYTES);
+        let mut items = Vec::new();
+        self.ask_plan(volume, seq, start..end, &mut |item| items.push(item))?;
+        let items = Arc::new(items);
+        let mut plans = self.plans.lock();
+        if plans.windows.insert(start, Arc::clone(&items)).is_none() {
+            plans.order.push_back(start);
+        }
+        if plans.order.len() > WINDOWS_MAX
+            && let Some(oldest) = plans.order.pop_front()
+        {
+            plans.windows.remove(&oldest);
+        }
+        Ok(items)
+    }
+
+    fn ask_plan(
+        &self,
+        volume: VolumeId,
+        seq: Seq,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Item),
+    ) -> Result<(), ReadError> {
+        let ask = Ask::Plan {
+            log: self.log,
+            volume,
+            seq,
+            from: range.start,
+            to: range.end,
+        };
+        let mut at = range.start;
+        for body in self.messages(&ask, Kind::Items)? {
+            for item in decode_items(&body).ok_or_else(|| self.nonsense("no stretches"))? {
+                // Whoever takes them in relies on this.
+                let follows = item.offset == at && item.len > 0 && item.len <= range.end - at;
+                if !follows {
+                    return Err(self.nonsense("stretches that do not follow each other"));
+                }
+                at += item.len;
+                visit(item);
+            }
+        }
+        if at < range.end {
+            return Err(self.nonsense("stretches that end early"));
+        }
+        Ok(())
+    }
+
+    /// Fetches groups into the cache, checked.
+    fn fetch(&self, places: &[Place]) -> Result<(), ReadError> {
+        let ask = Ask::Groups {
+            log: self.log,
+            places: places
+                .iter()
+                .map(|place| (place.segment, u64::from(place.group_offset)))
+                .collect(),
+        };
+        let groups = self.messages(&ask, Kind::Bytes)?;
+        if groups.len() != places.len() {
+            return Err(self.nonsense("another number of groups"));
+        }
+        for (place, stored) in places.iter().zip(groups) {
+            self.take_in(place, &stored)?;
+        }
+        Ok(())
+    }
+
+    fn take_in(&self, place: &Place, stored: &[u8]) -> Result<Arc<Vec<u8>>, ReadError> {
+        let read = |buf: &mut [u8]| {
+            let bytes = stored.len().min(buf.len());
+            buf[..bytes].copy_from_slice(&stored[..bytes]);
+            Ok(bytes)
+        };
+        group_through(&self.groups, place, read, || self.damage(place))
     }
 
     /// Asks for messages of one kind.
@@ -44,6 +156,12 @@ impl RemoteBlocks {
             .ok_or_else(|| self.nonsense("messages of another kind"))
     }
 
+    /// What a segment is called in messages.
+    pub(super) fn segment_path(&self, segment: u64) -> PathBuf {
+        let segment = Seq::new(segment).map_or_else(String::new, |seq| SegmentId(seq).file_name());
+        PathBuf::from(format!("{}/{}/log/{segment}", self.line.server, self.log))
+    }
+
     fn nonsense(&self, what: &str) -> ReadError {
         ReadError::Server {
             server: self.line.server.clone(),
@@ -51,7 +169,7 @@ impl RemoteBlocks {
         }
     }
 
-    fn read(&self, segment: u64, offset: u64, buf: &mut [u8]) -> Result<usize, ReadError> {
+    pub(super) fn read(&self, segment: u64, offset: u64, buf: &mut [u8]) -> Result<usize, ReadError> {
         let mut filled = 0;
         for piece in buf.chunks_mut(READ_BYTES_MAX) {
             let ask = Ask::Read {
@@ -92,29 +210,31 @@ impl Blocks for RemoteBlocks {
         range: Range<u64>,
         visit: &mut dyn FnMut(Item),
     ) -> Result<(), ReadError> {
-        let ask = Ask::Plan {
-            log: self.log,
-            volume,
-            seq,
-            from: range.start,
-            to: range.end,
-        };
-        let mut at = range.start;
-        for body in self.messages(&ask, Kind::Items)? {
-            for item in decode_items(&body).ok_or_else(|| self.nonsense("no stretches"))? {
-                // Whoever takes them in relies on this.
-                let follows = item.offset == at && item.len > 0 && item.len <= range.end - at;
-                if !follows {
-                    return Err(self.nonsense("stretches that do not follow each other"));
-                }
-                at += item.len;
-                visit(item);
-            }
+        if self.view_bytes == 0 || range.end - range.start > WINDOW_BYTES {
+            return self.ask_plan(volume, seq, range, visit);
         }
-        if at < range.end {
-            return Err(self.nonsense("stretches that end early"));
+        let mut start = range.start / WINDOW_BYTES * WINDOW_BYTES;
+        while start < range.end {
+            let items = self.window(volume, seq, start)?;
+            items
+                .iter()
+                .filter_map(|item| item.clipped(&range))
+                .for_each(&mut *visit);
+            start += WINDOW_BYTES;
         }
         Ok(())
+    }
+
+    fn will_need(&self, items: &[Item]) -> Result<(), ReadError> {
+        let mut wanted: Vec<Place> = items.iter().filter_map(|item| Some(item.data?.place)).collect();
+        wanted.sort_unstable_by_key(|place| (place.segment, place.group_offset));
+        wanted.dedup_by_key(|place| (place.segment, place.group_offset));
+        let cached = self.groups.lock();
+        wanted.retain(|place| !cached.has(place));
+        drop(cached);
+        wanted
+            .chunks(GROUPS_MAX)
+            .try_for_each(|places| self.fetch(places))
     }
 
     fn versions(
@@ -139,8 +259,15 @@ impl Blocks for RemoteBlocks {
     }
 
     fn group(&self, place: &Place) -> Result<Arc<Vec<u8>>, ReadError> {
-        let read = |buf: &mut [u8]| self.read(place.segment, u64::from(place.group_offset), buf);
-        group_through(&self.groups, place, read, || self.damage(place))
+        if let Some(group) = self.groups.lock().get(place) {
+            return Ok(group);
+        }
+        let ask = Ask::Groups {
+            log: self.log,
+            places: vec![(place.segment, u64::from(place.group_offset))],
+        };
+        let stored = self.messages(&ask, Kind::Bytes)?.concat();
+        self.take_in(place, &stored)
     }
 
     fn segment_bytes(&self, segment: u64) -> Result<Arc<dyn SegmentBytes>, ReadError> {
@@ -149,9 +276,8 @@ impl Blocks for RemoteBlocks {
     }
 
     fn damage(&self, place: &Place) -> ReadError {
-        let segment = Seq::new(place.segment).map_or_else(String::new, |seq| SegmentId(seq).file_name());
         let fault = Fault::Damaged {
-            path: PathBuf::from(format!("{}/{}/log/{segment}", self.line.server, self.log)),
+            path: self.segment_path(place.segment),
             offset: u64::from(place.group_offset),
             what: "bad checksum of a data group".to_owned(),
             seqs: None,

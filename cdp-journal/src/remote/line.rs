@@ -14,14 +14,13 @@ use crate::net::{Backoff, Identities, random};
 use crate::types::WallNs;
 use crate::wire::{Kind, Right};
 
-/// How long a server that does not answer is asked again.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// See the module's head.
 #[derive(Debug)]
 pub(crate) struct Line {
     pub(crate) server: String,
     identity: PathBuf,
+    /// How long a server that does not answer is asked again.
+    patience: Duration,
     runtime: Runtime,
     link: Mutex<Option<Link>>,
 }
@@ -40,7 +39,7 @@ pub(crate) type Message = (Kind, Vec<u8>);
 
 impl Line {
     /// Connects.
-    pub(crate) fn open(server: &str, identity: &Path) -> Result<Self, LinkError> {
+    pub(crate) fn open(server: &str, identity: &Path, patience: Duration) -> Result<Self, LinkError> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -49,6 +48,7 @@ impl Line {
         let line = Self {
             server: server.to_owned(),
             identity: identity.to_owned(),
+            patience,
             runtime,
             link: Mutex::new(None),
         };
@@ -86,7 +86,7 @@ impl Line {
                 .map_err(AskError::from)
                 .and_then(|connection| self.runtime.block_on(ask_once(&connection, ask, progress)));
             match asked {
-                Err(AskError::Link(error)) if !error.is_refusal() && started.elapsed() < PATIENCE => {
+                Err(AskError::Link(error)) if !error.is_refusal() && started.elapsed() < self.patience => {
                     tracing::debug!(server = %self.server, "asking again: {error}");
                     std::thread::sleep(backoff.next(random()));
                 }

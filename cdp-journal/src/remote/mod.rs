@@ -12,6 +12,7 @@
 //! | `plan`     | `Items`, each stretch: offset (8), bytes (8), segment or 0 for zeroes (8), group offset (4), group CRC (4), first byte in the group (4), zero (4) |
 //! | `versions` | `Bytes`, of each block: Seq or 0 (8), length (2) and bytes of its version as the index stores it |
 //! | `read`     | `Bytes` of the segment                                                                       |
+//! | `groups`   | `Bytes` of each group, as asked for: header and stored bytes, [`GROUPS_MAX`] at most          |
 //! | `heads`    | `Head` of each frame, [`HEADS_MAX`] at most                                                  |
 //! | `verify`   | `Progress`                                                                                   |
 
@@ -31,10 +32,15 @@ use crate::types::{Seq, VolumeId, WallNs};
 use crate::when::{NotExact, Point, WhenError};
 
 pub use archive::{RemoteArchive, RemoteSite};
-pub(crate) use items::{decode_items, decode_versions, encode_item, encode_version};
+pub(crate) use items::{
+    decode_head, decode_items, decode_versions, encode_head, encode_item, encode_version,
+};
 
 /// Frames whose tables answer one question at most.
 pub const HEADS_MAX: usize = 256;
+
+/// Groups that one question asks for at most: 4 MiB.
+pub const GROUPS_MAX: usize = 64;
 
 /// A question.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,6 +88,8 @@ pub(crate) enum Ask {
         offset: u64,
         bytes: u64,
     },
+    /// Answer: nothing. Each place is a segment and an offset in it.
+    Groups { log: Uuid, places: Vec<(u64, u64)> },
     /// Answer: the Seq to go on from, or none.
     Heads { log: Uuid, seqs: RangeInclusive<Seq> },
     /// Answer: a report.

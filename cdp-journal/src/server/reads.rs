@@ -12,13 +12,16 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::{Refusal, Shared};
+use crate::format::stored_group_bytes;
 use crate::index::CHUNK_BLOCKS;
 use crate::net::link;
-use crate::remote::{About, Ask, Fault, HEADS_MAX, Told, encode_item, encode_version};
+use crate::remote::{
+    About, Ask, Fault, GROUPS_MAX, HEADS_MAX, Told, encode_head, encode_item, encode_version,
+};
 use crate::site::AgentName;
 use crate::store::{Archive, LOG_DIR, StoreReader};
 use crate::types::{SegmentId, Seq};
-use crate::view::read_full;
+use crate::view::{GROUP_STORED_BYTES_MAX, read_full};
 use crate::wire::{ANSWER_BYTES_MAX, Close, ITEM_BYTES, ITEMS_MAX, Kind, READ_BYTES_MAX};
 
 /// Messages of one answer that wait for the connection.
@@ -212,6 +215,7 @@ impl Reader {
                 out.put(Kind::Bytes, self.read(*log, *segment, *offset, *bytes)?)?;
                 ok(())
             }
+            Ask::Groups { log, places } => self.groups(*log, places, out),
             Ask::Heads { log, seqs } => self.heads(*log, seqs, out),
             Ask::Verify { log } => {
                 let store = self.store(*log)?;
@@ -240,6 +244,20 @@ impl Reader {
         read().map_err(|error| bad(format!("read {}: {error}", path.display())))
     }
 
+    /// Groups as they lie in the log, each without what lies behind it: which is for the reader to check.
+    fn groups(&self, log: Uuid, places: &[(u64, u64)], out: &Out) -> Result<Vec<u8>, Fault> {
+        if places.len() > GROUPS_MAX {
+            let why = format!("{} groups at once are too many", places.len());
+            return Err(Fault::Other { why });
+        }
+        for (segment, offset) in places {
+            let mut group = self.read(log, *segment, *offset, GROUP_STORED_BYTES_MAX as u64)?;
+            group.truncate(stored_group_bytes(&group));
+            out.put(Kind::Bytes, group)?;
+        }
+        ok(())
+    }
+
     fn heads(&self, log: Uuid, seqs: &RangeInclusive<Seq>, out: &Out) -> Result<Vec<u8>, Fault> {
         let store = self.store(log)?;
         let mut next = None;
@@ -249,7 +267,8 @@ impl Reader {
                 next = Some(header.first_seq);
                 break;
             }
-            out.put(Kind::Head, store.frame_head(header.first_seq)?)?;
+            let (entry, head) = store.frame_head(header.first_seq)?;
+            out.put(Kind::Head, encode_head(entry.segment, entry.offset, &head))?;
         }
         ok(next)
     }

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 
 use uuid::Uuid;
 
-use super::{FrameRecords, StoreReader};
+use super::{FrameData, FrameRecords, StoreReader};
 use crate::error::ReadError;
 use crate::history::{History, VolumeInfo};
 use crate::types::{Seq, VolumeId, WallNs};
@@ -15,12 +15,14 @@ use crate::view::View;
 use crate::when::{Moment, Point, When, WhenError};
 
 /// Records, frame by frame; see [`StoreReader::records`].
-pub type RecordsOf<'a> = Box<dyn Iterator<Item = Result<FrameRecords, ReadError>> + 'a>;
+pub type RecordsOf<'a> = Box<dyn Iterator<Item = Result<FrameRecords, ReadError>> + Send + 'a>;
 
 /// What a store answers, whether its folder is here ([`StoreReader`]) or at a server.
 pub trait Archive: Debug + Send + Sync {
     /// The store's id.
     fn uuid(&self) -> Uuid;
+    /// Takes in what was appended since.
+    fn refresh(&self) -> Result<(), ReadError>;
     /// Is somebody writing to it?
     fn writer_alive(&self) -> io::Result<bool>;
     /// Bytes of its log.
@@ -39,6 +41,8 @@ pub trait Archive: Debug + Send + Sync {
     fn view(&self, volume: VolumeId, seq: Seq) -> Result<View, ReadError>;
     /// The records of `seqs`; see [`StoreReader::records`].
     fn records(&self, seqs: RangeInclusive<Seq>) -> RecordsOf<'_>;
+    /// Reads and checks the data of a frame that [`Archive::records`] gave.
+    fn frame_data(&self, frame: &FrameRecords) -> Result<FrameData, ReadError>;
     /// Reads the whole log. `progress` is told how many more bytes were read.
     fn verify_log(&self, progress: &mut dyn FnMut(u64)) -> Result<VerifyReport, ReadError>;
 
@@ -56,6 +60,10 @@ pub trait Archive: Debug + Send + Sync {
 impl Archive for StoreReader {
     fn uuid(&self) -> Uuid {
         self.uuid()
+    }
+
+    fn refresh(&self) -> Result<(), ReadError> {
+        self.refresh()
     }
 
     fn writer_alive(&self) -> io::Result<bool> {
@@ -92,6 +100,10 @@ impl Archive for StoreReader {
 
     fn records(&self, seqs: RangeInclusive<Seq>) -> RecordsOf<'_> {
         Box::new(self.records(seqs))
+    }
+
+    fn frame_data(&self, frame: &FrameRecords) -> Result<FrameData, ReadError> {
+        self.frame_data(frame)
     }
 
     fn verify_log(&self, progress: &mut dyn FnMut(u64)) -> Result<VerifyReport, ReadError> {

@@ -14,7 +14,9 @@ use super::timeline::Timeline;
 use super::{INDEX_DIR, LOCK_FILE, LOG_DIR, StoreFile, StoreLock};
 use crate::error::{OpenError, ReadError};
 use crate::history::{History, VolumeInfo};
-use crate::index::{Applied, Applier, BlockVersion, DbCursor, EventBody, HeadCache, IndexError, open_reader};
+use crate::index::{
+    Applied, Applier, BlockVersion, DbCursor, EventBody, FrameEntry, HeadCache, IndexError, open_reader,
+};
 use crate::log::{Disk, RealDisk, Tail, open_error, segments};
 use crate::types::{SegmentId, Seq, VolumeId, WallNs};
 use crate::verify::{self, VerifyReport};
@@ -322,17 +324,22 @@ impl StoreReader {
         Ok(versions)
     }
 
-    /// Header and record table of the frame that begins with `seq`.
-    pub(crate) fn frame_head(&self, seq: Seq) -> Result<Vec<u8>, ReadError> {
+    /// Where the frame that begins with `seq` lies, and its header and record table.
+    pub(crate) fn frame_head(&self, seq: Seq) -> Result<(FrameEntry, Vec<u8>), ReadError> {
         let state = self.state();
         let entry = state.ask(|lookup| lookup.frame_at_or_before(seq.get()))?;
         let entry = entry.ok_or(IndexError::Corrupt("a frame that is not there"))?;
-        state.frame_head(&entry).map(|(_, head)| head)
+        let (_, head) = state.frame_head(&entry)?;
+        Ok((entry, head))
     }
 
     /// Reads and checks the data of a frame that [`StoreReader::records`] gave.
     pub fn frame_data(&self, frame: &FrameRecords) -> Result<FrameData, ReadError> {
-        frame.read_data(&self.state())
+        let state = self.state();
+        frame.read_data(&state.segment_path(frame.segment()), |segment, offset, buf| {
+            let file = state.segment(segment)?;
+            state.read(&file, segment, offset, buf)
+        })
     }
 
     /// Reads the whole log. `progress` is told how many more bytes were read.

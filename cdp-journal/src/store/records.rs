@@ -3,11 +3,12 @@
 use std::borrow::Cow;
 use std::io;
 use std::ops::RangeInclusive;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::ReadError;
 use crate::format::{
-    ENVELOPE_BYTES, FrameHeader, GROUP_HEADER_BYTES, GroupRef, Part, PlacedRecord, decode_group,
+    ENVELOPE_BYTES, Frame, FrameHeader, GROUP_HEADER_BYTES, GroupRef, Part, PlacedRecord, decode_group,
 };
 use crate::index::{FrameEntry, IndexError};
 use crate::log::{Depth, Disk, Found, FoundFrame, Segment};
@@ -38,31 +39,36 @@ pub struct FrameData {
 }
 
 impl FrameRecords {
-    /// Of a frame whose data lies elsewhere.
-    pub(crate) fn without_data(header: FrameHeader, records: Vec<PlacedRecord>) -> Self {
+    /// Those records of a frame that lie in `seqs`. The frame begins at `offset` of a segment.
+    pub(crate) fn new(frame: Frame, seqs: &RangeInclusive<Seq>, segment: u64, offset: u64) -> Self {
+        let mut records = frame.records;
+        records.retain(|placed| seqs.contains(&placed.record.seq));
         Self {
-            header,
+            header: frame.header,
             records,
-            groups: Vec::new(),
-            parts: Vec::new(),
-            segment: 0,
-            offset: 0,
+            groups: frame.groups,
+            parts: frame.parts,
+            segment,
+            offset,
         }
     }
 
     /// Reads the data of the whole frame, at most [`FRAME_DATA_BYTES_MAX`](crate::format::FRAME_DATA_BYTES_MAX), and
-    /// checks it.
-    pub(super) fn read_data(&self, store: &ViewStore) -> Result<FrameData, ReadError> {
-        let path = store.segment_path(self.segment);
+    /// checks it. `read` fills a buffer with what lies at an offset of a segment, as far as there is anything; `path`
+    /// names the segment in messages.
+    pub(crate) fn read_data(
+        &self,
+        path: &Path,
+        read: impl FnOnce(u64, u64, &mut [u8]) -> Result<usize, ReadError>,
+    ) -> Result<FrameData, ReadError> {
         let damaged = |what: String| ReadError::Damaged {
-            path: path.clone(),
+            path: path.to_owned(),
             offset: self.offset,
             what,
             seqs: Some((self.header.first_seq, self.header.last_seq())),
         };
-        let file = store.segment(self.segment)?;
         let mut stored = vec![0; self.header.frame_bytes];
-        let filled = store.read(&file, self.segment, self.offset, &mut stored)?;
+        let filled = read(self.segment, self.offset, &mut stored)?;
         stored.truncate(filled);
         let total = self.groups.iter().map(|group| group.raw_bytes).sum();
         let (mut raw, mut starts) = (vec![0; total], Vec::with_capacity(self.groups.len()));
@@ -82,6 +88,11 @@ impl FrameRecords {
             start += group.raw_bytes;
         }
         Ok(FrameData { raw, starts })
+    }
+
+    /// The segment that the frame lies in.
+    pub(crate) fn segment(&self) -> u64 {
+        self.segment
     }
 
     /// The data of one of [`Self::records`]: nothing for a record that has none.
@@ -135,18 +146,10 @@ impl<'a> Records<'a> {
         if frame.header.first_seq > *rest.end() {
             return Ok(None);
         }
-        let mut records = frame.records;
-        records.retain(|placed| rest.contains(&placed.record.seq));
         self.end = Some((segment, end));
         self.rest = Some(frame.header.last_seq().next()..=*rest.end());
-        Ok(Some(FrameRecords {
-            header: frame.header,
-            records,
-            groups: frame.groups,
-            parts: frame.parts,
-            segment: location.segment.0.get(),
-            offset: location.offset,
-        }))
+        let segment = location.segment.0.get();
+        Ok(Some(FrameRecords::new(frame, &rest, segment, location.offset)))
     }
 
     /// The frame that holds `seq`, or the first one after it.

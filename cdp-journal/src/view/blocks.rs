@@ -31,6 +31,11 @@ pub(crate) trait Blocks: Debug + Send + Sync {
         out: &mut Vec<BlockVersion>,
     ) -> Result<(), ReadError>;
 
+    /// The data of these will be read soon. May fetch it all at once, where each would take a way of its own.
+    fn will_need(&self, _items: &[Item]) -> Result<(), ReadError> {
+        Ok(())
+    }
+
     /// The checked raw bytes of the group at `place`.
     fn group(&self, place: &Place) -> Result<Arc<Vec<u8>>, ReadError>;
 

@@ -14,7 +14,10 @@ use crate::types::{BLOCK_BYTES, Seq, VolumeId};
 
 pub(crate) use blocks::{Blocks, SegmentBytes};
 pub(crate) use plan::{GroupRange, Item};
-pub(crate) use source::{GroupCache, ViewStore, group_through, read_full};
+pub(crate) use source::{GROUP_STORED_BYTES_MAX, GroupCache, ViewStore, group_through, read_full};
+
+/// Pieces of one read whose groups are asked for together. They must fit into whatever cache keeps them.
+const FETCHED_ITEMS_MAX: usize = 64;
 
 /// What a stretch of a view is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,19 +142,25 @@ impl View {
         let mut items = Vec::new();
         self.store
             .plan(self.volume, self.seq, range, &mut |item| items.push(item))?;
-        for item in items {
-            let start = (item.offset - offset) as usize;
-            let target = &mut buf[start..start + item.len as usize];
-            match item.data {
-                None => target.fill(0),
-                Some(data) => {
-                    let group = self.store.group(&data.place)?;
-                    let in_group = data.in_group as usize;
-                    let bytes = group.get(in_group..in_group + target.len());
-                    target.copy_from_slice(bytes.ok_or_else(|| self.store.damage(&data.place))?);
-                }
+        for some in items.chunks(FETCHED_ITEMS_MAX) {
+            self.store.will_need(some)?;
+            for item in some {
+                let start = (item.offset - offset) as usize;
+                self.read_item(item, &mut buf[start..start + item.len as usize])?;
             }
         }
+        Ok(())
+    }
+
+    fn read_item(&self, item: &Item, target: &mut [u8]) -> Result<(), ReadError> {
+        let Some(data) = item.data else {
+            target.fill(0);
+            return Ok(());
+        };
+        let group = self.store.group(&data.place)?;
+        let in_group = data.in_group as usize;
+        let bytes = group.get(in_group..in_group + target.len());
+        target.copy_from_slice(bytes.ok_or_else(|| self.store.damage(&data.place))?);
         Ok(())
     }
 

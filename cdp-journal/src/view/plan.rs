@@ -47,7 +47,7 @@ impl Item {
     }
 
     /// The part of it that lies in `range`.
-    fn clipped(self, range: &Range<u64>) -> Option<Item> {
+    pub(crate) fn clipped(self, range: &Range<u64>) -> Option<Item> {
         let start = self.offset.max(range.start);
         let end = (self.offset + self.len).min(range.end);
         if start >= end {

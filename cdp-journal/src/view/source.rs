@@ -39,19 +39,39 @@ pub(crate) struct ViewStore {
 type GroupKey = (u64, u32);
 
 /// The groups that were decoded last.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct GroupCache {
     groups: HashMap<GroupKey, Arc<Vec<u8>>>,
     order: VecDeque<GroupKey>,
+    groups_max: usize,
+}
+
+impl Default for GroupCache {
+    fn default() -> Self {
+        Self::of(CACHED_GROUPS_MAX)
+    }
 }
 
 impl GroupCache {
-    fn get(&self, place: &Place) -> Option<Arc<Vec<u8>>> {
+    /// One that keeps so many.
+    pub(crate) fn of(groups_max: usize) -> Self {
+        Self {
+            groups: HashMap::new(),
+            order: VecDeque::new(),
+            groups_max,
+        }
+    }
+
+    pub(crate) fn has(&self, place: &Place) -> bool {
+        self.groups.contains_key(&(place.segment, place.group_offset))
+    }
+
+    pub(crate) fn get(&self, place: &Place) -> Option<Arc<Vec<u8>>> {
         self.groups.get(&(place.segment, place.group_offset)).cloned()
     }
 
     fn put(&mut self, place: &Place, group: &Arc<Vec<u8>>) {
-        while self.order.len() >= CACHED_GROUPS_MAX {
+        while self.order.len() >= self.groups_max {
             if let Some(oldest) = self.order.pop_front() {
                 self.groups.remove(&oldest);
             }

@@ -1,7 +1,8 @@
 //! `bisect`: between which two writes did a volume go bad? A check of the user's tells, on moments in between.
 //!
 //! First between barriers (what a flush made durable is what a file system means to be whole), then between the writes
-//! of the two that remain. Each moment is mounted as `mount --rw` does, by this very program, and unmounted again.
+//! of the two that remain. Each moment is mounted as by `mount --rw`, and unmounted again. What a check says counts only
+//! if all that it asked for could be read.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,16 +11,17 @@ use anyhow::{Context, bail};
 use cdp_journal::Seq;
 use cdp_journal::format::{Body, PlacedRecord, RecordFlags};
 use cdp_journal::history::{History, VolumeInfo};
-use cdp_journal::store::StoreReader;
+use cdp_journal::store::Archive;
 use cdp_journal::when::When;
 use serde::Serialize;
 
-use super::{open_volume_here, resolve};
-use crate::args::Bisect;
+use super::mount::Mounting;
+use super::{open_block_volume, resolve};
+use crate::args::{Bisect, Mount};
 use crate::exit::UsageError;
 use crate::interrupt::Interrupt;
+use crate::mount::Unmountable;
 use crate::report::Report;
-use crate::source::Source;
 use crate::time::Time;
 use crate::units::count;
 
@@ -68,16 +70,16 @@ struct Candidate {
 struct Search<'a> {
     args: &'a Bisect,
     report: &'a Report,
-    store: &'a StoreReader,
+    store: &'a dyn Archive,
     volume: &'a VolumeInfo,
     interrupt: Interrupt,
     runs: u32,
 }
 
 pub(crate) fn run(args: &Bisect, report: &Report) -> anyhow::Result<()> {
-    let (store, volume) = open_volume_here(&args.source, &args.volume, "bisect")?;
-    let bad = resolve(&store, &volume, &args.bad)?.seq;
-    let good = resolve(&store, &volume, &args.good)?.seq;
+    let (store, volume) = open_block_volume(&args.source, &args.volume, "bisect")?;
+    let bad = resolve(&*store, &volume, &args.bad)?.seq;
+    let good = resolve(&*store, &volume, &args.good)?.seq;
     if good >= bad {
         let message = format!("--good (seq:{good}) is not earlier than --bad (seq:{bad})");
         return Err(UsageError(message).into());
@@ -85,7 +87,7 @@ pub(crate) fn run(args: &Bisect, report: &Report) -> anyhow::Result<()> {
     let mut search = Search {
         args,
         report,
-        store: &store,
+        store: &*store,
         volume: &volume,
         interrupt: Interrupt::catch().context("catch Ctrl-C")?,
         runs: 0,
@@ -157,8 +159,7 @@ impl Search<'_> {
         self.interrupt.check().context("nothing is left mounted")?;
         let folder = tempfile::Builder::new().prefix("cdp-bisect-").tempdir();
         let folder = folder.context("make a folder to mount at")?;
-        let mounted = Mounted::new(&self.args.source.from, &self.volume.name, seq, folder.path())?;
-        let Some(mounted) = mounted else {
+        let Some(mounted) = self.mount(seq, folder.path())? else {
             self.report
                 .note(format!("seq:{seq} cannot be mounted, which counts as bad"));
             return Ok(false);
@@ -173,12 +174,41 @@ impl Search<'_> {
             .stdout(std::io::stderr())
             .status();
         self.runs += 1;
-        mounted.unmount()?;
+        let trouble = mounted.unmount()?;
+        if !trouble.is_empty() {
+            bail!(
+                "seq:{seq}: {trouble}; so the check was not shown all of it, and what it says does not count"
+            );
+        }
         let status = status.with_context(|| format!("run {}", program.display()))?;
         match status.code() {
             Some(0) => Ok(true),
             Some(code) if code < CHECK_FAILED_MIN => Ok(false),
             _ => bail!("the check ended with {status} at seq:{seq}, which says neither good nor bad"),
+        }
+    }
+
+    /// Mounts a moment; `None` if there is nothing in it that can be mounted. Everything else that goes wrong says
+    /// nothing of the moment, and is an error.
+    fn mount(&self, seq: Seq, dir: &Path) -> anyhow::Result<Option<Mounted>> {
+        let args = Mount {
+            source: self.args.source.clone(),
+            volume: self.args.volume.clone(),
+            at: When::Seq(seq),
+            dir: dir.to_owned(),
+            rw: true,
+            raw: false,
+            layer: self.args.layer.clone(),
+            json: false,
+            serve_in: None,
+        };
+        match Mounting::set_up(&args, args.arguments(), self.report) {
+            Ok(mounting) => Ok(Some(Mounted(Some(mounting)))),
+            Err(error) if error.is::<Unmountable>() => {
+                tracing::info!("seq:{seq} cannot be mounted: {error:#}");
+                Ok(None)
+            }
+            Err(error) => Err(error.context(format!("mount seq:{seq}"))),
         }
     }
 
@@ -192,7 +222,8 @@ impl Search<'_> {
         };
         let mut write = None;
         for frame in self.store.records(bad..=bad) {
-            write = frame?.records.first().and_then(written);
+            let of_volume = |placed: &&PlacedRecord| placed.record.volume == Some(self.volume.id);
+            write = frame?.records.iter().find(of_volume).and_then(written);
         }
         Ok(Outcome {
             volume: self.volume.name.clone(),
@@ -241,59 +272,21 @@ fn written(placed: &PlacedRecord) -> Option<Written> {
     })
 }
 
-/// A moment that this program has mounted; unmounted when it goes.
-struct Mounted<'a> {
-    dir: &'a Path,
-    is_over: bool,
-}
+/// A moment that is mounted; unmounted when it goes.
+struct Mounted(Option<Mounting>);
 
-impl<'a> Mounted<'a> {
-    /// `None` if there is nothing in it that can be mounted.
-    fn new(source: &Source, volume: &str, seq: Seq, dir: &'a Path) -> anyhow::Result<Option<Self>> {
-        let program = std::env::current_exe().context("find this program")?;
-        let output = Command::new(program)
-            .args(["mount", "--rw", "--quiet", "--from", &source.to_string(), volume])
-            .args(["--at", &format!("seq:{seq}")])
-            .arg(dir)
-            .stdin(Stdio::null())
-            .output()
-            .context("mount a moment")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        match output.status.code() {
-            Some(0) => Ok(Some(Mounted { dir, is_over: false })),
-            Some(1) => {
-                tracing::info!("seq:{seq} cannot be mounted: {}", said.trim());
-                Ok(None)
-            }
-            _ => bail!("mount seq:{seq}: {}", said.trim()),
-        }
-    }
-
-    fn unmount(mut self) -> anyhow::Result<()> {
-        self.is_over = true;
-        let program = std::env::current_exe().context("find this program")?;
-        let output = Command::new(program)
-            .args(["umount", "--quiet"])
-            .arg(self.dir)
-            .stdin(Stdio::null())
-            .output()
-            .context("unmount a moment")?;
-        if !output.status.success() {
-            bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
-        }
-        Ok(())
+impl Mounted {
+    /// Unmounts it; what its serving process had to say.
+    fn unmount(mut self) -> anyhow::Result<String> {
+        self.0.take().map_or(Ok(String::new()), Mounting::take_down)
     }
 }
 
-impl Drop for Mounted<'_> {
+impl Drop for Mounted {
     fn drop(&mut self) {
-        if !self.is_over {
-            let again = Mounted {
-                dir: self.dir,
-                is_over: true,
-            };
+        if let Some(mounting) = self.0.take() {
             // There is another error to tell.
-            let _ = again.unmount();
+            let _ = mounting.take_down();
         }
     }
 }

@@ -1,16 +1,22 @@
-//! `find`: when were these bytes written, where, and by whom.
+//! `find`: when were these bytes written, where, and by whom, and when were they gone again.
+//!
+//! Bytes are gone with the first record after which a view does not show them any more: asked of the view itself, for
+//! each record that touches them.
 
-use cdp_journal::Seq;
-use cdp_journal::format::Body;
-use cdp_journal::store::StoreReader;
+use std::collections::BTreeMap;
+
+use cdp_journal::format::{Body, PlacedRecord};
+use cdp_journal::store::Archive;
+use cdp_journal::view::View;
 use cdp_journal::when::When;
+use cdp_journal::{ReadError, Seq, VolumeId};
 use serde::Serialize;
 
-use super::{open_volume_here, table};
+use super::{open_block_volume, table};
 use crate::args::Find;
 use crate::exit::UsageError;
 use crate::report::Report;
-use crate::search::{Hit, search};
+use crate::search::{Event, Hit, search};
 use crate::time::Time;
 use crate::units::{Bytes, count};
 
@@ -36,15 +42,20 @@ struct JsonHit {
     comm: String,
     /// It was read from the device, and written by whoever at some time before.
     read_back: bool,
+    /// With which record the bytes were gone again, if that was seen.
+    gone_at: Option<Time>,
+    gone_seq: Option<u64>,
+    /// Are they there at the end of what was searched?
+    still_there: bool,
 }
 
 pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
-    let (store, volume) = open_volume_here(&args.source, &args.volume, "find")?;
-    let until = locate(&store, args.until.as_ref().unwrap_or(&When::Latest))?;
+    let (store, volume) = open_block_volume(&args.source, &args.volume, "find")?;
+    let until = locate(&*store, args.until.as_ref().unwrap_or(&When::Latest))?;
     let since = args
         .since
         .as_ref()
-        .map(|since| locate(&store, since))
+        .map(|since| locate(&*store, since))
         .transpose()?
         .flatten();
     let first = since.map_or(Seq::FIRST, Seq::next);
@@ -52,24 +63,31 @@ pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
         return Err(UsageError("--since is later than --until; swap them".to_owned()).into());
     }
     let progress = report.progress("searching", store.log_bytes()?);
-    let (mut hits, mut truncated) = (Vec::new(), false);
-    let records = store.records(first..=until.unwrap_or(Seq::FIRST));
+    let mut truncated = false;
+    let mut found = Found::new(&*store, volume.id, &args.bytes.0);
+    // Nothing at all if `until` lies before the first record.
+    let seqs = until.map_or(Seq::FIRST.next()..=Seq::FIRST, |until| first..=until);
+    let records = store.records(seqs);
     let advance = |bytes| progress.advance(bytes);
     let searched = search(
-        &store,
+        &*store,
         volume.id,
         records,
         &args.bytes.0,
         args.threads.get(),
         &advance,
-        |hit| {
-            truncated = hits.len() >= args.hits_max;
-            if !truncated {
-                hits.push(JsonHit::new(&hit));
+        |event| match event {
+            Event::Changed { record, offset, len } => found.changed(&record, offset, len).map(|()| true),
+            Event::Hit(hit) => {
+                truncated = found.hits.len() >= args.hits_max;
+                if !truncated {
+                    found.add(&hit);
+                }
+                Ok(!truncated)
             }
-            !truncated
         },
     )?;
+    let hits = found.finish(until)?;
     drop(progress);
     let outcome = Outcome {
         volume: volume.name,
@@ -92,8 +110,81 @@ pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
 }
 
 /// The last record that belongs to a moment, exact or not.
-fn locate(store: &StoreReader, when: &When) -> anyhow::Result<Option<Seq>> {
+fn locate(store: &dyn Archive, when: &When) -> anyhow::Result<Option<Seq>> {
     Ok(store.locate(when)?.seq)
+}
+
+/// Hits, and which of them are there still.
+struct Found<'a> {
+    store: &'a dyn Archive,
+    volume: VolumeId,
+    pattern: &'a [u8],
+    hits: Vec<JsonHit>,
+    /// Those that are there, by offset: which of `hits`, for the bytes may be written over themselves.
+    there: BTreeMap<u64, Vec<usize>>,
+}
+
+impl<'a> Found<'a> {
+    fn new(store: &'a dyn Archive, volume: VolumeId, pattern: &'a [u8]) -> Self {
+        Found {
+            store,
+            volume,
+            pattern,
+            hits: Vec::new(),
+            there: BTreeMap::new(),
+        }
+    }
+
+    fn add(&mut self, hit: &Hit) {
+        self.there.entry(hit.offset).or_default().push(self.hits.len());
+        self.hits.push(JsonHit::new(hit));
+    }
+
+    /// Looks whether those that a record touches are there after it.
+    fn changed(&mut self, record: &PlacedRecord, offset: u64, len: u64) -> Result<(), ReadError> {
+        let first = offset.saturating_sub(self.pattern.len() as u64 - 1);
+        let end = offset.saturating_add(len);
+        let touched: Vec<u64> = self.there.range(first..end).map(|(at, _)| *at).collect();
+        if touched.is_empty() {
+            return Ok(());
+        }
+        let view = self.store.view(self.volume, record.record.seq)?;
+        for at in touched {
+            if self.shows(&view, at)? {
+                continue;
+            }
+            for index in self.there.remove(&at).unwrap_or_default() {
+                let hit = &mut self.hits[index];
+                (hit.gone_at, hit.gone_seq) = (Some(Time(record.wall)), Some(record.record.seq.get()));
+            }
+        }
+        Ok(())
+    }
+
+    fn shows(&self, view: &View, at: u64) -> Result<bool, ReadError> {
+        if at.saturating_add(self.pattern.len() as u64) > view.bytes() {
+            return Ok(false);
+        }
+        let mut bytes = vec![0; self.pattern.len()];
+        view.read_at(at, &mut bytes)?;
+        Ok(bytes == self.pattern)
+    }
+
+    /// The hits, with whether they are there in the end.
+    fn finish(mut self, until: Option<Seq>) -> Result<Vec<JsonHit>, ReadError> {
+        let Some(until) = until.filter(|_| !self.hits.is_empty()) else {
+            return Ok(self.hits);
+        };
+        let view = self.store.view(self.volume, until)?;
+        // Where the search ended early not every change was seen.
+        for (at, hits) in std::mem::take(&mut self.there) {
+            let is_there = self.shows(&view, at)?;
+            for index in hits {
+                self.hits[index].still_there = is_there;
+            }
+        }
+        Ok(self.hits)
+    }
 }
 
 impl JsonHit {
@@ -106,6 +197,9 @@ impl JsonHit {
             pid: record.origin.pid,
             comm: record.origin.command(),
             read_back: matches!(record.body, Body::ReadBack { .. }),
+            gone_at: None,
+            gone_seq: None,
+            still_there: false,
         }
     }
 
@@ -116,7 +210,12 @@ impl JsonHit {
             format!("{}[{}]", self.comm, self.pid)
         };
         let seq = format!("seq:{}", self.seq);
-        vec![self.at.to_string(), seq, self.offset.to_string(), by]
+        let gone = match (self.gone_at, self.gone_seq) {
+            (Some(at), Some(seq)) => format!("{at} (seq:{seq})"),
+            _ if self.still_there => "still there".to_owned(),
+            _ => "not known when".to_owned(),
+        };
+        vec![self.at.to_string(), seq, self.offset.to_string(), by, gone]
     }
 }
 
@@ -131,7 +230,9 @@ fn text(outcome: &Outcome) -> String {
     if outcome.hits.is_empty() {
         return text;
     }
-    let title = ["TIME", "SEQ", "OFFSET", "BY"].map(str::to_owned).to_vec();
+    let title = ["TIME", "SEQ", "OFFSET", "BY", "GONE"]
+        .map(str::to_owned)
+        .to_vec();
     let rows = outcome.hits.iter().map(JsonHit::row);
     text.push('\n');
     text.push_str(&table(&std::iter::once(title).chain(rows).collect::<Vec<_>>()));

@@ -68,7 +68,8 @@ pub(crate) fn run(args: &Image, report: &Report) -> anyhow::Result<()> {
     match target {
         Target::File(target) => job.to_file(target),
         Target::Device(target) => {
-            warn_if_protected(report, protected_as(&*store, &target)?.as_ref(), &args.to);
+            let protected = protected_as(&args.source.from, &*store, &target)?;
+            warn_if_protected(report, protected.as_ref(), &args.to);
             job.to_device(target)
         }
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use cdp_journal::Seq;
 use cdp_journal::format::{GapCause, VolumeKind};
 use cdp_journal::history::VolumeInfo;
-use cdp_journal::store::{Archive, StoreReader};
+use cdp_journal::store::Archive;
 use cdp_journal::view::View;
 use cdp_journal::when::{NotExact, NotExactCause, Point, When, WhenError};
 
@@ -20,6 +20,7 @@ pub(crate) mod bisect;
 pub(crate) mod completions;
 pub(crate) mod diff;
 pub(crate) mod enroll;
+pub(crate) mod files;
 pub(crate) mod find;
 pub(crate) mod image;
 pub(crate) mod ls;
@@ -55,17 +56,15 @@ fn open_volume(source: &From, name: &str) -> anyhow::Result<(Box<dyn Archive>, V
     find_volume(source, name).map(|(opened, volume)| (opened.archive, volume))
 }
 
-/// The same of a store whose folder lies on this host.
-fn open_volume_here(source: &From, name: &str, command: &str) -> anyhow::Result<(StoreReader, VolumeInfo)> {
-    let (opened, volume) = find_volume(source, name)?;
+/// The same of a block volume.
+fn open_block_volume(
+    source: &From,
+    name: &str,
+    command: &str,
+) -> anyhow::Result<(Box<dyn Archive>, VolumeInfo)> {
+    let (store, volume) = open_volume(source, name)?;
     require_block(&volume, command)?;
-    let from = &source.from;
-    let folder = opened.folder.with_context(|| {
-        format!(
-            "{from} is a journal server, and `{command}` reads a folder: run it there, with --from FOLDER"
-        )
-    })?;
-    Ok((StoreReader::open(&folder)?, volume))
+    Ok((store, volume))
 }
 
 fn find_volume(source: &From, name: &str) -> anyhow::Result<(Opened, VolumeInfo)> {
@@ -142,16 +141,16 @@ fn resolve(store: &dyn Archive, volume: &VolumeInfo, when: &When) -> anyhow::Res
 
 /// A block volume at a moment that can be restored.
 struct OpenMoment {
-    store: StoreReader,
+    store: Box<dyn Archive>,
     volume: VolumeInfo,
     instant: Instant,
     view: View,
 }
 
-/// Opens what a command was asked for, in a folder on this host.
+/// Opens what a command was asked for.
 fn open_moment(source: &From, volume: &str, when: &When, command: &str) -> anyhow::Result<OpenMoment> {
-    let (store, volume) = open_volume_here(source, volume, command)?;
-    let instant = resolve(&store, &volume, when)?;
+    let (store, volume) = open_block_volume(source, volume, command)?;
+    let instant = resolve(&*store, &volume, when)?;
     let view = store.view(volume.id, instant.seq)?;
     Ok(OpenMoment {
         store,

@@ -3,6 +3,7 @@
 //! `mount` starts itself once more, in the background: that process opens the store, serves the image by FUSE and says
 //! in one line on its stdout what lies on it. This one sets up loop devices and mounts, and returns.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
@@ -16,9 +17,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{open_moment, refuse_own_files};
 use crate::args::{Mount, Umount};
-use crate::disk::Disk;
+use crate::disk::{Disk, complaints_in};
 use crate::mount::{
-    Entry, Found, LoopDevice, Mounted, Part, Served, mount_file_system, mount_folders, mounts, probe, unmount,
+    Entry, Found, LoopDevice, Mounted, Part, Served, Unmountable, mount_file_system, mount_folders, mounts,
+    probe, unmount,
 };
 use crate::report::Report;
 
@@ -66,26 +68,13 @@ pub(crate) fn run(args: &Mount, report: &Report) -> anyhow::Result<()> {
     if let Some(folder) = &args.serve_in {
         return serve(args, folder, report);
     }
-    let dir = canonical(&args.dir)?;
-    refuse_own_files(&dir, &args.source.from)?;
-    if !args.raw && !rustix::process::geteuid().is_root() {
-        bail!("only root may mount what lies inside a volume; --raw mounts the image itself");
-    }
-    let entry = Entry::create(&dir, image_name(&args.volume), args.raw)?;
-    let done = set_up(args, &entry);
-    let (ready, mounted) = match done {
-        Ok(done) => done,
-        Err(error) => {
-            // Told first; what cannot be undone now can be later.
-            if let Err(undo) = take_down(entry, report) {
-                report.warn(format!(
-                    "{undo:#}; `cdp-restore umount {}` undoes the rest",
-                    dir.display()
-                ));
-            }
-            return Err(error);
-        }
-    };
+    let arguments = std::env::args_os().skip(1).collect();
+    let Mounting {
+        entry,
+        ready,
+        mounted,
+    } = Mounting::set_up(args, arguments, report)?;
+    let dir = entry.dir();
     for left_out in &ready.left_out {
         report.note(format!("not mounted: {left_out}"));
     }
@@ -93,7 +82,7 @@ pub(crate) fn run(args: &Mount, report: &Report) -> anyhow::Result<()> {
         return report.json(&Outcome {
             volume: &args.volume,
             seq: ready.seq,
-            dir: &dir,
+            dir,
             mounted,
             read_only: !args.rw,
         });
@@ -108,6 +97,74 @@ pub(crate) fn run(args: &Mount, report: &Report) -> anyhow::Result<()> {
         text.push_str(&format!("{}: {}, {mode}\n", place.display(), ready.moment));
     }
     report.out(text)
+}
+
+/// A moment that is mounted.
+pub(super) struct Mounting {
+    entry: Entry,
+    ready: Ready,
+    /// Where a file system, or the image, can be found.
+    mounted: Vec<PathBuf>,
+}
+
+impl Mounting {
+    /// Mounts what `args` ask for; nothing is left of it if that fails. `arguments` are those of the command line that
+    /// say the same, for the serving process.
+    pub(super) fn set_up(args: &Mount, arguments: Vec<OsString>, report: &Report) -> anyhow::Result<Self> {
+        let dir = canonical(&args.dir)?;
+        refuse_own_files(&dir, &args.source.from)?;
+        if !args.raw && !rustix::process::geteuid().is_root() {
+            bail!("only root may mount what lies inside a volume; --raw mounts the image itself");
+        }
+        let entry = Entry::create(&dir, image_name(&args.volume), args.raw)?;
+        match set_up(args, arguments, &entry) {
+            Ok((ready, mounted)) => Ok(Mounting {
+                entry,
+                ready,
+                mounted,
+            }),
+            Err(error) => Err(match take_down(entry).map(|log| complaints_in(&log)) {
+                Ok(trouble) if trouble.is_empty() => error,
+                // Of no use to who asks whether there is anything to mount: not all of it could be read.
+                Ok(trouble) => anyhow::anyhow!("{:#}: {trouble}", error),
+                // Told first; what cannot be undone now can be later.
+                Err(undo) => {
+                    report.warn(format!(
+                        "{undo:#}; `cdp-restore umount {}` undoes the rest",
+                        dir.display()
+                    ));
+                    error
+                }
+            }),
+        }
+    }
+
+    /// Undoes it; which requests failed meanwhile: nothing, if all that was asked for could be read.
+    pub(super) fn take_down(self) -> anyhow::Result<String> {
+        take_down(self.entry).map(|log| complaints_in(&log))
+    }
+}
+
+impl Mount {
+    /// The command line that says this.
+    pub(super) fn arguments(&self) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = vec!["mount".into(), "--from".into()];
+        arguments.push(self.source.from.to_string().into());
+        if let Some(identity) = &self.source.identity {
+            arguments.extend(["--identity".into(), identity.into()]);
+        }
+        let patience = format!("{}ms", self.source.patience.as_millis());
+        arguments.extend(["--patience".into(), patience.into()]);
+        arguments.extend(["--at".into(), self.at.to_string().into()]);
+        for (flag, is_set) in [("--rw", self.rw), ("--raw", self.raw)] {
+            arguments.extend(is_set.then(|| flag.into()));
+        }
+        let bytes_max = self.layer.layer_bytes_max.to_string();
+        arguments.extend(["--layer-bytes-max".into(), bytes_max.into()]);
+        arguments.extend(["--layer-dir".into(), self.layer.layer_dir.clone().into()]);
+        arguments.extend(["--".into(), self.volume.clone().into(), self.dir.clone().into()]);
+        arguments
+    }
 }
 
 /// `DIR`, which must be a folder, as an absolute path.
@@ -128,13 +185,15 @@ fn canonical(dir: &Path) -> anyhow::Result<PathBuf> {
     path.with_context(|| format!("find {}", dir.display()))
 }
 
+/// Of `VOLUME` or `AGENT/VOLUME`.
 fn image_name(volume: &str) -> String {
-    format!("{volume}.img")
+    let name = volume.rsplit_once('/').map_or(volume, |(_, name)| name);
+    format!("{name}.img")
 }
 
 /// Starts the serving process, and puts on top of its image what lies in it.
-fn set_up(args: &Mount, entry: &Entry) -> anyhow::Result<(Ready, Vec<PathBuf>)> {
-    let ready = start_server(entry)?;
+fn set_up(args: &Mount, arguments: Vec<OsString>, entry: &Entry) -> anyhow::Result<(Ready, Vec<PathBuf>)> {
+    let ready = start_server(arguments, entry)?;
     if args.raw {
         return Ok((ready, vec![entry.image()]));
     }
@@ -144,11 +203,11 @@ fn set_up(args: &Mount, entry: &Entry) -> anyhow::Result<(Ready, Vec<PathBuf>)> 
         None => String::new(),
     };
     if ready.parts.is_empty() {
-        let found = ready.left_out.join(", ");
-        bail!(
-            "no file system to mount in {}: {found}; --raw mounts the image itself",
-            args.volume
-        );
+        return Err(Unmountable::NoFileSystem {
+            volume: args.volume.clone(),
+            found: ready.left_out.join(", "),
+        }
+        .into());
     }
     if !whole {
         let names: Vec<_> = ready.parts.iter().map(folder_of).collect();
@@ -173,13 +232,17 @@ fn set_up(args: &Mount, entry: &Entry) -> anyhow::Result<(Ready, Vec<PathBuf>)> 
     Ok((ready, mounted))
 }
 
-/// Starts this program once more with the same arguments, to serve.
-fn start_server(entry: &Entry) -> anyhow::Result<Ready> {
+/// Starts this program once more, to serve.
+fn start_server(arguments: Vec<OsString>, entry: &Entry) -> anyhow::Result<Ready> {
     let program = std::env::current_exe().context("find this program")?;
+    let mut arguments = arguments;
+    // Not at the end, which may lie behind a `--`.
+    let at = arguments.iter().position(|argument| argument == "mount");
+    let at = at.context("this is not the command line of a mount")? + 1;
+    let serve_in: [OsString; 2] = ["--serve-in".into(), entry.folder().into()];
+    arguments.splice(at..at, serve_in);
     let mut child = Command::new(program)
-        .args(std::env::args_os().skip(1))
-        .arg("--serve-in")
-        .arg(entry.folder())
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -261,11 +324,15 @@ pub(crate) fn unmount_all(args: &Umount, report: &Report) -> anyhow::Result<()> 
     let dir = canonical(&args.dir)?;
     let entry = Entry::find(&dir)?;
     let entry = entry.with_context(|| format!("nothing of `cdp-restore mount` is at {}", dir.display()))?;
-    take_down(entry, report)
+    let trouble = take_down(entry)?;
+    if !trouble.is_empty() {
+        report.warn(format!("while {} was mounted: {trouble}", dir.display()));
+    }
+    Ok(())
 }
 
-/// Undoes whatever of a mount there is. Stopped at any point, it can be run again.
-fn take_down(entry: Entry, report: &Report) -> anyhow::Result<()> {
+/// Undoes whatever of a mount there is; what its serving process had to say. Stopped at any point, it can be run again.
+fn take_down(entry: Entry) -> anyhow::Result<String> {
     let devices = LoopDevice::over(&entry.image())?;
     let is_on = |mounted: &Mounted| {
         devices
@@ -295,13 +362,6 @@ fn take_down(entry: Entry, report: &Report) -> anyhow::Result<()> {
         server.kill();
         server.wait(SERVER_END_MS_MAX);
     }
-    let log = entry.log();
-    if !log.trim().is_empty() {
-        report.warn(format!(
-            "while {} was mounted: {}",
-            entry.dir().display(),
-            log.trim()
-        ));
-    }
-    entry.remove()
+    let trouble = entry.log().trim().to_owned();
+    entry.remove().map(|()| trouble)
 }

@@ -8,11 +8,17 @@ use cdp_journal::history::VolumeInfo;
 use cdp_journal::store::Archive;
 
 use crate::report::Report;
+use crate::source::Source;
 use crate::target::{DeviceNumber, DeviceTarget};
 
-/// The volume that a running agent protects the device as, into this very store.
-pub(super) fn protected_as(store: &dyn Archive, target: &DeviceTarget) -> anyhow::Result<Option<VolumeInfo>> {
-    if !store.writer_alive().context("ask whether an agent is running")? {
+/// The volume that a running agent protects the device as, into this very store. Of a journal server nothing can be
+/// said: its volumes have the paths of other hosts.
+pub(super) fn protected_as(
+    source: &Source,
+    store: &dyn Archive,
+    target: &DeviceTarget,
+) -> anyhow::Result<Option<VolumeInfo>> {
+    if source.folder().is_none() || !store.writer_alive().context("ask whether an agent is running")? {
         return Ok(None);
     }
     let same = |volume: &VolumeInfo| DeviceNumber::of(Path::new(&volume.path)) == Some(target.number());

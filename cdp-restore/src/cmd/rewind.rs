@@ -99,7 +99,7 @@ pub(crate) fn run(args: &Rewind, report: &Report) -> anyhow::Result<()> {
             to.display()
         );
     };
-    let protected = protected_as(&moment.store, &target)?;
+    let protected = protected_as(&args.source.from, &*moment.store, &target)?;
     warn_if_protected(report, protected.as_ref(), to);
     if !args.dry_run {
         let question = format!(
@@ -190,8 +190,12 @@ impl Job<'_> {
             format!("; the newest moment in the store is seq:{}", head.seq)
         });
         let (Some(_), Some(folder)) = (protected, self.args.source.from.folder()) else {
+            let why = match self.args.source.from.folder() {
+                Some(_) => format!("no agent protects {to} into this store"),
+                None => format!("no agent can be asked through {}", self.args.source.from),
+            };
             self.report.note(format!(
-                "no agent protects {to} into this store, so what it holds now cannot be named and brought back{head}"
+                "{why}, so what {to} holds now cannot be named and brought back{head}"
             ));
             return Ok(None);
         };

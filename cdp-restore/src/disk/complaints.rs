@@ -10,6 +10,15 @@ use crate::report::Report;
 /// Different complaints that are told; more say nothing new.
 const COMPLAINTS_MAX: usize = 64;
 
+/// How each of them begins.
+const COMPLAINT: &str = "a request failed";
+
+/// The complaints among what a process has said.
+pub(crate) fn complaints_in(said: &str) -> String {
+    let lines: Vec<_> = said.lines().filter(|line| line.contains(COMPLAINT)).collect();
+    lines.join("\n")
+}
+
 /// What has been told.
 #[derive(Debug, Default)]
 pub(crate) struct Complaints(Mutex<HashSet<String>>);
@@ -29,7 +38,7 @@ impl Complaints {
         }
         let mut told = self.0.lock();
         if told.len() < COMPLAINTS_MAX && told.insert(text.clone()) {
-            report.warn(format!("a request failed: {text}"));
+            report.warn(format!("{COMPLAINT}: {text}"));
         }
     }
 }

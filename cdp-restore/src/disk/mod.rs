@@ -18,7 +18,7 @@ use crate::units::ExactBytes;
 mod complaints;
 mod layer;
 
-pub(crate) use complaints::Complaints;
+pub(crate) use complaints::{Complaints, complaints_in};
 pub(crate) use layer::Layer;
 use layer::Place;
 

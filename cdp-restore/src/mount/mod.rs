@@ -22,7 +22,8 @@ mod fuse;
 mod probe;
 mod system;
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -37,6 +38,30 @@ use crate::report::Report;
 
 /// Threads that answer the kernel.
 const FUSE_THREADS: usize = 4;
+
+/// What lies in a moment cannot be mounted; which says something of the moment, and nothing of this host.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unmountable {
+    /// Nothing that the kernel could mount was found.
+    #[error("no file system to mount in {volume}: {found}; --raw mounts the image itself")]
+    NoFileSystem {
+        /// The volume.
+        volume: String,
+        /// What was found.
+        found: String,
+    },
+    /// The kernel will not have it.
+    #[error("mount the {kind} at {}: the kernel's log says more (dmesg)", at.display())]
+    Refused {
+        /// The kernel's name of the file system.
+        kind: String,
+        /// Where it should have been mounted.
+        at: PathBuf,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
+}
 
 /// A disk that the kernel sees as a file, until it is unmounted.
 pub(crate) struct Served(Session<fuse::ImageFs>);

@@ -11,6 +11,7 @@ use anyhow::{Context, bail};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
+use super::Unmountable;
 use super::probe::Part;
 use crate::target::unescape;
 
@@ -150,17 +151,25 @@ pub(crate) fn mount_file_system(
     if !is_writable {
         flags |= MountFlags::RDONLY;
     }
-    rustix::mount::mount(device, at, kind, flags, data).map_err(|errno| {
-        let why = match errno {
-            Errno::EXIST if kind == "btrfs" => {
-                "a btrfs of the same id is mounted, and this kernel takes only one (Linux 6.7 takes more); unmount \
-                 that one, or use --raw on another host"
-            }
-            Errno::NODEV => "this kernel has no such file system",
-            _ => "the kernel's log says more (dmesg)",
-        };
-        anyhow::Error::new(io::Error::from(errno)).context(format!("mount the {kind} at {}: {why}", at.display()))
-    })
+    let Err(errno) = rustix::mount::mount(device, at, kind, flags, data) else {
+        return Ok(());
+    };
+    let why = match errno {
+        Errno::EXIST if kind == "btrfs" => {
+            "a btrfs of the same id is mounted, and this kernel takes only one (Linux 6.7 takes more); unmount \
+             that one, or use --raw on another host"
+        }
+        Errno::NODEV => "this kernel has no such file system",
+        Errno::NOMEM | Errno::PERM | Errno::ACCESS | Errno::BUSY | Errno::MFILE | Errno::NFILE => {
+            "the kernel could not"
+        }
+        _ => {
+            let (kind, at, source) = (kind.to_owned(), at.to_owned(), errno.into());
+            return Err(Unmountable::Refused { kind, at, source }.into());
+        }
+    };
+    let error = anyhow::Error::new(io::Error::from(errno));
+    Err(error.context(format!("mount the {kind} at {}: {why}", at.display())))
 }
 
 /// Mounts a small file system at `at` with empty folders of these names.
@@ -181,6 +190,9 @@ pub(crate) fn unmount(at: &Path) -> anyhow::Result<()> {
     let mut outcome = Ok(());
     wait_until(|| {
         outcome = rustix::mount::unmount(at, UnmountFlags::NOFOLLOW);
+        if outcome == Err(Errno::PERM) && unmount_fuse(at) {
+            outcome = Ok(());
+        }
         outcome != Err(Errno::BUSY)
     });
     match outcome {
@@ -193,6 +205,12 @@ pub(crate) fn unmount(at: &Path) -> anyhow::Result<()> {
         ),
         Err(errno) => Err(errno).with_context(|| format!("unmount {}", at.display())),
     }
+}
+
+/// The same for users who are not root, and may unmount what they have mounted by FUSE.
+fn unmount_fuse(at: &Path) -> bool {
+    let output = Command::new("fusermount3").arg("-u").arg(at).output();
+    output.is_ok_and(|output| output.status.success())
 }
 
 #[cfg(test)]

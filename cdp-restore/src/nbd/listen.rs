@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -185,9 +185,9 @@ impl Server {
 }
 
 /// Shakes hands and serves one client.
-fn converse(mut stream: &Stream, export: &Export<'_>) -> io::Result<()> {
-    stream.set_timeouts(Some(HANDSHAKE_TIME_MAX))?;
-    let agreed = handshake::shake(&mut stream, export)?;
+fn converse(stream: &Stream, export: &Export<'_>) -> io::Result<()> {
+    let until = Instant::now() + HANDSHAKE_TIME_MAX;
+    let agreed = handshake::shake(&mut Hurried { stream, until }, export)?;
     stream.set_timeouts(None)?;
     if let Some(agreed) = agreed {
         Connection::new(export, agreed, stream, stream).serve();
@@ -284,6 +284,39 @@ impl Write for &Stream {
     }
 }
 
+/// A connection that ends at a time, also if something comes every now and then.
+struct Hurried<'a> {
+    stream: &'a Stream,
+    until: Instant,
+}
+
+impl<'a> Hurried<'a> {
+    fn in_time(&self) -> io::Result<&'a Stream> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_timeouts(Some(left))?;
+        Ok(self.stream)
+    }
+}
+
+impl Read for Hurried<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        Read::read(&mut self.in_time()?, buf)
+    }
+}
+
+impl Write for Hurried<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Write::write(&mut self.in_time()?, bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A path in a URI.
 struct Escaped<'a>(&'a Path);
 
@@ -314,6 +347,26 @@ mod tests {
         for wrong in ["unix:", "/run/x.sock", "10809", ":10809", "host:port"] {
             assert!(wrong.parse::<Listen>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_handshake_has_an_end_however_slowly_it_goes_on() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"ab").unwrap();
+        let stream = Stream::Unix(ours);
+        let mut hurried = Hurried {
+            stream: &stream,
+            until: Instant::now() + HANDSHAKE_TIME_MAX,
+        };
+        let mut byte = [0];
+        hurried.read_exact(&mut byte).unwrap();
+        hurried.until = Instant::now();
+        let error = hurried.read_exact(&mut byte).unwrap_err();
+        assert_eq!(
+            error.kind(),
+            io::ErrorKind::TimedOut,
+            "though there is something to read"
+        );
     }
 
     #[test]

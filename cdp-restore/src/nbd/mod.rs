@@ -5,12 +5,11 @@
 //!
 //! Always true:
 //! - N1: memory is bounded whatever clients send: [`CONNECTIONS_MAX`] connections, [`WORKERS`] buffers of
-//!   [`PIECE_BYTES`] for each of them, and one of [`REQUEST_BYTES_MAX`] for all.
+//!   [`PIECE_BYTES`] for each of them.
 //! - N2: a request that makes no sense is answered with an error; bytes that are not the protocol end the connection,
 //!   and only it.
 //! - N3: a byte that does not match its checksum is answered with `EIO` and named on stderr, never sent.
-
-use parking_lot::Mutex;
+//! - N4: a client that does not read its answers keeps nobody waiting but itself.
 
 use crate::disk::{Complaints, Disk, DiskError};
 use crate::report::Report;
@@ -40,8 +39,6 @@ pub(crate) struct Export<'a> {
     /// Clients ask for it by this name, or by none.
     name: String,
     description: String,
-    /// For the one request at a time that can only be answered in one piece.
-    large: Mutex<Vec<u8>>,
     complaints: Complaints,
     report: &'a Report,
 }
@@ -52,7 +49,6 @@ impl<'a> Export<'a> {
             disk,
             name: name.to_owned(),
             description,
-            large: Mutex::default(),
             complaints: Complaints::default(),
             report,
         }

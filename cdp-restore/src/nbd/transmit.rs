@@ -279,26 +279,43 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
 
     /// Reads everything behind `head`, and sends both.
     fn read_whole(&self, request: &Request, piece: &mut Vec<u8>, head: &[u8]) -> Result<(), Stop> {
-        let bytes = head.len() + request.len as usize;
-        let fill_and_send = |buffer: &mut Vec<u8>| {
-            buffer.resize(bytes.max(buffer.len()), 0);
-            buffer[..head.len()].copy_from_slice(head);
-            let read = self
-                .export
-                .disk
-                .read_at(request.offset, &mut buffer[head.len()..bytes]);
-            read.map_err(|error| self.refuse(&error))?;
-            self.send(&buffer[..bytes])?;
-            Ok(())
-        };
-        if request.len as usize <= PIECE_BYTES {
-            fill_and_send(piece)
-        } else {
-            let mut large = self.export.large.lock();
-            let done = fill_and_send(&mut large);
-            *large = Vec::new();
-            done
+        if request.len as usize > PIECE_BYTES {
+            return self.read_twice(request, piece, head);
         }
+        let bytes = head.len() + request.len as usize;
+        piece.resize(bytes.max(piece.len()), 0);
+        piece[..head.len()].copy_from_slice(head);
+        self.read(request.offset, &mut piece[head.len()..bytes])?;
+        self.send(&piece[..bytes])?;
+        Ok(())
+    }
+
+    /// The same for what does not fit in one piece: all of it is read and checked before anything is sent, and read
+    /// again for that.
+    fn read_twice(&self, request: &Request, piece: &mut Vec<u8>, head: &[u8]) -> Result<(), Stop> {
+        piece.resize(PIECE_BYTES.max(piece.len()), 0);
+        let end = request.offset + u64::from(request.len);
+        let pieces = || {
+            let starts = (request.offset..end).step_by(PIECE_BYTES);
+            starts.map(|at| (at, (end - at).min(PIECE_BYTES as u64) as usize))
+        };
+        for (at, len) in pieces() {
+            self.read(at, &mut piece[..len])?;
+        }
+        let mut writer = self.writer.lock();
+        writer.write_all(head)?;
+        for (at, len) in pieces() {
+            // What was good a moment ago: the client can only be left.
+            let read = self.read(at, &mut piece[..len]);
+            read.map_err(|_| Stop::Io(io::ErrorKind::InvalidData.into()))?;
+            writer.write_all(&piece[..len])?;
+        }
+        Ok(())
+    }
+
+    fn read(&self, offset: u64, target: &mut [u8]) -> Result<(), Refusal> {
+        let read = self.export.disk.read_at(offset, target);
+        read.map_err(|error| self.refuse(&error))
     }
 
     fn read_structured(&self, request: &Request, piece: &mut Vec<u8>) -> Result<(), Stop> {
@@ -328,11 +345,7 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
                 let head = chunk_head(request.cookie, last(at), chunk::OFFSET_DATA, len);
                 piece[..CHUNK_HEAD_BYTES].copy_from_slice(&head);
                 piece[CHUNK_HEAD_BYTES..DATA_HEAD_BYTES].copy_from_slice(&extent.offset.to_be_bytes());
-                let read = self
-                    .export
-                    .disk
-                    .read_at(extent.offset, &mut piece[DATA_HEAD_BYTES..total]);
-                read.map_err(|error| self.refuse(&error))?;
+                self.read(extent.offset, &mut piece[DATA_HEAD_BYTES..total])?;
                 self.send(&piece[..total])?;
             }
         }

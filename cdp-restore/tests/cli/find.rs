@@ -106,6 +106,81 @@ fn time_process_and_origin_are_told() {
     );
 }
 
+/// Goal: of each hit it is told with which record its bytes were gone. Method: bytes written over by others, by
+/// themselves, by a part of themselves, discarded, and cut off by a smaller size.
+#[test]
+fn the_record_with_which_bytes_were_gone_is_told() {
+    let store = Store::empty();
+    let mut writing = Writing::open(&store.path());
+    writing.begin(4 << 20, "/dev/no-such-device");
+    writing.add(1000, Some(volume(1)), Body::GapClose, &[]);
+    let bytes = planted(1, 2, &[100, 4096 + 7]);
+    let first = writing.write(2000, 0, &bytes);
+    let same = writing.write(3000, 4096, &bytes[4096..]);
+    let last = writing.write(4000, 3 << 20, &bytes[..4096]);
+    // Beside it, over it in part with the same bytes, and over the other one.
+    writing.write(5000, 8192, &noise(50));
+    writing.write(6000, 4096, &bytes[4096..4096 + 512]);
+    let over = writing.write(7000, 0, &noise(60));
+    let discarded = writing.add(
+        8000,
+        Some(volume(1)),
+        Body::Discard {
+            offset: 4096,
+            len: 4096,
+        },
+        &[],
+    );
+    let cut = writing.add(9000, Some(volume(1)), Body::Resize { bytes: 1 << 20 }, &[]);
+    writing.close();
+    let told = |more: &[&str]| {
+        let arguments = [&["pg", "--bytes", PATTERN, "--json"], more].concat();
+        let value = store.run("find", &arguments).exits(0).json();
+        let hits = value["hits"].as_array().unwrap().iter();
+        let told = hits.map(|hit| {
+            assert_eq!(hit["gone_at"].is_null(), hit["gone_seq"].is_null());
+            let still_there = hit["still_there"].as_bool().unwrap();
+            (
+                hit["seq"].as_u64().unwrap(),
+                hit["gone_seq"].as_u64(),
+                still_there,
+            )
+        });
+        told.collect::<Vec<_>>()
+    };
+    let again = over.get() - 1;
+    let gone = |hit: u64, by: u64| (hit, Some(by), false);
+    assert_eq!(
+        told(&[]),
+        [
+            gone(first.get(), over.get()),
+            gone(first.get(), discarded.get()),
+            gone(same.get(), discarded.get()),
+            gone(last.get(), cut.get()),
+            gone(again, discarded.get()),
+        ]
+    );
+    let there = |hit: u64| (hit, None, true);
+    let until = told(&["--until", &time(7000)]);
+    assert_eq!(until[0], gone(first.get(), over.get()));
+    assert_eq!(
+        until[1..],
+        [first, same, last]
+            .map(|hit| there(hit.get()))
+            .into_iter()
+            .chain([there(again)])
+            .collect::<Vec<_>>()
+    );
+    // Where not every hit is told, not every change is looked at.
+    let few = told(&["--hits-max", "2"]);
+    assert_eq!(few, [(first.get(), None, false), (first.get(), None, false)]);
+    let text = store
+        .run("find", &["pg", "--bytes", PATTERN, "--until", &time(7000)])
+        .exits(0)
+        .stdout;
+    assert!(text.contains("GONE") && text.contains("still there"), "{text}");
+}
+
 #[test]
 fn a_stretch_of_time_and_a_number_of_hits_bound_it() {
     let (store, expected) = store();

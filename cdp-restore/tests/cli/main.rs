@@ -6,10 +6,13 @@
 
 mod damage;
 mod device;
+mod ext4;
+mod files;
 mod find;
 mod history;
 mod image;
 mod live;
+mod mounts;
 mod nbd;
 mod program;
 mod rewind;

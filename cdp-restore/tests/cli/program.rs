@@ -97,7 +97,7 @@ pub(crate) fn programs_for(test: &str, programs: &[&str]) -> bool {
     missing.is_empty()
 }
 
-fn skip(test: &str, why: &str) {
+pub(crate) fn skip(test: &str, why: &str) {
     assert!(
         std::env::var_os("CI").is_none_or(|ci| ci != "true"),
         "{test} cannot run here: {why}, and CI=true"

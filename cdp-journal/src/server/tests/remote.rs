@@ -1,6 +1,7 @@
 //! Reading from a server is reading its folder.
 
 use super::*;
+use crate::format::PlacedRecord;
 use crate::remote::RemoteSite;
 use crate::store::{Archive, StoreReader};
 use crate::view::{ExtentKind, View};
@@ -32,7 +33,7 @@ fn a_store_at_a_server_reads_as_its_folder_does() {
     drop(kit.shipped());
     let read = kit.dir.path().join("read");
     kit.enroll("web01", Right::Read, &read);
-    let site = RemoteSite::open(&kit.address.to_string(), &read).unwrap();
+    let site = RemoteSite::open(&kit.address.to_string(), &read, PATIENCE).unwrap();
     let (label, age, there) = site.stores().unwrap().remove(0);
     assert_eq!((label.as_str(), age), ("web01", 0));
     let dir = Site::open(&kit.site())
@@ -47,7 +48,17 @@ fn a_store_at_a_server_reads_as_its_folder_does() {
         assert_eq!(there.history(volume).unwrap(), here.history(volume).unwrap());
         let records = |archive: &dyn Archive| {
             let frames = archive.records(Seq::FIRST.next()..=last);
-            let records: Vec<_> = frames.flat_map(|frame| frame.unwrap().records).collect();
+            let records: Vec<_> = frames
+                .flat_map(|frame| {
+                    let frame = frame.unwrap();
+                    let data = archive.frame_data(&frame).unwrap();
+                    let with_data = |placed: &PlacedRecord| {
+                        let bytes = frame.data_of(placed, &data).into_owned();
+                        (placed.clone(), bytes)
+                    };
+                    frame.records.iter().map(with_data).collect::<Vec<_>>()
+                })
+                .collect();
             records
         };
         let found = records(&here);

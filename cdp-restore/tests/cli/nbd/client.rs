@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
+use std::time::Duration;
 
 use crate::program::command;
 use crate::store::Store;
@@ -14,6 +15,9 @@ pub(super) const FLUSH: u16 = 3;
 pub(super) const TRIM: u16 = 4;
 pub(super) const WRITE_ZEROES: u16 = 6;
 pub(super) const BLOCK_STATUS: u16 = 7;
+
+/// How long an answer may take on a loaded machine.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// `cdp-restore nbd`, ready; killed if the test has not ended it.
 pub(super) struct Server {
@@ -134,6 +138,8 @@ impl Client {
     /// Shakes hands; with `structured`, block status is agreed on as well.
     pub(super) fn new(socket: &Path, structured: bool) -> Self {
         let mut stream = UnixStream::connect(socket).unwrap();
+        // A server that hangs fails the test.
+        stream.set_read_timeout(Some(ANSWER_TIME_MAX)).unwrap();
         let hello: [u8; 18] = take(&mut stream);
         assert_eq!(hello, *b"NBDMAGICIHAVEOPT\x00\x03");
         stream.write_all(&3u32.to_be_bytes()).unwrap();
@@ -160,6 +166,21 @@ impl Client {
             bytes: u64::from_be_bytes(info[2..10].try_into().unwrap()),
             flags: u16::from_be_bytes(info[10..12].try_into().unwrap()),
         }
+    }
+
+    /// Sends bytes, and waits for nothing.
+    pub(super) fn begin(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap();
+    }
+
+    /// The next bytes that came.
+    pub(super) fn take<const N: usize>(&mut self) -> [u8; N] {
+        take(&mut self.stream)
+    }
+
+    /// The same, as many as there is room for.
+    pub(super) fn fill(&mut self, bytes: &mut [u8]) {
+        self.stream.read_exact(bytes).unwrap();
     }
 
     /// Sends a request and waits for its reply.

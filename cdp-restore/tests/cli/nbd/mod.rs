@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::damage::damage;
 use crate::live::files_below;
 use crate::program::{programs_for, run, tool};
-use crate::store::{BLOCK_BYTES, Store, VOLUME_BYTES, known_image};
+use crate::store::{BLOCK_BYTES, Store, VOLUME_BYTES, known_image, noise};
 
 mod client;
 
@@ -82,6 +82,42 @@ fn nbdcopy_copies_exactly_the_moment() {
             assert!(fs::read(&copy).unwrap() == known_image(seq), "seq {seq}, {how:?}");
         }
     }
+}
+
+/// Goal: what fio writes through its own engine it reads again, over several connections that see each other's writes.
+/// Method: random writes with checksums, several jobs, each verified; the history stays.
+#[test]
+fn fios_own_engine_reads_what_it_wrote() {
+    let name = "fios_own_engine_reads_what_it_wrote";
+    if !programs_for(name, &["fio"]) {
+        return;
+    }
+    if !tool("fio", ["--enghelp"]).contains("nbd") {
+        crate::program::skip(name, "this fio has no nbd engine");
+        return;
+    }
+    const BLOCKS: u64 = 2048;
+    let store = Store::noisy(BLOCKS, "/dev/no-such-device");
+    let before = files_below(&store.path());
+    let server = Server::start(&store, "latest", &["--rw"]);
+    let uri = format!("--uri={}", server.uri);
+    let jobs = [
+        "--numjobs=4",
+        "--size=2M",
+        "--offset_increment=2M",
+        "--iodepth=16",
+    ];
+    let load = ["--name=load", "--ioengine=nbd", &uri, "--rw=randrw", "--bs=4k"];
+    let verify = [
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        "--group_reporting",
+    ];
+    tool("fio", [&load[..], &jobs, &verify].concat());
+    let (status, stderr) = server.stop();
+    assert!(status.success(), "{stderr}");
+    assert_eq!(files_below(&store.path()), before);
 }
 
 #[test]
@@ -340,6 +376,30 @@ fn hostile_clients_are_left_and_others_served() {
     }
     let (status, _) = server.stop();
     assert!(status.success());
+}
+
+/// Goal: a client that does not read its answers keeps nobody else waiting. Method: it asks for more than a socket
+/// holds, in the one form that must be answered in one piece, hears the beginning and reads no further; another asks for
+/// the same.
+#[test]
+fn a_client_that_does_not_read_keeps_nobody_waiting() {
+    const BLOCKS: u64 = 2048;
+    let store = Store::noisy(BLOCKS, "/dev/no-such-device");
+    let server = Server::start(&store, "latest", &[]);
+    let (mut silent, mut other) = (
+        Client::new(&server.socket, false),
+        Client::new(&server.socket, false),
+    );
+    let bytes = BLOCKS as u32 * BLOCK_BYTES as u32;
+    silent.begin(&request(0, READ, 7, 0, bytes));
+    assert_eq!(silent.take::<16>()[8..], 7u64.to_be_bytes());
+    let read = other.read(0, bytes);
+    let expected: Vec<u8> = (0..BLOCKS).flat_map(|number| noise(number + 100)).collect();
+    assert!(read == expected);
+    // And it has its own whole, once it does read.
+    let mut rest = vec![0; bytes as usize];
+    silent.fill(&mut rest);
+    assert!(rest == expected);
 }
 
 #[test]

@@ -1,0 +1,127 @@
+//! Moments mounted by `cdp-restore mount`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::process::{Outcome, cmd};
+use crate::restore::Restore;
+use crate::scene::Scene;
+
+/// A place where `cdp-restore mount` mounts; let go of when the guard goes.
+#[derive(Debug)]
+pub struct View {
+    restore: Restore,
+    dir: PathBuf,
+}
+
+impl View {
+    /// The folder `then` of the scene.
+    pub fn new(scene: &Scene, restore: Restore) -> Result<View> {
+        let dir = scene.path("then");
+        fs::create_dir(&dir)?;
+        Ok(View { restore, dir })
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What is mounted from.
+    pub fn restore(&self) -> &Restore {
+        &self.restore
+    }
+
+    /// `mount v --at WHEN DIR`.
+    pub fn mount(&self, when: &str, more: &[&str]) -> Result<Outcome> {
+        let command = self.restore.command("mount").args(["v", "--at", when]).args(more);
+        command.arg(&self.dir).run()
+    }
+
+    /// `umount DIR`.
+    pub fn try_unmount(&self) -> Result<Outcome> {
+        cmd(crate::agent::binary("cdp-restore")?)
+            .arg("umount")
+            .arg(&self.dir)
+            .run()
+    }
+
+    /// The same, which must leave nothing.
+    pub fn unmount(&self) -> Result<()> {
+        self.try_unmount()?.success()?;
+        self.expect_nothing_left()
+    }
+
+    /// No mount, loop device, process or file of ours.
+    pub fn expect_nothing_left(&self) -> Result<()> {
+        let dir = self.dir.display().to_string();
+        let mounts = fs::read_to_string("/proc/self/mounts")?;
+        ensure!(
+            !mounts.contains(&dir) && !mounts.contains("/run/cdp-restore"),
+            "mounted still:\n{mounts}"
+        );
+        for entry in fs::read_dir("/sys/block")? {
+            let backing = fs::read_to_string(entry?.path().join("loop/backing_file")).unwrap_or_default();
+            ensure!(
+                !backing.contains("cdp-restore"),
+                "a loop device lies over {backing}"
+            );
+        }
+        ensure!(self.server().is_err(), "a process serves still");
+        let left = fs::read_dir("/run/cdp-restore").map_or(0, Iterator::count);
+        ensure!(left == 0, "{left} folders are left in /run/cdp-restore");
+        ensure!(fs::read_dir(&self.dir)?.count() == 0, "{dir} is not empty");
+        Ok(())
+    }
+
+    /// The process that serves this place.
+    pub fn server(&self) -> Result<i32> {
+        for entry in fs::read_dir("/proc")? {
+            let path = entry?.path();
+            let line = fs::read(path.join("cmdline")).unwrap_or_default();
+            let words: Vec<_> = line.split(|byte| *byte == 0).collect();
+            let is_ours = words.contains(&&b"--serve-in"[..])
+                && words.contains(&self.dir.as_os_str().as_encoded_bytes());
+            if is_ours {
+                let name = path.file_name().context("a process id")?;
+                return Ok(name.to_string_lossy().parse()?);
+            }
+        }
+        anyhow::bail!("no process serves {}", self.dir.display())
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // Of a test that has failed.
+        let _ = self.try_unmount();
+    }
+}
+
+/// Every path below a folder, with the SHA-256 of its content.
+pub fn files_in(dir: &Path) -> Result<BTreeMap<PathBuf, String>> {
+    let mut files = BTreeMap::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).with_context(|| format!("list {}", folder.display()))? {
+            let entry = entry?;
+            let (path, kind) = (entry.path(), entry.file_type()?);
+            let below = path.strip_prefix(dir)?.to_owned();
+            let content = if kind.is_dir() {
+                folders.push(path);
+                String::from("a folder")
+            } else if kind.is_file() {
+                let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+                format!("{:x}", Sha256::digest(bytes))
+            } else {
+                String::from("something else")
+            };
+            files.insert(below, content);
+        }
+    }
+    Ok(files)
+}
