@@ -425,7 +425,8 @@ impl Model {
         for quiet in &self.quiet[sector] {
             let end_ns = quiet.to_ns.min(known_ns);
             let from_ns = quiet.from_ns.max(quiet.exempt_until_ns);
-            let waits = quiet.ended == Ended::Changed && is_suspect && quiet.settled_seq.is_none();
+            // What waits to be compared is not claimed yet; a write that failed never waits.
+            let waits = quiet.ended != Ended::Failed && is_suspect && quiet.settled_seq.is_none();
             if waits || from_ns >= end_ns {
                 continue;
             }
