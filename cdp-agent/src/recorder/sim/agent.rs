@@ -10,6 +10,7 @@ use cdp_journal::format::VolumeKind;
 use super::super::*;
 use super::kernel::{Counters, Kernel, RingEvent};
 use super::model::{Content, Ended, Model};
+use super::notes::Notes;
 use super::{DISK, Profile, REGION_SECTORS, Rng, SECTORS, SLOT, START, volume_id};
 use crate::losses::Losses;
 
@@ -87,6 +88,7 @@ enum StoreChange {
 #[derive(Debug)]
 struct Frame {
     next_seq: u64,
+    position: u64,
     has_data: bool,
     epoch: Epoch,
 }
@@ -96,6 +98,8 @@ struct Frame {
 struct Store {
     queue: VecDeque<Frame>,
     appended: u64,
+    /// Behind the last event of what is appended.
+    position: u64,
     durable: u64,
     applied: u64,
     epoch: Epoch,
@@ -120,6 +124,35 @@ pub(super) struct Agent {
     sealed_next: u64,
     /// How often it gave up writes that have not ended.
     given_up: u64,
+    pub(super) notes: Notes,
+    /// As `Agent::begin`, when what was waiting in the ring is recorded.
+    is_to_begin: bool,
+    ring_units: u64,
+    is_bio_based: bool,
+}
+
+/// As the configuration has it.
+pub(super) fn volume() -> NewVolume {
+    NewVolume {
+        id: volume_id(),
+        name: "v".into(),
+        path: "/dev/v".into(),
+        disk: DISK,
+        start_sector: START,
+        bytes: SECTORS as u64 * SECTOR_BYTES,
+        region_bytes: REGION_SECTORS * SECTOR_BYTES,
+        blank: false,
+        gaps: 0,
+        last_exact: None,
+        inexact_since: None,
+        cause: None,
+        exact: None,
+    }
+}
+
+fn start() -> Body {
+    let (agent, boot_id) = (uuid::Uuid::nil(), uuid::Uuid::nil());
+    Body::Start { agent, boot_id }
 }
 
 fn sectors_of(bytes: &Range<u64>) -> Range<usize> {
@@ -147,15 +180,7 @@ impl Agent {
         let now = BootNs(kernel.instant());
         let known = model.is_declared();
         let mut recorder = Recorder::new(Seq::new(durable), 0);
-        let ids = (uuid::Uuid::nil(), uuid::Uuid::nil());
-        recorder.note(
-            now,
-            None,
-            Body::Start {
-                agent: ids.0,
-                boot_id: ids.1,
-            },
-        );
+        recorder.note(now, None, start());
         let id = Some(volume_id());
         if known && model.is_exact() {
             recorder.note(
@@ -178,43 +203,87 @@ impl Agent {
         recorder.add_disk(DISK, SLOT, profile.bio_based);
         recorder.add_volume(
             NewVolume {
-                id: volume_id(),
-                name: "v".into(),
-                path: "/dev/v".into(),
-                disk: DISK,
-                start_sector: START,
-                bytes,
-                region_bytes: REGION_SECTORS * SECTOR_BYTES,
                 blank: !known,
-                gaps: 0,
                 last_exact: model.last_exact(durable),
-                inexact_since: None,
                 cause: known.then_some(GapCause::AgentDown),
-                exact: None,
+                ..volume()
             },
             now,
         );
-        let mut agent = Self {
+        let nothing = (Counters::default(), 0, None);
+        let mut agent = Self::over(recorder, Notes::default(), nothing, durable, kernel.consumed, now);
+        agent.ring_units = profile.ring_units;
+        agent.is_bio_based = profile.bio_based;
+        agent.is_to_begin = false;
+        agent.tapped(model, None);
+        agent
+    }
+
+    /// Goes on behind `last`, with what is known of the probe's counters, of skipped events, and when those were looked
+    /// for.
+    fn over(
+        recorder: Recorder,
+        notes: Notes,
+        (seen, misses, misses_seq): (Counters, u64, Option<Seq>),
+        last: u64,
+        position: u64,
+        now: BootNs,
+    ) -> Self {
+        Self {
             recorder,
             capture: Capture::Top,
             readback: ReadBack::Suspects,
             store: Store {
-                appended: durable,
-                durable,
-                applied: durable,
+                appended: last,
+                position,
+                durable: last,
+                applied: last,
                 ..Store::default()
             },
-            seen: Counters::default(),
-            misses: 0,
+            seen,
+            misses,
             misses_at_ns: now.0,
-            misses_seq: None,
+            misses_seq,
             idle_at: None,
             drained_ns: 0,
-            sealed_next: durable + 1,
+            sealed_next: last + 1,
             given_up: 0,
-        };
-        agent.tapped(model, None);
-        agent
+            notes,
+            is_to_begin: true,
+            ring_units: 0,
+            is_bio_based: false,
+        }
+    }
+
+    /// The agent after this one, which takes the probe over.
+    pub(super) fn next(
+        &self,
+        recorder: Recorder,
+        notes: Notes,
+        known: (Counters, u64, Option<Seq>),
+        last: u64,
+        position: u64,
+        now: BootNs,
+    ) -> Self {
+        Self {
+            ring_units: self.ring_units,
+            is_bio_based: self.is_bio_based,
+            ..Self::over(recorder, notes, known, last, position, now)
+        }
+    }
+
+    pub(super) fn is_bio_based(&self) -> bool {
+        self.is_bio_based
+    }
+
+    /// What a kill leaves.
+    pub(super) fn appended(&self) -> u64 {
+        self.store.appended
+    }
+
+    fn note(&mut self) {
+        self.notes
+            .keep(&self.recorder, &self.seen, self.misses, self.store.appended);
     }
 
     /// The probe watches.
@@ -225,6 +294,7 @@ impl Agent {
             kernel.all_unseen_known(now_ns);
         } else {
             kernel.is_watched = true;
+            self.notes.watch();
         }
     }
 
@@ -277,12 +347,12 @@ impl Agent {
 
     /// Hands new records to the model.
     fn tapped(&mut self, model: &mut Model, bio: Option<usize>) {
-        for (seq, body, data) in std::mem::take(&mut self.recorder.tap) {
+        for (seq, at, body, data) in std::mem::take(&mut self.recorder.tap) {
             let is_written = matches!(
                 body,
                 Body::Write { .. } | Body::Zero { .. } | Body::Discard { .. }
             );
-            model.record(seq.get(), body, &data, self.drained_ns);
+            model.record(seq.get(), at.0, body, &data, self.drained_ns);
             if let Some(bio) = bio.filter(|_| is_written) {
                 model.captured(bio, seq.get());
             }
@@ -307,6 +377,7 @@ impl Agent {
                     Some(StoreChange::Full { next, epoch }) => {
                         model.interrupted(now_ns, next.get());
                         kernel.forget_captured(|_| true);
+                        self.notes.forget_frames_after(next.get() - 1);
                         self.recorder.store_full(next, epoch, now);
                         self.sealed_next = next.get();
                     }
@@ -328,10 +399,13 @@ impl Agent {
                     || found.lost_completions != self.seen.lost_completions;
                 if is_new {
                     found.first_drop_ns = std::mem::take(&mut kernel.counters.first_drop_ns);
+                    self.notes.take_marks();
                     Capture::Marks(now, found)
                 } else {
                     self.recorder.no_loss();
                     self.polled(kernel, model, now);
+                    self.note();
+                    kernel.release(self.store.position, self.ring_units);
                     Capture::Drain {
                         now,
                         target: kernel.produced,
@@ -359,6 +433,8 @@ impl Agent {
                 let last_ns = kernel.losses_ns.drain(..counted as usize).next_back();
                 kernel.dropped_known(last_ns, now.0);
                 self.polled(kernel, model, now);
+                self.note();
+                kernel.release(self.store.position, self.ring_units);
                 Capture::Drain {
                     now,
                     target: kernel.produced,
@@ -373,6 +449,9 @@ impl Agent {
                     kernel.given_up(self.given_up);
                     if empty {
                         self.recorder.tick(now);
+                    }
+                    if empty && std::mem::take(&mut self.is_to_begin) {
+                        self.recorder.note(now, None, start());
                     }
                     self.recorder
                         .seal_if_older(BootNs(now_ns), Duration::from_millis(5));
@@ -400,6 +479,7 @@ impl Agent {
                 known.get_or_insert(model.last_seq());
             }
             self.misses_seq = self.recorder.last_seq();
+            self.notes.looked(self.misses, self.misses_seq);
         }
         self.recorder.polled();
     }
@@ -416,10 +496,10 @@ impl Agent {
             if !self.recorder.has_room() {
                 break;
             }
-            let Some(next) = kernel.ring.pop_front() else {
+            let Some(next) = kernel.read() else {
                 return Capture::Forward(now, true);
             };
-            kernel.consumed += next.cost;
+            let behind = RingPosition(kernel.consumed);
             let before = self.perhaps_suspects(kernel);
             let mut touched = 0;
             match next.event {
@@ -432,20 +512,17 @@ impl Agent {
                         Vec::new()
                     };
                     let was_full = self.recorder.is_full();
-                    self.recorder
-                        .event(&Event::Write(event, &data), RingPosition::default());
+                    self.recorder.event(&Event::Write(event, &data), behind);
                     self.tapped(model, Some(number));
                     if was_full {
                         kernel.never_captured(number);
                     }
                 }
                 RingEvent::Complete(event) => {
-                    self.recorder
-                        .event(&Event::Complete(event), RingPosition::default());
+                    self.recorder.event(&Event::Complete(event), behind);
                 }
                 RingEvent::Changed(event) => {
-                    self.recorder
-                        .event(&Event::Changed(event), RingPosition::default());
+                    self.recorder.event(&Event::Changed(event), behind);
                 }
             }
             self.tapped(model, None);
@@ -473,8 +550,10 @@ impl Agent {
                 "frames follow one another"
             );
             self.sealed_next = next_seq;
+            self.notes.frame(next_seq - 1, sealed.position.0);
             self.store.queue.push_back(Frame {
                 next_seq,
+                position: sealed.position.0,
                 has_data: sealed.builder.raw_bytes() > 0,
                 epoch: sealed.epoch,
             });
@@ -505,6 +584,7 @@ impl Agent {
                     return;
                 }
                 store.appended = frame.next_seq - 1;
+                store.position = frame.position;
                 store.ends.push(store.appended);
             }
             1 => {
