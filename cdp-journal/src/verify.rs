@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::error::ReadError;
 use crate::format::SEGMENT_HEADER_BYTES;
-use crate::log::{Depth, Disk, Found, HeaderState, Segment, header_error, segments};
+use crate::log::{Depth, Disk, Found, FoundFrame, HeaderState, Segment, header_error, segments};
 use crate::types::Seq;
 
 /// A stretch of the log that does not match its checksums.
@@ -42,11 +42,13 @@ pub struct VerifyReport {
 }
 
 /// Reads every frame of the log. Records up to `vouched` are known to have been durable, and so are those that an
-/// envelope vouches for; the log ends where a frame is bad that nobody vouches for.
+/// envelope vouches for; the log ends where a frame is bad that nobody vouches for. `deltas` says what is wrong with the
+/// deltas of a frame that is good by itself.
 pub(crate) fn verify_log(
     disk: &dyn Disk,
     store: Uuid,
     vouched: Option<Seq>,
+    deltas: &dyn Fn(&FoundFrame) -> Option<String>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<VerifyReport, ReadError> {
     let mut report = VerifyReport::default();
@@ -63,7 +65,8 @@ pub(crate) fn verify_log(
         if matches!(header, HeaderState::TooNew(_)) {
             return Err(header_error(&segment, &header));
         }
-        verify_segment(&segment, &header, vouched, &mut report, progress).map_err(ReadError::io(&path))?;
+        verify_segment(&segment, &header, vouched, deltas, &mut report, progress)
+            .map_err(ReadError::io(&path))?;
         report.segments += 1;
     }
     Ok(report)
@@ -73,6 +76,7 @@ fn verify_segment(
     segment: &Segment,
     header: &HeaderState,
     vouched: Option<Seq>,
+    deltas: &dyn Fn(&FoundFrame) -> Option<String>,
     report: &mut VerifyReport,
     progress: &mut dyn FnMut(u64),
 ) -> io::Result<()> {
@@ -110,7 +114,8 @@ fn verify_segment(
                 report.bytes += found.end - at;
                 progress(found.end - at);
                 expected = header.last_seq().next();
-                match found.bad_data {
+                let bad = found.bad_data.clone().or_else(|| deltas(&found));
+                match bad {
                     None => {
                         report.frames += 1;
                         report.records += header.record_count as u64;

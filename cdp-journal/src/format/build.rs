@@ -1,17 +1,18 @@
 //! From records to a frame.
 //!
-//! [`FrameBuilder::push`] runs on the thread that drains the ring: it copies the data once, to where it will lie in
-//! the frame unless something before it gets shorter. Compression and checksums wait for [`FrameBuilder::seal`], on
-//! another thread, which moves only what compression has made room for.
+//! [`FrameBuilder::push`] runs on the thread that drains the ring: it copies the data once, to near where it will lie in
+//! the frame. Deltas, compression and checksums wait for [`FrameBuilder::seal_with`], on another thread, which works in
+//! place.
 
 use std::cell::RefCell;
 
 use uuid::Uuid;
 
+use super::encode::{Extent, GroupEncoder, Scratch, compress};
 use super::{
-    Body, CODEC_LZ4, CODEC_PLAIN, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX, FRAME_DATA_BYTES_MAX,
-    FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, Frame, FrameError,
-    GROUP_BYTES_MAX, GROUP_HEADER_BYTES, Origin, Record, RecordFlags, TAIL_BYTES_MAX,
+    Body, CODEC_LZ4, CODEC_PLAIN, DeltaCache, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX,
+    FRAME_DATA_BYTES_MAX, FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX,
+    Frame, FrameError, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, Origin, Record, RecordFlags, TAIL_BYTES_MAX,
 };
 use crate::types::{BLOCK_BYTES, BootNs, Seq, UNIT_BYTES, VolumeId};
 
@@ -54,39 +55,15 @@ pub(crate) fn parts(offset: u64, len: u64) -> impl Iterator<Item = (u64, usize)>
     })
 }
 
-/// Where groups begin. Both sides run this, so the places of parts are not stored.
-#[derive(Debug, Default)]
-pub(crate) struct Placement {
-    /// Raw bytes of each closed group.
-    closed: Vec<u32>,
-    open_bytes: usize,
-}
-
-impl Placement {
-    /// Places a part; returns its group and where in it the part begins.
-    pub(crate) fn place(&mut self, part_bytes: usize) -> (usize, usize) {
-        if self.open_bytes + part_bytes > GROUP_BYTES_MAX {
-            self.closed.push(self.open_bytes as u32);
-            self.open_bytes = 0;
-        }
-        let at = self.open_bytes;
-        self.open_bytes += part_bytes;
-        (self.closed.len(), at)
-    }
-
-    pub(crate) fn finish(mut self) -> Vec<u32> {
-        if self.open_bytes > 0 {
-            self.closed.push(self.open_bytes as u32);
-        }
-        self.closed
-    }
-}
-
 /// Memory that a frame with data begins with: what a caller that seals at 1 MiB fills.
 const FRAME_DATA_RESERVE: usize = FRAME_DATA_BYTES_MAX / 2 + FRAME_DATA_BYTES_MAX / 8;
 /// Room for header and table before the groups: enough for those of 1 MiB in records of 4 KiB. A longer head costs
 /// a copy.
 const HEAD_ROOM: usize = 20 << 10;
+
+/// Where data lies before it is encoded. What is stored is never longer than what was there, but for the headers of
+/// groups: with room for those before the data, it never overtakes what is still to be done.
+const DATA_AT: usize = HEAD_ROOM + FRAME_GROUPS_MAX * GROUP_HEADER_BYTES;
 
 /// Collects records into a frame.
 #[derive(Debug)]
@@ -96,11 +73,11 @@ pub struct FrameBuilder {
     /// Fixed entries of the records pushed.
     entries: Vec<u8>,
     tails: Vec<u8>,
-    /// Room for the head, then the groups as they would be stored plain, each with room for its header. Empty
-    /// while no record has data.
-    groups: Vec<u8>,
+    /// Room for the head and the headers of groups, then the data of all records. Empty while no record has data.
+    data: Vec<u8>,
+    /// What the data is, record by record.
+    extents: Vec<Extent>,
     raw_bytes: usize,
-    placement: Placement,
     boot_ns: Option<(BootNs, BootNs)>,
 }
 
@@ -112,9 +89,9 @@ impl FrameBuilder {
             record_count: 0,
             entries: Vec::new(),
             tails: Vec::new(),
-            groups: Vec::new(),
+            data: Vec::new(),
+            extents: Vec::new(),
             raw_bytes: 0,
-            placement: Placement::default(),
             boot_ns: None,
         }
     }
@@ -150,7 +127,13 @@ impl FrameBuilder {
             return Err(PushError::Full);
         }
         if expected > 0 {
-            self.push_data(body.data_offset(), data);
+            self.extents.push(Extent {
+                volume: volume.map_or(0, VolumeId::get),
+                offset: body.data_offset(),
+                len: expected,
+                is_captured: matches!(body, Body::Write { .. }),
+            });
+            self.push_data(data);
         }
         let record = Record {
             seq: self.next_seq(),
@@ -168,32 +151,15 @@ impl FrameBuilder {
         Ok(record.seq)
     }
 
-    fn push_data(&mut self, offset: u64, data: &[&[u8]]) {
-        if self.groups.is_empty() {
+    fn push_data(&mut self, data: &[&[u8]]) {
+        if self.data.is_empty() {
             // Once, so that a busy frame does not grow by copying.
-            self.groups.reserve_exact(HEAD_ROOM + FRAME_DATA_RESERVE);
-            self.groups.resize(HEAD_ROOM, 0);
+            self.data.reserve_exact(DATA_AT + FRAME_DATA_RESERVE);
+            self.data.resize(DATA_AT, 0);
         }
-        let len = data.iter().map(|slice| slice.len()).sum::<usize>();
-        self.raw_bytes += len;
-        let mut slices = data.iter().copied();
-        let mut slice: &[u8] = &[];
-        for (_, mut part_bytes) in parts(offset, len as u64) {
-            let (_, at) = self.placement.place(part_bytes);
-            if at == 0 {
-                self.groups.extend_from_slice(&[0; GROUP_HEADER_BYTES]);
-            }
-            while part_bytes > 0 {
-                let Some((taken, rest)) = slice.split_at_checked(part_bytes) else {
-                    self.groups.extend_from_slice(slice);
-                    part_bytes -= slice.len();
-                    slice = slices.next().unwrap_or_default();
-                    continue;
-                };
-                self.groups.extend_from_slice(taken);
-                part_bytes = 0;
-                slice = rest;
-            }
+        for slice in data {
+            self.data.extend_from_slice(slice);
+            self.raw_bytes += slice.len();
         }
     }
 
@@ -224,30 +190,37 @@ impl FrameBuilder {
 
     /// Compresses and checksums. `None` if nothing was pushed: a frame holds a record at least.
     pub fn seal(self, boot_id: Uuid, wall_offset_ns: i64) -> Option<SealedFrame> {
+        self.seal_with(&mut DeltaCache::new(0), boot_id, wall_offset_ns)
+    }
+
+    /// The same, with deltas against what `cache` holds. The frames that one cache sees must come into one log, in that
+    /// order: see [`DeltaCache`].
+    pub fn seal_with(
+        self,
+        cache: &mut DeltaCache,
+        boot_id: Uuid,
+        wall_offset_ns: i64,
+    ) -> Option<SealedFrame> {
         let (boot_ns_min, boot_ns_max) = self.boot_ns?;
         let last_seq = self.first_seq.plus(self.record_count as u64 - 1);
         let has_data = self.raw_bytes > 0;
-        let placed = self.placement.finish();
-        debug_assert!(placed.len() <= FRAME_GROUPS_MAX);
-        let mut bytes = self.groups;
+        let mut bytes = self.data;
         let mut table = self.entries;
         let mut groups_at = HEAD_ROOM.min(bytes.len());
-        let stored_table = SCRATCH.with_borrow_mut(|scratch| {
-            encode_groups(
-                self.first_seq,
-                &placed,
-                &mut bytes,
-                groups_at,
-                scratch,
-                &mut table,
-            );
+        cache.begin(self.first_seq, last_seq);
+        let (group_count, stored_table) = SCRATCH.with_borrow_mut(|scratch| {
+            let mut encoder =
+                GroupEncoder::new(self.first_seq, &mut bytes, groups_at, DATA_AT, cache, scratch);
+            encoder.encode(&self.extents);
+            let entries = encoder.finish();
+            let group_count = entries.len() / GROUP_ENTRY_BYTES;
+            table.extend_from_slice(&entries);
             table.extend_from_slice(&self.tails);
-            let shorter = compress(&table, scratch).map(|stored| stored.to_vec());
-            if scratch.len() > SCRATCH_KEPT_BYTES {
-                *scratch = Vec::new();
-            }
-            shorter
+            let shorter = compress(&table, &mut scratch.stored).map(|stored| stored.to_vec());
+            scratch.shrink();
+            (group_count, shorter)
         });
+        debug_assert!(group_count <= FRAME_GROUPS_MAX);
         let (codec, stored_table) = match &stored_table {
             Some(stored) => (CODEC_LZ4, &stored[..]),
             None => (CODEC_PLAIN, &table[..]),
@@ -269,7 +242,7 @@ impl FrameBuilder {
         header.extend_from_slice(&self.first_seq.get().to_le_bytes());
         header.extend_from_slice(&(frame_bytes as u32).to_le_bytes());
         header.extend_from_slice(&(self.record_count as u32).to_le_bytes());
-        header.extend_from_slice(&(placed.len() as u32).to_le_bytes());
+        header.extend_from_slice(&(group_count as u32).to_le_bytes());
         header.extend_from_slice(&(table.len() as u32).to_le_bytes());
         header.extend_from_slice(&(stored_table.len() as u32).to_le_bytes());
         header.extend_from_slice(&crc32c::crc32c(stored_table).to_le_bytes());
@@ -295,85 +268,8 @@ impl FrameBuilder {
     }
 }
 
-/// What is tried of a group before all of it is compressed.
-const SAMPLE_BYTES: usize = 4096;
-/// What a thread keeps at most to compress into: enough for a group.
-const SCRATCH_KEPT_BYTES: usize = 2 * GROUP_BYTES_MAX;
-
 thread_local! {
-    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-/// LZ4 of `raw` at the start of `scratch`, if it is shorter.
-fn compress<'s>(raw: &[u8], scratch: &'s mut Vec<u8>) -> Option<&'s [u8]> {
-    let bytes_max = lz4::block::compress_bound(raw.len()).ok()?;
-    if scratch.len() < bytes_max {
-        scratch.resize(bytes_max, 0);
-    }
-    // The C encoder takes about half the time of a safe one in Rust.
-    let bytes = lz4::block::compress_to_buffer(raw, None, false, scratch).ok()?;
-    (bytes < raw.len()).then(|| &scratch[..bytes])
-}
-
-/// Is it worth while to compress a group? Two samples tell noise (encrypted or compressed data) from the rest, so
-/// that it costs a fraction of the time to find that nothing is gained.
-fn is_noise(raw: &[u8], scratch: &mut Vec<u8>) -> bool {
-    let mut saves = |sample: &[u8]| {
-        compress(sample, scratch).is_some_and(|shorter| shorter.len() < sample.len() - sample.len() / 32)
-    };
-    let middle = raw.len() / 2;
-    raw.len() >= 4 * SAMPLE_BYTES
-        && !saves(&raw[..SAMPLE_BYTES])
-        && !saves(&raw[middle..middle + SAMPLE_BYTES])
-}
-
-/// Turns the groups that begin at `at` in `bytes`, each with room for its header, into what is stored, and appends
-/// their entries to `table`.
-fn encode_groups(
-    first_seq: Seq,
-    raw_bytes_of_groups: &[u32],
-    bytes: &mut Vec<u8>,
-    at: usize,
-    scratch: &mut Vec<u8>,
-    table: &mut Vec<u8>,
-) {
-    // What is stored is never longer than what was there, so the end never overtakes what is still to be done.
-    let (mut from, mut end) = (at, at);
-    for (number, raw_bytes) in raw_bytes_of_groups.iter().enumerate() {
-        let raw = from + GROUP_HEADER_BYTES..from + GROUP_HEADER_BYTES + *raw_bytes as usize;
-        from = raw.end;
-        let stored_at = end + GROUP_HEADER_BYTES;
-        let shorter = match is_noise(&bytes[raw.clone()], scratch) {
-            true => None,
-            false => compress(&bytes[raw.clone()], scratch),
-        };
-        let codec = match shorter {
-            Some(stored) => {
-                bytes[stored_at..stored_at + stored.len()].copy_from_slice(stored);
-                end = stored_at + stored.len();
-                CODEC_LZ4
-            }
-            None => {
-                end = stored_at + raw.len();
-                if stored_at != raw.start {
-                    bytes.copy_within(raw, stored_at);
-                }
-                CODEC_PLAIN
-            }
-        };
-        let (header, stored) = bytes[stored_at - GROUP_HEADER_BYTES..end].split_at_mut(GROUP_HEADER_BYTES);
-        header.fill(0);
-        header[4..8].copy_from_slice(&(stored.len() as u32).to_le_bytes());
-        header[8..12].copy_from_slice(&raw_bytes.to_le_bytes());
-        header[12..14].copy_from_slice(&(number as u16).to_le_bytes());
-        header[14] = codec;
-        header[16..24].copy_from_slice(&first_seq.get().to_le_bytes());
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&header[4..]), stored);
-        header[..4].copy_from_slice(&crc.to_le_bytes());
-        table.extend_from_slice(&(stored.len() as u32).to_le_bytes());
-        table.extend_from_slice(&crc.to_le_bytes());
-    }
-    bytes.truncate(end);
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
 }
 
 /// A frame as it lies in a log and travels on a wire: [`FrameBuilder::seal`] makes it, [`SealedFrame::check`] takes

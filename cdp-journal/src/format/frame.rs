@@ -4,11 +4,13 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
-use super::build::{Placement, parts};
+use super::build::parts;
+use super::group::{Group, GroupHeader, decode_group};
 use super::{
-    CODEC_LZ4, CODEC_PLAIN, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX, FRAME_GROUPS_MAX, FRAME_HEADER_BYTES,
-    FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, GROUP_BYTES_MAX, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES,
-    RECORD_ENTRY_BYTES, Record, bytes_at, i64_at, u16_at, u32_at, u64_at,
+    CODEC_LZ4, CODEC_PLAIN, FORM_DIRECTORY, FORM_PLAIN, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX,
+    FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, GROUP_BYTES_MAX,
+    GROUP_CONTENT_BYTES_MAX, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, RECORD_ENTRY_BYTES, Record, bytes_at,
+    i64_at, u32_at, u64_at,
 };
 use crate::types::{BootNs, Seq, WallNs};
 
@@ -34,6 +36,9 @@ pub enum FrameError {
     /// A data group does not match its checksum.
     #[error("bad checksum of data group {0}")]
     Group(usize),
+    /// A data group's checksum is right and yet its directory makes no sense.
+    #[error("data group {0} makes no sense")]
+    Directory(usize),
 }
 
 /// First bytes of a frame.
@@ -128,10 +133,12 @@ pub struct GroupRef {
     pub offset_in_frame: usize,
     /// After the header.
     pub stored_bytes: usize,
-    /// Before compression.
-    pub raw_bytes: usize,
+    /// Bytes of data in it.
+    pub content_bytes: usize,
     /// Checksum, also in the group's header.
     pub crc: u32,
+    /// Is some of the data told by a directory, rather than all of it stored as it is?
+    pub has_directory: bool,
 }
 
 /// A piece of a record's data that lies in one group.
@@ -143,7 +150,7 @@ pub struct Part {
     pub len: usize,
     /// Group of the frame.
     pub group: usize,
-    /// First byte in the group's raw bytes.
+    /// First byte in the group's content.
     pub in_group: usize,
 }
 
@@ -172,6 +179,42 @@ pub struct Frame {
     pub parts: Vec<Part>,
 }
 
+/// Where the parts of a frame's data lie: one behind the other, group by group.
+struct Places<'a> {
+    groups: &'a [GroupRef],
+    group: usize,
+    in_group: usize,
+}
+
+impl<'a> Places<'a> {
+    fn new(groups: &'a [GroupRef]) -> Self {
+        Self {
+            groups,
+            group: 0,
+            in_group: 0,
+        }
+    }
+
+    /// The group of the next part, and where in it the part begins. `None` if it lies in no one group.
+    fn next(&mut self, part_bytes: usize) -> Option<(usize, usize)> {
+        if self.in_group == self.groups.get(self.group)?.content_bytes {
+            self.group += 1;
+            self.in_group = 0;
+        }
+        let place = (self.group, self.in_group);
+        self.in_group += part_bytes;
+        (self.in_group <= self.groups.get(self.group)?.content_bytes).then_some(place)
+    }
+
+    /// Does every group hold as much as it says?
+    fn are_full(&self) -> bool {
+        match self.groups.last() {
+            Some(last) => self.group + 1 == self.groups.len() && self.in_group == last.content_bytes,
+            None => true,
+        }
+    }
+}
+
 impl Frame {
     /// Reads header and table from the first [`FrameHeader::prefix_bytes`] of a frame, or from all of it.
     pub fn parse(bytes: &[u8]) -> Result<Self, FrameError> {
@@ -198,7 +241,28 @@ impl Frame {
     fn from_table(header: FrameHeader, table: &[u8]) -> Option<Self> {
         let (entries, rest) = table.split_at(header.record_count * RECORD_ENTRY_BYTES);
         let (group_entries, mut tails) = rest.split_at(header.group_count * GROUP_ENTRY_BYTES);
-        let mut placement = Placement::default();
+        let mut offset_in_frame = header.prefix_bytes();
+        let mut groups = Vec::with_capacity(header.group_count);
+        for entry in group_entries.chunks_exact(GROUP_ENTRY_BYTES) {
+            let (stored_bytes, content_bytes) = (u32_at(entry, 0) as usize, u32_at(entry, 8) as usize);
+            let form = entry[12];
+            let is_sound = stored_bytes <= content_bytes
+                && (1..=GROUP_CONTENT_BYTES_MAX).contains(&content_bytes)
+                && matches!(form, FORM_PLAIN | FORM_DIRECTORY)
+                && entry[13..] == [0; 3];
+            if !is_sound {
+                return None;
+            }
+            groups.push(GroupRef {
+                offset_in_frame,
+                stored_bytes,
+                content_bytes,
+                crc: u32_at(entry, 4),
+                has_directory: form == FORM_DIRECTORY,
+            });
+            offset_in_frame += GROUP_HEADER_BYTES + stored_bytes;
+        }
+        let mut places = Places::new(&groups);
         let mut records = Vec::with_capacity(header.record_count);
         let mut placed_parts = Vec::with_capacity(header.record_count);
         for (index, entry) in entries.chunks_exact(RECORD_ENTRY_BYTES).enumerate() {
@@ -206,44 +270,23 @@ impl Frame {
             tails = rest;
             let record = Record::decode(header.first_seq.plus(index as u64), entry, tail)?;
             let first_part = placed_parts.len();
-            placed_parts.extend(parts(record.body.data_offset(), record.body.data_bytes()).map(
-                |(offset, len)| {
-                    let (group, in_group) = placement.place(len);
-                    Part {
-                        offset,
-                        len,
-                        group,
-                        in_group,
-                    }
-                },
-            ));
+            for (offset, len) in parts(record.body.data_offset(), record.body.data_bytes()) {
+                let (group, in_group) = places.next(len)?;
+                placed_parts.push(Part {
+                    offset,
+                    len,
+                    group,
+                    in_group,
+                });
+            }
             records.push(PlacedRecord {
                 wall: record.boot_ns.at_offset(header.wall_offset_ns),
                 record,
                 parts: first_part..placed_parts.len(),
             });
         }
-        let raw_bytes_of_groups = placement.finish();
-        if raw_bytes_of_groups.len() != header.group_count || !tails.is_empty() {
+        if !places.are_full() || !tails.is_empty() {
             return None;
-        }
-        let mut offset_in_frame = header.prefix_bytes();
-        let mut groups = Vec::with_capacity(header.group_count);
-        for (entry, raw_bytes) in group_entries
-            .chunks_exact(GROUP_ENTRY_BYTES)
-            .zip(raw_bytes_of_groups)
-        {
-            let stored_bytes = u32_at(entry, 0) as usize;
-            if stored_bytes > raw_bytes as usize {
-                return None;
-            }
-            groups.push(GroupRef {
-                offset_in_frame,
-                stored_bytes,
-                raw_bytes: raw_bytes as usize,
-                crc: u32_at(entry, 4),
-            });
-            offset_in_frame += GROUP_HEADER_BYTES + stored_bytes;
         }
         (offset_in_frame.next_multiple_of(FRAME_ALIGN_BYTES) == header.frame_bytes).then_some(Self {
             header,
@@ -263,17 +306,29 @@ impl Frame {
         for (number, group) in self.groups.iter().enumerate() {
             end = group.offset_in_frame + GROUP_HEADER_BYTES + group.stored_bytes;
             let stored = &bytes[group.offset_in_frame..end];
-            let header = decode_group(stored, group.crc, &mut raw).ok_or(FrameError::Group(number))?;
+            let bad = || FrameError::Group(number);
+            let header = decode_group(stored, Some(group.crc), &mut raw).ok_or_else(bad)?;
             let expected = GroupHeader {
                 crc: group.crc,
                 stored_bytes: group.stored_bytes,
-                raw_bytes: group.raw_bytes,
+                raw_bytes: header.raw_bytes,
                 number,
                 codec: header.codec,
+                form: if group.has_directory {
+                    FORM_DIRECTORY
+                } else {
+                    FORM_PLAIN
+                },
                 first_seq: self.header.first_seq.get(),
             };
-            if header != expected {
-                return Err(FrameError::Group(number));
+            let content_bytes = match header.is_plain() {
+                true => header.raw_bytes,
+                false => Group::new(header, raw[..header.raw_bytes].to_vec())
+                    .ok_or(FrameError::Directory(number))?
+                    .content_bytes(),
+            };
+            if header != expected || content_bytes != group.content_bytes {
+                return Err(bad());
             }
         }
         if bytes[end..self.header.frame_bytes].iter().any(|byte| *byte != 0) {
@@ -283,63 +338,6 @@ impl Frame {
     }
 }
 
-/// First bytes of a data group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct GroupHeader {
-    pub(crate) crc: u32,
-    pub(crate) stored_bytes: usize,
-    pub(crate) raw_bytes: usize,
-    pub(crate) number: usize,
-    pub(crate) codec: u8,
-    pub(crate) first_seq: u64,
-}
-
-impl GroupHeader {
-    /// Reads a header; not checked beyond the bounds of its lengths.
-    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-        if bytes.len() < GROUP_HEADER_BYTES {
-            return None;
-        }
-        let header = Self {
-            crc: u32_at(bytes, 0),
-            stored_bytes: u32_at(bytes, 4) as usize,
-            raw_bytes: u32_at(bytes, 8) as usize,
-            number: usize::from(u16_at(bytes, 12)),
-            codec: bytes[14],
-            first_seq: u64_at(bytes, 16),
-        };
-        let sound =
-            (1..=GROUP_BYTES_MAX).contains(&header.raw_bytes) && header.stored_bytes <= header.raw_bytes;
-        sound.then_some(header)
-    }
-}
-
-/// Bytes of the group at the start of `bytes`, header included; nothing is checked. All of `bytes` if that is no group.
-pub(crate) fn stored_group_bytes(bytes: &[u8]) -> usize {
-    let header = GroupHeader::decode(bytes);
-    header.map_or(bytes.len(), |header| {
-        bytes.len().min(GROUP_HEADER_BYTES + header.stored_bytes)
-    })
-}
-
-/// Checks the group at the start of `bytes` against `crc`, which comes from elsewhere than the group so that a
-/// good group in a wrong place fails too, and puts its raw bytes at the start of `raw`.
-pub(crate) fn decode_group(bytes: &[u8], crc: u32, raw: &mut [u8]) -> Option<GroupHeader> {
-    let header = GroupHeader::decode(bytes)?;
-    let stored = bytes.get(GROUP_HEADER_BYTES..GROUP_HEADER_BYTES + header.stored_bytes)?;
-    let found = crc32c::crc32c_append(crc32c::crc32c(&bytes[4..GROUP_HEADER_BYTES]), stored);
-    if found != header.crc || found != crc || bytes[15] != 0 {
-        return None;
-    }
-    let raw = raw.get_mut(..header.raw_bytes)?;
-    match header.codec {
-        CODEC_PLAIN if stored.len() == raw.len() => raw.copy_from_slice(stored),
-        CODEC_LZ4 => decompress_into(stored, raw)?,
-        _ => return None,
-    }
-    Some(header)
-}
-
 fn decompress(stored: &[u8], raw_bytes: usize) -> Option<Vec<u8>> {
     let mut raw = vec![0; raw_bytes];
     decompress_into(stored, &mut raw)?;
@@ -347,7 +345,7 @@ fn decompress(stored: &[u8], raw_bytes: usize) -> Option<Vec<u8>> {
 }
 
 /// `None` unless that fills `raw`.
-fn decompress_into(stored: &[u8], raw: &mut [u8]) -> Option<()> {
+pub(super) fn decompress_into(stored: &[u8], raw: &mut [u8]) -> Option<()> {
     // The C decoder, which checks all bounds too, takes a half to a quarter of the time of a safe one in Rust.
     let bytes = lz4::block::decompress_to_buffer(stored, Some(i32::try_from(raw.len()).ok()?), raw).ok()?;
     (bytes == raw.len()).then_some(())

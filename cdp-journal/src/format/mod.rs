@@ -73,7 +73,8 @@
 //! | 56 |     4 | flags           | see [`RecordFlags`]                                         |
 //! | 60 |     4 | tail bytes      |                                                             |
 //!
-//! A group's entry is its stored bytes (4) and CRC (4), so that the index needs no look at the groups.
+//! A group's entry is its stored bytes (4), its CRC (4), the bytes of data in it (4), its form (1) and zero (3), so that
+//! the index needs no look at the groups.
 //!
 //! Tails: a volume's is the length of its name (2), the name, the path; a bookmark's is its label; a
 //! start's is the agent's uuid (16) and the boot id (16).
@@ -87,25 +88,57 @@
 //! |  8 |     4 | raw bytes       | 1 to 65536                                                  |
 //! | 12 |     2 | group number    | in the frame                                                |
 //! | 14 |     1 | codec           | 0 plain, 1 LZ4 block                                        |
-//! | 15 |     1 | zero            |                                                             |
+//! | 15 |     1 | form            | 0 plain, 1 directory                                        |
 //! | 16 |     8 | first Seq       | of the frame                                                |
 //!
 //! The data of a frame's records, in order, cut into groups that are compressed apart, so that one block
-//! is read back cheaply. Where a group ends is not stored: both sides compute it. The data of a record is
-//! cut at device addresses into *parts*: a whole aligned unit (64 KiB) is one part, else every block
-//! (4 KiB, or the piece of it) is one. A part that does not fit the current group starts the next. So no
-//! block ever straddles groups.
+//! is read back cheaply. The data of a record is cut at device addresses into *parts*: a whole aligned unit
+//! (64 KiB) is one part, else every block (4 KiB, or the piece of it) is one. A group holds whole parts, so
+//! no block ever straddles groups. Which parts follows from the bytes of data that the table tells of each group.
 //!
-//! Golden bytes: `frame_1_is_exactly_these_bytes`, `segment_1_is_exactly_these_bytes`.
+//! Raw bytes of the plain form are the data itself. Those of the other are the number of entries of a directory (4),
+//! the entries, and behind them, in the same order, what each of them takes. Together the entries tell of all data of
+//! the group, piece by piece:
+//!
+//! | at | bytes | entry           | note                                                        |
+//! |---:|------:|-----------------|-------------------------------------------------------------|
+//! |  0 |     1 | kind            | 0 bytes, 1 zeroes, 2 delta                                  |
+//! |  1 |     1 | depth           | of a delta: 1 to 8, more than its base has; else 0          |
+//! |  2 |     2 | sectors         | of a delta: where in its group's data the base begins       |
+//! |  4 |     4 | frames back     | of a delta, see below; else 0                               |
+//! |  8 |     4 | group           | the same                                                    |
+//! | 12 |     4 | content CRC     | the same                                                    |
+//!
+//! Bytes take themselves, zeroes nothing, a delta its patch, whose layout `delta.rs` tells.
+//!
+//! # Deltas
+//!
+//! A *delta* is a whole block told by what differs from its *base*, a whole block of earlier data. The base is named by
+//! where it lies, the same wherever the frames lie: the frame that begins so many Seqs earlier; in it the group that
+//! begins so many bytes behind the record table, or, in the delta's own frame, so many bytes before the delta's own group
+//! (0: in that very group, before the delta); in its data the sector. So a base is always earlier, and never changes.
+//! Which block of which volume it was does not matter: the content CRC says whether what comes out is what was captured.
+//! The base may be a delta too, of a smaller depth.
+//!
+//! Data that was read back, and pieces of blocks, are never deltas: what mends history must not rest on it.
+//!
+//! Golden bytes: `frame_1_is_exactly_these_bytes`, `directories_1_are_exactly_these_bytes`,
+//! `segment_1_is_exactly_these_bytes`.
 
+mod bases;
 mod build;
+mod delta;
+mod encode;
 mod frame;
+mod group;
 mod record;
 mod segment;
 
+pub use bases::{DeltaCache, EncodedBlocks};
 pub use build::{FrameBuilder, PushError, SealedFrame};
+pub(crate) use delta::{Block, apply as apply_patch};
 pub use frame::{Frame, FrameError, FrameHeader, GroupRef, Part, PlacedRecord};
-pub(crate) use frame::{decode_group, stored_group_bytes};
+pub(crate) use group::{Delta, Group, Piece, Stored, decode_group, stored_group_bytes};
 pub use record::{Body, GapCause, Origin, Record, RecordFlags, VolumeKind};
 pub(crate) use segment::{Envelope, SegmentHeader, SegmentHeaderError};
 
@@ -123,13 +156,18 @@ pub const TAIL_BYTES_MAX: usize = 8192;
 pub const FRAME_TAIL_BYTES_MAX: usize = 256 << 10;
 /// Raw bytes of one group at most.
 pub const GROUP_BYTES_MAX: usize = 64 << 10;
+/// Data of one group at most: of which that much is stored, or told by less.
+pub const GROUP_CONTENT_BYTES_MAX: usize = 256 << 10;
+/// Deltas to walk at most until whole bytes.
+pub const DELTA_DEPTH_MAX: u8 = 8;
 /// Whole frame at most: what a reader allocates before it has checked more than the header.
 pub const FRAME_BYTES_MAX: usize = 4 << 20;
 
 pub(crate) const FRAME_HEADER_BYTES: usize = 96;
 pub(crate) const RECORD_ENTRY_BYTES: usize = 64;
-pub(crate) const GROUP_ENTRY_BYTES: usize = 8;
+pub(crate) const GROUP_ENTRY_BYTES: usize = 16;
 pub(crate) const GROUP_HEADER_BYTES: usize = 24;
+pub(crate) const DIRECTORY_ENTRY_BYTES: usize = 16;
 /// Bytes before the first envelope of a segment.
 pub(crate) const SEGMENT_HEADER_BYTES: usize = 64;
 /// Bytes before each frame in a segment.
@@ -139,11 +177,16 @@ pub(crate) const FRAME_ALIGN_BYTES: usize = 8;
 pub(crate) const CODEC_PLAIN: u8 = 0;
 pub(crate) const CODEC_LZ4: u8 = 1;
 
-/// Groups of one frame at most. A group that is closed and the one after it hold more than one group's
-/// worth together, so there are fewer than twice as many as would fit exactly.
-pub(crate) const FRAME_GROUPS_MAX: usize = 2 * FRAME_DATA_BYTES_MAX / GROUP_BYTES_MAX + 1;
+pub(crate) const FORM_PLAIN: u8 = 0;
+pub(crate) const FORM_DIRECTORY: u8 = 1;
+
+/// Groups of one frame at most. A group that is closed and the one after it hold nearly more than one group's worth
+/// together (what a directory tells is never less than it takes, and the directory itself is small), so there are hardly
+/// twice as many as would fit exactly.
+pub(crate) const FRAME_GROUPS_MAX: usize = 2 * FRAME_DATA_BYTES_MAX / GROUP_BYTES_MAX + 8;
 
 const _: () = assert!(GROUP_BYTES_MAX as u64 == crate::UNIT_BYTES); // a unit lies in one group
+const _: () = assert!(GROUP_CONTENT_BYTES_MAX / 512 <= i16::MAX as usize); // as the index tells a place in it
 const _: () = assert!(FRAME_DATA_BYTES_MAX >= RECORD_DATA_BYTES_MAX); // every record fits a frame
 const _: () = assert!(FRAME_GROUPS_MAX <= u16::MAX as usize);
 const _: () = assert!(FRAME_HEADER_BYTES.is_multiple_of(FRAME_ALIGN_BYTES));
@@ -183,3 +226,5 @@ pub(crate) fn i64_at(bytes: &[u8], at: usize) -> i64 {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) use tests::with_raw_group;

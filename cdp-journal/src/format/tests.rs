@@ -84,6 +84,151 @@ fn frame_of_every_body() -> SealedFrame {
     frame.seal(Uuid::from_bytes([9; 16]), -5).unwrap()
 }
 
+/// Two frames of one cache: whole blocks, zeroes, a repeat, patches in the same group, of the frame before, and of a
+/// delta.
+fn frames_with_deltas() -> [SealedFrame; 2] {
+    let mut cache = DeltaCache::new(1 << 20);
+    let block = |edit: u8| {
+        let mut block: Vec<u8> = (0..4096).map(|at| (at / 64) as u8).collect();
+        block[100..100 + usize::from(edit)].fill(0xd0 + edit);
+        block
+    };
+    let write = |frame: &mut FrameBuilder, block: u64, data: &[u8]| {
+        let (offset, len) = (block * 4096, data.len() as u64);
+        push(frame, Body::Write { offset, len }, data).unwrap();
+    };
+    let mut first = FrameBuilder::new(Seq::new(20).unwrap());
+    write(&mut first, 1, &block(0));
+    write(&mut first, 2, &[0; 4096]);
+    write(&mut first, 1, &block(1));
+    let mut second = FrameBuilder::new(Seq::new(23).unwrap());
+    write(&mut second, 1, &block(2));
+    write(&mut second, 1, &block(2));
+    // Of another volume's block, or in part, there is no base.
+    write(&mut second, 3, &block(3)[..512]);
+    [first, second].map(|frame| {
+        frame
+            .seal_with(&mut cache, Uuid::from_bytes([9; 16]), -2)
+            .unwrap()
+    })
+}
+
+/// The frame again, with other raw bytes of its only group, and all checksums right: what nobody but an enemy writes.
+pub(crate) fn with_raw_group(sealed: &SealedFrame, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    let frame = Frame::parse(sealed.bytes()).unwrap();
+    let [group] = &frame.groups[..] else {
+        panic!("{} groups", frame.groups.len())
+    };
+    let mut raw = group_of(sealed, group).raw().to_vec();
+    change(&mut raw);
+    let mut header = sealed.bytes()[group.offset_in_frame..][..GROUP_HEADER_BYTES].to_vec();
+    header[4..8].copy_from_slice(&(raw.len() as u32).to_le_bytes());
+    header[8..12].copy_from_slice(&(raw.len() as u32).to_le_bytes());
+    header[14] = CODEC_PLAIN;
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&header[4..]), &raw);
+    header[..4].copy_from_slice(&crc.to_le_bytes());
+
+    let mut table: Vec<u8> = Vec::new();
+    for placed in &frame.records {
+        table.extend_from_slice(&placed.record.encode_entry(placed.record.body.tail().len()));
+    }
+    for number in [
+        raw.len() as u32,
+        crc,
+        group.content_bytes as u32,
+        u32::from(header[15]),
+    ] {
+        table.extend_from_slice(&number.to_le_bytes());
+    }
+    frame
+        .records
+        .iter()
+        .for_each(|placed| table.extend(placed.record.body.tail()));
+
+    let mut bytes = sealed.bytes()[..FRAME_HEADER_BYTES].to_vec();
+    let frame_bytes =
+        (FRAME_HEADER_BYTES + table.len() + header.len() + raw.len()).next_multiple_of(FRAME_ALIGN_BYTES);
+    bytes[16..20].copy_from_slice(&(frame_bytes as u32).to_le_bytes());
+    bytes[28..32].copy_from_slice(&(table.len() as u32).to_le_bytes());
+    bytes[32..36].copy_from_slice(&(table.len() as u32).to_le_bytes());
+    bytes[36..40].copy_from_slice(&crc32c::crc32c(&table).to_le_bytes());
+    bytes[40] = CODEC_PLAIN;
+    let crc = crc32c::crc32c(&bytes[..92]);
+    bytes[92..96].copy_from_slice(&crc.to_le_bytes());
+    bytes.extend_from_slice(&table);
+    bytes.extend_from_slice(&header);
+    bytes.extend_from_slice(&raw);
+    bytes.resize(frame_bytes, 0);
+    bytes
+}
+
+/// Goal: a directory that makes no sense is refused before anything is stored. Method: each field of a good one in turn
+/// says what it must not.
+#[test]
+fn a_hostile_directory_is_refused() {
+    let [first, _] = frames_with_deltas();
+    let entry = |number: usize, at: usize| 4 + number * DIRECTORY_ENTRY_BYTES + at;
+    assert!(SealedFrame::check(with_raw_group(&first, |_| {})).is_ok());
+    let last = 2;
+    let hostile: [(&str, usize, u8); 12] = [
+        ("more entries than there are", 0, 200),
+        ("fewer entries", 0, 2),
+        ("a kind that is none", entry(0, 0), 3),
+        ("a run of no sectors", entry(0, 2), 0),
+        ("a longer run", entry(0, 2), 9),
+        ("a run with a depth", entry(1, 1), 1),
+        ("a run with a base", entry(1, 9), 1),
+        ("a delta of no depth", entry(last, 1), 0),
+        ("a delta that is too deep", entry(last, 1), DELTA_DEPTH_MAX + 1),
+        ("a base that is the delta itself", entry(last, 2), 16),
+        ("a base behind the delta", entry(last, 3), 1),
+        ("a patch of more ranges than there are", entry(3, 4096), 9),
+    ];
+    for (what, at, byte) in hostile {
+        let bytes = with_raw_group(&first, |raw| {
+            assert_ne!(raw[at], byte, "{what}");
+            raw[at] = byte;
+        });
+        assert_eq!(
+            SealedFrame::check(bytes).unwrap_err(),
+            FrameError::Directory(0),
+            "{what}"
+        );
+    }
+    let longer = with_raw_group(&first, |raw| raw.push(0));
+    assert_eq!(SealedFrame::check(longer).unwrap_err(), FrameError::Directory(0));
+}
+
+/// Goal: nobody changes the format of deltas without noticing. Method: the raw bytes of the groups of two small frames:
+/// directories and patches in full, whole blocks by their checksum.
+#[test]
+fn directories_1_are_exactly_these_bytes() {
+    let described = frames_with_deltas().map(|sealed| {
+        let frame = Frame::parse(sealed.bytes()).unwrap();
+        frame.check_groups(sealed.bytes()).unwrap();
+        assert_eq!(frame.groups.len(), 1);
+        let group = group_of(&sealed, &frame.groups[0]);
+        let raw = group.raw();
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let count = u32_at(raw, 0) as usize;
+        let (directory, behind) = raw[4..].split_at(count * DIRECTORY_ENTRY_BYTES);
+        let mut lines: Vec<String> = directory.chunks(DIRECTORY_ENTRY_BYTES).map(hex).collect();
+        lines.push(match behind.len() {
+            0..100 => hex(behind),
+            bytes => format!(
+                "{bytes} bytes, CRC {:08x}, the last {}",
+                crc32c::crc32c(behind),
+                hex(&behind[bytes - 16..])
+            ),
+        });
+        lines.join("\n")
+    });
+    assert_eq!(
+        described.join("\n\n"),
+        include_str!("golden/directories_1.txt").trim_end()
+    );
+}
+
 /// Goal: nobody changes the format without noticing. Method: the bytes of a small frame, in full.
 #[test]
 fn frame_1_is_exactly_these_bytes() {
@@ -126,13 +271,28 @@ fn a_frame_reads_back_as_it_was_pushed() {
     }
 }
 
+fn group_of(sealed: &SealedFrame, group: &GroupRef) -> Group {
+    let mut raw = vec![0; GROUP_BYTES_MAX];
+    let stored = &sealed.bytes()[group.offset_in_frame..];
+    let header = decode_group(stored, Some(group.crc), &mut raw).unwrap();
+    raw.truncate(header.raw_bytes);
+    Group::new(header, raw).unwrap()
+}
+
 fn stored_data(sealed: &SealedFrame, frame: &Frame, placed: &PlacedRecord) -> Vec<u8> {
-    let mut data = Vec::new();
+    let (mut data, mut before) = (Vec::new(), 0);
     for part in &frame.parts[placed.parts.clone()] {
-        let group = &frame.groups[part.group];
-        let mut raw = vec![0; GROUP_BYTES_MAX];
-        decode_group(&sealed.bytes()[group.offset_in_frame..], group.crc, &mut raw).unwrap();
-        data.extend_from_slice(&raw[part.in_group..part.in_group + part.len]);
+        let group = group_of(sealed, &frame.groups[part.group]);
+        let mut at = part.in_group;
+        while at < part.in_group + part.len {
+            match group.piece(at, part.in_group + part.len - at).unwrap() {
+                Piece::Bytes(bytes) => data.extend_from_slice(bytes),
+                Piece::Zero(bytes) => data.resize(data.len() + bytes, 0),
+                Piece::Delta { .. } => panic!("a delta where there is no cache"),
+            }
+            at = part.in_group + (data.len() - before);
+        }
+        before = data.len();
     }
     data
 }
@@ -184,7 +344,7 @@ fn groups_that_shrink_and_groups_that_do_not_lie_one_behind_the_other() {
         "{} bytes of head",
         sealed.head().len()
     );
-    let is_plain = |group: &&GroupRef| group.stored_bytes == group.raw_bytes;
+    let is_plain = |group: &&GroupRef| group.stored_bytes == group.content_bytes;
     let plain = frame.groups.iter().filter(is_plain).count();
     let shorter = frame.groups.len() - plain;
     assert!(plain > 2 && shorter > 2, "{plain} plain, {shorter} shorter");

@@ -220,6 +220,7 @@ impl Applier<'_, '_> {
             first_seq,
             last_seq: header.last_seq().get(),
             wall_max,
+            head_bytes: header.prefix_bytes() as u64,
         };
         self.overlay.put_other(&frame_key(first_seq), entry.encode());
         if Some(wall_max) > before {

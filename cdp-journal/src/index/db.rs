@@ -13,7 +13,7 @@ use super::key::{META_APPLIED, META_IDENTITY};
 use super::{Applied, IndexError};
 
 /// Changes when keys or values do. Another one is rebuilt from the log, so older ones need not be read.
-const INDEX_FORMAT: u32 = 1;
+const INDEX_FORMAT: u32 = 2;
 /// Nothing but the identity goes through RocksDB's own memory.
 const WRITE_BUFFER_BYTES: usize = 1 << 20;
 /// Sorted runs that a read may meet before some are merged into one.

@@ -11,7 +11,7 @@ use super::version::{Source, Version};
 use crate::format::{i64_at, u64_at};
 use crate::types::{Seq, VolumeId, WallNs};
 
-/// Where a frame lies. Stored as five little-endian numbers of eight bytes.
+/// Where a frame lies. Stored as six little-endian numbers of eight bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FrameEntry {
     pub(crate) segment: u64,
@@ -20,9 +20,20 @@ pub(crate) struct FrameEntry {
     pub(crate) last_seq: u64,
     /// Running maximum of wall time, this frame included.
     pub(crate) wall_max: i64,
+    /// Header and record table: the groups begin behind them.
+    pub(crate) head_bytes: u64,
 }
 
 impl FrameEntry {
+    /// Where its groups lie.
+    pub(crate) fn groups(&self) -> FrameGroups {
+        FrameGroups {
+            first_seq: self.first_seq,
+            segment: self.segment,
+            offset: self.offset + self.head_bytes,
+        }
+    }
+
     pub(crate) fn encode(&self) -> Vec<u8> {
         let numbers = [
             self.segment,
@@ -30,12 +41,13 @@ impl FrameEntry {
             self.first_seq,
             self.last_seq,
             self.wall_max.cast_unsigned(),
+            self.head_bytes,
         ];
         numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
     }
 
     fn decode(bytes: &[u8]) -> Result<Self, IndexError> {
-        if bytes.len() != 40 {
+        if bytes.len() != 48 {
             return Err(IndexError::Corrupt("a frame entry that makes no sense"));
         }
         Ok(Self {
@@ -44,8 +56,20 @@ impl FrameEntry {
             first_seq: u64_at(bytes, 16),
             last_seq: u64_at(bytes, 24),
             wall_max: i64_at(bytes, 32),
+            head_bytes: u64_at(bytes, 40),
         })
     }
+}
+
+/// Where the groups of a frame lie, one behind the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FrameGroups {
+    /// First Seq of the frame.
+    pub(crate) first_seq: u64,
+    /// First Seq of the segment.
+    pub(crate) segment: u64,
+    /// Of the first of them, in the segment.
+    pub(crate) offset: u64,
 }
 
 /// The version of a block that a view shows.

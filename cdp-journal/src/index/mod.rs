@@ -21,7 +21,7 @@ pub(crate) use apply::{Applied, Applier, HeadCache};
 pub(crate) use db::{Db, open_reader};
 pub(crate) use event::{Event, EventBody};
 pub(crate) use key::CHUNK_BLOCKS;
-pub(crate) use lookup::{BlockVersion, FrameEntry, Lookup};
+pub(crate) use lookup::{BlockVersion, FrameEntry, FrameGroups, Lookup};
 pub(crate) use overlay::{DbCursor, Overlay};
 pub(crate) use version::{Place, Source, Version};
 pub use writer::IndexWriter;

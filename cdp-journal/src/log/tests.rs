@@ -84,7 +84,9 @@ fn read_all(disk: &FaultDisk) -> Option<Seq> {
 }
 
 fn damages(disk: &FaultDisk, indexed: Option<Seq>) -> Vec<Damage> {
-    verify_log(disk, STORE, indexed, &mut |_| ()).unwrap().damages
+    verify_log(disk, STORE, indexed, &|_| None, &mut |_| ())
+        .unwrap()
+        .damages
 }
 
 /// Appends frames and syncs now and then, until the disk stops; returns the last record reported durable.

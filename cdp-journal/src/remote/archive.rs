@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::blocks::{RemoteBlocks, read_error};
 use super::line::{AskError, Line};
-use super::{About, Ask, Told, decode_head};
+use super::{About, Ask, Told, decode_placed};
 use crate::error::ReadError;
 use crate::format::Frame;
 use crate::history::{History, VolumeInfo};
@@ -166,10 +166,7 @@ impl Archive for RemoteArchive {
     }
 
     fn frame_data(&self, frame: &FrameRecords) -> Result<FrameData, ReadError> {
-        let path = self.blocks.segment_path(frame.segment());
-        frame.read_data(&path, |segment, offset, buf| {
-            self.blocks.read(segment, offset, buf)
-        })
+        frame.read_data(&*self.blocks)
     }
 
     fn verify_log(&self, progress: &mut dyn FnMut(u64)) -> Result<VerifyReport, ReadError> {
@@ -197,7 +194,7 @@ impl RemoteRecords<'_> {
         let asked = blocks.line.ask::<Option<Seq>>(&ask, &mut |_| {});
         let (heads, next) = asked.map_err(|error| read_error(self.archive.server(), error))?;
         for (kind, head) in heads {
-            let placed = decode_head(&head).filter(|_| kind == Kind::Head);
+            let placed = decode_placed(&head).filter(|_| kind == Kind::Head);
             let frame =
                 placed.and_then(|(segment, offset, head)| Some((Frame::parse(head).ok()?, segment, offset)));
             let (frame, segment, offset) = frame.ok_or_else(|| ReadError::Server {

@@ -9,11 +9,11 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::line::{AskError, Line};
-use super::{Ask, Fault, GROUPS_MAX, decode_items, decode_versions};
+use super::{Ask, Fault, GroupAt, decode_items, decode_placed, decode_versions};
 use crate::error::ReadError;
-use crate::index::{BlockVersion, Place};
+use crate::index::{BlockVersion, FrameGroups};
 use crate::types::{SegmentId, Seq, VolumeId};
-use crate::view::{Blocks, GroupCache, Item, SegmentBytes, group_through};
+use crate::view::{Blocks, GroupCache, GroupName, GroupPlace, Item, PlacedGroup, SegmentBytes};
 use crate::wire::{Kind, READ_BYTES_MAX};
 
 /// Groups that are kept for the next read: 32 MiB.
@@ -28,7 +28,7 @@ const WINDOWS_MAX: usize = 64;
 pub(crate) struct RemoteBlocks {
     pub(crate) line: Arc<Line>,
     pub(crate) log: Uuid,
-    groups: Arc<Mutex<GroupCache>>,
+    groups: Arc<GroupCache>,
     /// Of a view, its size; else 0.
     view_bytes: u64,
     plans: Mutex<Plans>,
@@ -46,7 +46,7 @@ impl RemoteBlocks {
         Self {
             line: Arc::clone(line),
             log,
-            groups: Arc::new(Mutex::new(GroupCache::of(CACHED_GROUPS_MAX))),
+            groups: Arc::new(GroupCache::new(CACHED_GROUPS_MAX)),
             view_bytes: 0,
             plans: Mutex::default(),
         }
@@ -116,32 +116,29 @@ impl RemoteBlocks {
         Ok(())
     }
 
-    /// Fetches groups into the cache, checked.
-    fn fetch(&self, places: &[Place]) -> Result<(), ReadError> {
-        let ask = Ask::Groups {
-            log: self.log,
-            places: places
-                .iter()
-                .map(|place| (place.segment, u64::from(place.group_offset)))
-                .collect(),
-        };
-        let groups = self.messages(&ask, Kind::Bytes)?;
-        if groups.len() != places.len() {
-            return Err(self.nonsense("another number of groups"));
+    /// Takes in the group of that name, as the server told it.
+    fn take_in(&self, name: &GroupName, told: &[u8]) -> Result<Option<PlacedGroup>, ReadError> {
+        if told.is_empty() && matches!(name, GroupName::InFrame(..)) {
+            return Ok(None);
         }
-        for (place, stored) in places.iter().zip(groups) {
-            self.take_in(place, &stored)?;
-        }
-        Ok(())
-    }
-
-    fn take_in(&self, place: &Place, stored: &[u8]) -> Result<Arc<Vec<u8>>, ReadError> {
-        let read = |buf: &mut [u8]| {
-            let bytes = stored.len().min(buf.len());
-            buf[..bytes].copy_from_slice(&stored[..bytes]);
-            Ok(bytes)
+        let placed = decode_placed(told);
+        let (segment, offset, stored) = placed.ok_or_else(|| self.nonsense("no data group"))?;
+        let place = match *name {
+            GroupName::At(place) if (place.segment, place.offset) == (segment, offset) => place,
+            GroupName::At(_) => return Err(self.nonsense("another data group")),
+            GroupName::InFrame(first, behind) => {
+                let frame = offset.checked_sub(u64::from(behind)).map(|offset| FrameGroups {
+                    first_seq: first.get(),
+                    segment,
+                    offset,
+                });
+                let frame = frame.ok_or_else(|| self.nonsense("a data group outside of its frame"))?;
+                self.groups.put_frame(frame);
+                GroupPlace::behind(&frame, behind)
+            }
         };
-        group_through(&self.groups, place, read, || self.damage(place))
+        let damage = |what: &str| self.damage(&place, what);
+        self.groups.take_in(place, stored, damage).map(Some)
     }
 
     /// Asks for messages of one kind.
@@ -157,7 +154,7 @@ impl RemoteBlocks {
     }
 
     /// What a segment is called in messages.
-    pub(super) fn segment_path(&self, segment: u64) -> PathBuf {
+    fn segment_path(&self, segment: u64) -> PathBuf {
         let segment = Seq::new(segment).map_or_else(String::new, |seq| SegmentId(seq).file_name());
         PathBuf::from(format!("{}/{}/log/{segment}", self.line.server, self.log))
     }
@@ -169,7 +166,7 @@ impl RemoteBlocks {
         }
     }
 
-    pub(super) fn read(&self, segment: u64, offset: u64, buf: &mut [u8]) -> Result<usize, ReadError> {
+    fn read(&self, segment: u64, offset: u64, buf: &mut [u8]) -> Result<usize, ReadError> {
         let mut filled = 0;
         for piece in buf.chunks_mut(READ_BYTES_MAX) {
             let ask = Ask::Read {
@@ -202,6 +199,14 @@ pub(super) fn read_error(server: &str, error: AskError) -> ReadError {
     }
 }
 
+/// How the server is asked for a group.
+fn at(name: &GroupName) -> GroupAt {
+    match *name {
+        GroupName::At(GroupPlace { segment, offset, .. }) => GroupAt::Place { segment, offset },
+        GroupName::InFrame(first, offset) => GroupAt::Frame { first, offset },
+    }
+}
+
 impl Blocks for RemoteBlocks {
     fn plan(
         &self,
@@ -225,18 +230,6 @@ impl Blocks for RemoteBlocks {
         Ok(())
     }
 
-    fn will_need(&self, items: &[Item]) -> Result<(), ReadError> {
-        let mut wanted: Vec<Place> = items.iter().filter_map(|item| Some(item.data?.place)).collect();
-        wanted.sort_unstable_by_key(|place| (place.segment, place.group_offset));
-        wanted.dedup_by_key(|place| (place.segment, place.group_offset));
-        let cached = self.groups.lock();
-        wanted.retain(|place| !cached.has(place));
-        drop(cached);
-        wanted
-            .chunks(GROUPS_MAX)
-            .try_for_each(|places| self.fetch(places))
-    }
-
     fn versions(
         &self,
         volume: VolumeId,
@@ -258,16 +251,25 @@ impl Blocks for RemoteBlocks {
         Ok(())
     }
 
-    fn group(&self, place: &Place) -> Result<Arc<Vec<u8>>, ReadError> {
-        if let Some(group) = self.groups.lock().get(place) {
-            return Ok(group);
+    fn groups(&self, names: &[GroupName]) -> Result<Vec<Option<PlacedGroup>>, ReadError> {
+        let kept = |name| self.groups.get(&self.groups.place_of(name)?);
+        let mut found: Vec<_> = names.iter().map(kept).collect();
+        let (groups, wanted): (_, Vec<_>) = (names.iter().zip(&mut found))
+            .filter(|(_, found)| found.is_none())
+            .map(|(name, found)| (at(name), (name, found)))
+            .unzip();
+        if wanted.is_empty() {
+            return Ok(found);
         }
-        let ask = Ask::Groups {
-            log: self.log,
-            places: vec![(place.segment, u64::from(place.group_offset))],
-        };
-        let stored = self.messages(&ask, Kind::Bytes)?.concat();
-        self.take_in(place, &stored)
+        let log = self.log;
+        let told = self.messages(&Ask::Groups { log, groups }, Kind::Bytes)?;
+        if told.len() != wanted.len() {
+            return Err(self.nonsense("another number of groups"));
+        }
+        for ((name, found), told) in wanted.into_iter().zip(told) {
+            *found = self.take_in(name, &told)?;
+        }
+        Ok(found)
     }
 
     fn segment_bytes(&self, segment: u64) -> Result<Arc<dyn SegmentBytes>, ReadError> {
@@ -275,11 +277,11 @@ impl Blocks for RemoteBlocks {
         Ok(Arc::new(RemoteSegment { blocks, segment }))
     }
 
-    fn damage(&self, place: &Place) -> ReadError {
+    fn damage(&self, place: &GroupPlace, what: &str) -> ReadError {
         let fault = Fault::Damaged {
             path: self.segment_path(place.segment),
-            offset: u64::from(place.group_offset),
-            what: "bad checksum of a data group".to_owned(),
+            offset: place.offset,
+            what: what.to_owned(),
             seqs: None,
         };
         fault.into_read(&self.line.server)

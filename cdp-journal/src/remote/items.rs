@@ -3,7 +3,7 @@
 use crate::format::{u16_at, u32_at, u64_at};
 use crate::index::{BlockVersion, Place, Version};
 use crate::view::{GroupRange, Item};
-use crate::wire::{HEAD_PLACE_BYTES, ITEM_BYTES};
+use crate::wire::{ITEM_BYTES, PLACE_BYTES};
 
 pub(crate) fn encode_item(item: &Item, out: &mut Vec<u8>) {
     let numbers = |out: &mut Vec<u8>, segment: u64, rest: [u32; 3]| {
@@ -55,14 +55,15 @@ pub(crate) fn decode_items(bytes: &[u8]) -> Option<Vec<Item>> {
     Some(items.collect())
 }
 
-pub(crate) fn encode_head(segment: u64, offset: u64, head: &[u8]) -> Vec<u8> {
-    [&segment.to_le_bytes()[..], &offset.to_le_bytes(), head].concat()
+/// What lies at an offset of a segment.
+pub(crate) fn encode_placed(segment: u64, offset: u64, bytes: &[u8]) -> Vec<u8> {
+    [&segment.to_le_bytes()[..], &offset.to_le_bytes(), bytes].concat()
 }
 
-/// Segment and offset of a frame, its header and record table. `None` if the bytes are too few.
-pub(crate) fn decode_head(bytes: &[u8]) -> Option<(u64, u64, &[u8])> {
-    let (place, head) = bytes.split_at_checked(HEAD_PLACE_BYTES)?;
-    Some((u64_at(place, 0), u64_at(place, 8), head))
+/// A segment, an offset in it, and what lies there. `None` if the bytes are too few.
+pub(crate) fn decode_placed(bytes: &[u8]) -> Option<(u64, u64, &[u8])> {
+    let (place, bytes) = bytes.split_at_checked(PLACE_BYTES)?;
+    Some((u64_at(place, 0), u64_at(place, 8), bytes))
 }
 
 pub(crate) fn encode_version(version: &BlockVersion, out: &mut Vec<u8>) {

@@ -12,7 +12,7 @@
 //! | `plan`     | `Items`, each stretch: offset (8), bytes (8), segment or 0 for zeroes (8), group offset (4), group CRC (4), first byte in the group (4), zero (4) |
 //! | `versions` | `Bytes`, of each block: Seq or 0 (8), length (2) and bytes of its version as the index stores it |
 //! | `read`     | `Bytes` of the segment                                                                       |
-//! | `groups`   | `Bytes` of each group, as asked for: header and stored bytes, [`GROUPS_MAX`] at most          |
+//! | `groups`   | `Bytes` of each group, as asked for, [`GROUPS_MAX`] at most: segment (8), offset in it (8), header and stored bytes; nothing where there is no such frame |
 //! | `heads`    | `Head` of each frame, [`HEADS_MAX`] at most                                                  |
 //! | `verify`   | `Progress`                                                                                   |
 
@@ -29,18 +29,26 @@ use uuid::Uuid;
 
 use crate::error::ReadError;
 use crate::types::{Seq, VolumeId, WallNs};
+pub(crate) use crate::view::GROUPS_MAX;
 use crate::when::{NotExact, Point, WhenError};
 
 pub use archive::{RemoteArchive, RemoteSite};
 pub(crate) use items::{
-    decode_head, decode_items, decode_versions, encode_head, encode_item, encode_version,
+    decode_items, decode_placed, decode_versions, encode_item, encode_placed, encode_version,
 };
 
 /// Frames whose tables answer one question at most.
 pub const HEADS_MAX: usize = 256;
 
-/// Groups that one question asks for at most: 4 MiB.
-pub const GROUPS_MAX: usize = 64;
+/// A group that is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum GroupAt {
+    /// At an offset of a segment.
+    Place { segment: u64, offset: u64 },
+    /// So many bytes behind the record table of the frame that begins with `first`.
+    Frame { first: Seq, offset: u32 },
+}
 
 /// A question.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,8 +96,8 @@ pub(crate) enum Ask {
         offset: u64,
         bytes: u64,
     },
-    /// Answer: nothing. Each place is a segment and an offset in it.
-    Groups { log: Uuid, places: Vec<(u64, u64)> },
+    /// Answer: nothing.
+    Groups { log: Uuid, groups: Vec<GroupAt> },
     /// Answer: the Seq to go on from, or none.
     Heads { log: Uuid, seqs: RangeInclusive<Seq> },
     /// Answer: a report.

@@ -16,7 +16,7 @@ use crate::format::stored_group_bytes;
 use crate::index::CHUNK_BLOCKS;
 use crate::net::link;
 use crate::remote::{
-    About, Ask, Fault, GROUPS_MAX, HEADS_MAX, Told, encode_head, encode_item, encode_version,
+    About, Ask, Fault, GROUPS_MAX, GroupAt, HEADS_MAX, Told, encode_item, encode_placed, encode_version,
 };
 use crate::site::AgentName;
 use crate::store::{Archive, LOG_DIR, StoreReader};
@@ -215,7 +215,7 @@ impl Reader {
                 out.put(Kind::Bytes, self.read(*log, *segment, *offset, *bytes)?)?;
                 ok(())
             }
-            Ask::Groups { log, places } => self.groups(*log, places, out),
+            Ask::Groups { log, groups } => self.groups(*log, groups, out),
             Ask::Heads { log, seqs } => self.heads(*log, seqs, out),
             Ask::Verify { log } => {
                 let store = self.store(*log)?;
@@ -245,15 +245,28 @@ impl Reader {
     }
 
     /// Groups as they lie in the log, each without what lies behind it: which is for the reader to check.
-    fn groups(&self, log: Uuid, places: &[(u64, u64)], out: &Out) -> Result<Vec<u8>, Fault> {
-        if places.len() > GROUPS_MAX {
-            let why = format!("{} groups at once are too many", places.len());
+    fn groups(&self, log: Uuid, groups: &[GroupAt], out: &Out) -> Result<Vec<u8>, Fault> {
+        if groups.len() > GROUPS_MAX {
+            let why = format!("{} groups at once are too many", groups.len());
             return Err(Fault::Other { why });
         }
-        for (segment, offset) in places {
-            let mut group = self.read(log, *segment, *offset, GROUP_STORED_BYTES_MAX as u64)?;
-            group.truncate(stored_group_bytes(&group));
-            out.put(Kind::Bytes, group)?;
+        for group in groups {
+            let place = match *group {
+                GroupAt::Place { segment, offset } => Some((segment, offset)),
+                GroupAt::Frame { first, offset } => {
+                    let place = self.store(log)?.place_in_frame(first, offset)?;
+                    place.map(|place| (place.segment, place.offset))
+                }
+            };
+            let body = match place {
+                None => Vec::new(),
+                Some((segment, offset)) => {
+                    let mut stored = self.read(log, segment, offset, GROUP_STORED_BYTES_MAX as u64)?;
+                    stored.truncate(stored_group_bytes(&stored));
+                    encode_placed(segment, offset, &stored)
+                }
+            };
+            out.put(Kind::Bytes, body)?;
         }
         ok(())
     }
@@ -268,7 +281,7 @@ impl Reader {
                 break;
             }
             let (entry, head) = store.frame_head(header.first_seq)?;
-            out.put(Kind::Head, encode_head(entry.segment, entry.offset, &head))?;
+            out.put(Kind::Head, encode_placed(entry.segment, entry.offset, &head))?;
         }
         ok(next)
     }

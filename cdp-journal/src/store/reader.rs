@@ -17,10 +17,10 @@ use crate::history::{History, VolumeInfo};
 use crate::index::{
     Applied, Applier, BlockVersion, DbCursor, EventBody, FrameEntry, HeadCache, IndexError, open_reader,
 };
-use crate::log::{Disk, RealDisk, Tail, open_error, segments};
+use crate::log::{Disk, FoundFrame, RealDisk, Tail, open_error, segments};
 use crate::types::{SegmentId, Seq, VolumeId, WallNs};
 use crate::verify::{self, VerifyReport};
-use crate::view::{Blocks, View, ViewStore};
+use crate::view::{Blocks, GroupName, GroupPlace, View, ViewStore};
 use crate::when::{Moment, NotExact, NotExactCause, Point, When, WhenError};
 
 /// How long a live writer is given to cover a moment that has just passed.
@@ -333,18 +333,33 @@ impl StoreReader {
         Ok((entry, head))
     }
 
+    /// Where the group lies that `offset` bytes behind the record table of the frame of `first` begins; `None` if
+    /// there is no such frame.
+    pub(crate) fn place_in_frame(&self, first: Seq, offset: u32) -> Result<Option<GroupPlace>, ReadError> {
+        self.state().place_of(&GroupName::InFrame(first, offset))
+    }
+
     /// Reads and checks the data of a frame that [`StoreReader::records`] gave.
     pub fn frame_data(&self, frame: &FrameRecords) -> Result<FrameData, ReadError> {
-        let state = self.state();
-        frame.read_data(&state.segment_path(frame.segment()), |segment, offset, buf| {
-            let file = state.segment(segment)?;
-            state.read(&file, segment, offset, buf)
-        })
+        frame.read_data(&*self.state())
     }
 
     /// Reads the whole log. `progress` is told how many more bytes were read.
     pub fn verify_log(&self, progress: &mut dyn FnMut(u64)) -> Result<VerifyReport, ReadError> {
-        verify::verify_log(&self.disk, self.store, self.indexed, progress)
+        let (state, head) = (self.state(), self.head().map(|head| head.seq));
+        let deltas = |found: &FoundFrame| {
+            // What was appended since the store was opened is not known to the index.
+            if Some(found.frame.header.last_seq()) > head {
+                return None;
+            }
+            FrameRecords::check_deltas(found, &*state)
+                .err()
+                .map(|error| match error {
+                    ReadError::Damaged { what, .. } => what,
+                    error => error.to_string(),
+                })
+        };
+        verify::verify_log(&self.disk, self.store, self.indexed, &deltas, progress)
     }
 
     /// Bytes of the log.

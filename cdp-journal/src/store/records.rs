@@ -3,17 +3,14 @@
 use std::borrow::Cow;
 use std::io;
 use std::ops::RangeInclusive;
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::ReadError;
-use crate::format::{
-    ENVELOPE_BYTES, Frame, FrameHeader, GROUP_HEADER_BYTES, GroupRef, Part, PlacedRecord, decode_group,
-};
+use crate::format::{ENVELOPE_BYTES, Frame, FrameHeader, GroupRef, Part, PlacedRecord};
 use crate::index::{FrameEntry, IndexError};
 use crate::log::{Depth, Disk, Found, FoundFrame, Segment};
 use crate::types::{SegmentId, Seq};
-use crate::view::ViewStore;
+use crate::view::{Blocks, GroupPlace, ViewStore, Wanted, read_content};
 
 /// Records that lie in one frame.
 #[derive(Clone, Debug)]
@@ -32,10 +29,23 @@ pub struct FrameRecords {
 /// The data of a frame's records, checked.
 #[derive(Clone, Debug)]
 pub struct FrameData {
-    /// All groups, one after the other.
-    raw: Vec<u8>,
+    /// That of all groups, one after the other.
+    data: Vec<u8>,
     /// Where each of them begins.
     starts: Vec<usize>,
+}
+
+/// All data of a group of the frame at `offset` of a segment, to go to `start`.
+fn whole_of(segment: u64, offset: u64, group: &GroupRef, start: usize) -> Wanted {
+    Wanted {
+        place: GroupPlace {
+            segment,
+            offset: offset + group.offset_in_frame as u64,
+            crc: Some(group.crc),
+        },
+        from: 0,
+        target: start..start + group.content_bytes,
+    }
 }
 
 impl FrameRecords {
@@ -54,45 +64,49 @@ impl FrameRecords {
     }
 
     /// Reads the data of the whole frame, at most [`FRAME_DATA_BYTES_MAX`](crate::format::FRAME_DATA_BYTES_MAX), and
-    /// checks it. `read` fills a buffer with what lies at an offset of a segment, as far as there is anything; `path`
-    /// names the segment in messages.
-    pub(crate) fn read_data(
-        &self,
-        path: &Path,
-        read: impl FnOnce(u64, u64, &mut [u8]) -> Result<usize, ReadError>,
-    ) -> Result<FrameData, ReadError> {
-        let damaged = |what: String| ReadError::Damaged {
-            path: path.to_owned(),
-            offset: self.offset,
-            what,
-            seqs: Some((self.header.first_seq, self.header.last_seq())),
-        };
-        let mut stored = vec![0; self.header.frame_bytes];
-        let filled = read(self.segment, self.offset, &mut stored)?;
-        stored.truncate(filled);
-        let total = self.groups.iter().map(|group| group.raw_bytes).sum();
-        let (mut raw, mut starts) = (vec![0; total], Vec::with_capacity(self.groups.len()));
+    /// checks it.
+    pub(crate) fn read_data(&self, blocks: &dyn Blocks) -> Result<FrameData, ReadError> {
+        let total = self.groups.iter().map(|group| group.content_bytes).sum();
+        let (mut data, mut starts) = (vec![0; total], Vec::with_capacity(self.groups.len()));
+        let mut wanted = Vec::with_capacity(self.groups.len());
         let mut start = 0;
-        for (number, group) in self.groups.iter().enumerate() {
-            let bytes =
-                group.offset_in_frame..group.offset_in_frame + GROUP_HEADER_BYTES + group.stored_bytes;
-            let target = &mut raw[start..start + group.raw_bytes];
-            let header = stored
-                .get(bytes)
-                .and_then(|bytes| decode_group(bytes, group.crc, target))
-                .filter(|header| header.raw_bytes == group.raw_bytes);
-            if header.is_none() {
-                return Err(damaged(format!("bad checksum of data group {number}")));
-            }
+        for group in &self.groups {
             starts.push(start);
-            start += group.raw_bytes;
+            wanted.push(whole_of(self.segment, self.offset, group, start));
+            start += group.content_bytes;
         }
-        Ok(FrameData { raw, starts })
+        read_content(blocks, &wanted, &mut data).map_err(|error| self.tell_seqs(error))?;
+        Ok(FrameData { data, starts })
     }
 
-    /// The segment that the frame lies in.
-    pub(crate) fn segment(&self) -> u64 {
-        self.segment
+    /// Damage far away says no more than where it is.
+    fn tell_seqs(&self, error: ReadError) -> ReadError {
+        match error {
+            ReadError::Damaged {
+                path,
+                offset,
+                what,
+                seqs: None,
+            } => ReadError::Damaged {
+                path,
+                offset,
+                what,
+                seqs: Some((self.header.first_seq, self.header.last_seq())),
+            },
+            error => error,
+        }
+    }
+
+    /// Resolves the deltas of a frame whose groups are good by themselves.
+    pub(super) fn check_deltas(found: &FoundFrame, blocks: &dyn Blocks) -> Result<(), ReadError> {
+        let (segment, offset) = (found.location.segment.0.get(), found.location.offset);
+        let mut wanted = Vec::new();
+        let mut end = 0;
+        for group in found.frame.groups.iter().filter(|group| group.has_directory) {
+            wanted.push(whole_of(segment, offset, group, end));
+            end += group.content_bytes;
+        }
+        read_content(blocks, &wanted, &mut vec![0; end])
     }
 
     /// The data of one of [`Self::records`]: nothing for a record that has none.
@@ -102,7 +116,7 @@ impl FrameRecords {
                 .starts
                 .get(part.group)
                 .map_or(0, |start| start + part.in_group);
-            data.raw.get(start..start + part.len).unwrap_or_default()
+            data.data.get(start..start + part.len).unwrap_or_default()
         };
         match self.parts.get(record.parts.clone()).unwrap_or_default() {
             [] => Cow::Borrowed(&[]),

@@ -6,8 +6,53 @@ use std::sync::Arc;
 
 use super::plan::Item;
 use crate::error::ReadError;
-use crate::index::{BlockVersion, Place};
+use crate::format::Group;
+use crate::index::{BlockVersion, FrameGroups, Place};
 use crate::types::{Seq, VolumeId};
+
+/// Groups that are asked for together at most: 4 MiB.
+pub(crate) const GROUPS_MAX: usize = 64;
+
+/// Where a group lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct GroupPlace {
+    /// First Seq of the segment.
+    pub(crate) segment: u64,
+    /// Of the group's header, in the segment.
+    pub(crate) offset: u64,
+    /// Its checksum; of the base of a delta it is not known, and what comes out has a checksum of its own.
+    pub(crate) crc: Option<u32>,
+}
+
+impl GroupPlace {
+    pub(crate) fn of(place: &Place) -> Self {
+        Self {
+            segment: place.segment,
+            offset: u64::from(place.group_offset),
+            crc: Some(place.group_crc),
+        }
+    }
+
+    /// So many bytes behind the record table of a frame.
+    pub(crate) fn behind(frame: &FrameGroups, offset: u32) -> Self {
+        Self {
+            segment: frame.segment,
+            offset: frame.offset + u64::from(offset),
+            crc: None,
+        }
+    }
+}
+
+/// How a group is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum GroupName {
+    At(GroupPlace),
+    /// In the frame that begins with a Seq, so many bytes behind its record table: as deltas name what they rest on.
+    InFrame(Seq, u32),
+}
+
+/// A decoded group, and where it lies.
+pub(crate) type PlacedGroup = (GroupPlace, Arc<Group>);
 
 /// Where the bytes of views come from. What it gives is not trusted: every byte is checked against the checksum that
 /// the index holds for it.
@@ -31,19 +76,14 @@ pub(crate) trait Blocks: Debug + Send + Sync {
         out: &mut Vec<BlockVersion>,
     ) -> Result<(), ReadError>;
 
-    /// The data of these will be read soon. May fetch it all at once, where each would take a way of its own.
-    fn will_need(&self, _items: &[Item]) -> Result<(), ReadError> {
-        Ok(())
-    }
-
-    /// The checked raw bytes of the group at `place`.
-    fn group(&self, place: &Place) -> Result<Arc<Vec<u8>>, ReadError>;
+    /// The checked groups of these names, [`GROUPS_MAX`] at most, in their order. `None` for a frame that is not there.
+    fn groups(&self, names: &[GroupName]) -> Result<Vec<Option<PlacedGroup>>, ReadError>;
 
     /// A segment, to be read in long runs.
     fn segment_bytes(&self, segment: u64) -> Result<Arc<dyn SegmentBytes>, ReadError>;
 
-    /// The error that says that the group at `place` is damaged.
-    fn damage(&self, place: &Place) -> ReadError;
+    /// The error that says what is wrong with the group at `place`.
+    fn damage(&self, place: &GroupPlace, what: &str) -> ReadError;
 }
 
 /// The bytes of one segment as they lie in the log.

@@ -15,11 +15,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
+use super::cache::{BAD_CHECKSUM, BAD_DIRECTORY};
+use super::content::Reading;
 use super::plan::plan_ranges;
 use super::source::GROUP_STORED_BYTES_MAX;
-use super::{Blocks, CopyError, CopyOptions, CopyReport, Item, SegmentBytes, Sink, View};
+use super::{
+    Blocks, CopyError, CopyOptions, CopyReport, GroupPlace, Item, PlacedGroup, SegmentBytes, Sink, View,
+};
 use crate::error::ReadError;
-use crate::format::{GROUP_BYTES_MAX, decode_group};
+use crate::format::{GROUP_BYTES_MAX, GROUP_CONTENT_BYTES_MAX, Group, decode_group};
 use crate::types::BLOCK_BYTES;
 
 /// One read of the log, and what is unpacked before it is written. A worker's three buffers (stored, unpacked, put
@@ -35,6 +39,7 @@ const SCATTERED_PIECE_BYTES: u64 = 32 << 10;
 const SCATTERED_BYTES_MIN: u64 = 1 << 20;
 
 const _: () = assert!(JOB_BYTES >= 2 * GROUP_STORED_BYTES_MAX);
+const _: () = assert!(JOB_BYTES >= GROUP_BYTES_MAX + GROUP_CONTENT_BYTES_MAX);
 
 /// What a block is compared with.
 static ZERO_BLOCK: [u8; BLOCK_BYTES as usize] = [0; BLOCK_BYTES as usize];
@@ -172,7 +177,7 @@ impl Shared<'_> {
     }
 
     fn run(&self, jobs: &Receiver<Job>) {
-        let mut worker = Worker::default();
+        let mut worker = Worker::new(&*self.view.store);
         for job in jobs {
             // After a failure the jobs that wait are only drained.
             if self.stop.load(Ordering::Relaxed) {
@@ -259,11 +264,13 @@ fn run_together(items: &[Item]) -> impl FnMut(&Item, &Item) -> bool + use<> {
 }
 
 /// Buffers of one thread.
-#[derive(Default)]
-struct Worker {
+struct Worker<'a> {
     stored: Vec<u8>,
     raw: Vec<u8>,
     raw_bytes: usize,
+    /// What is still to come to `raw`, and for which items it is, from where on.
+    reading: Reading<'a>,
+    told: Vec<(Item, usize)>,
     /// Where stretches of `raw` go: offset in the view, start in `raw`, bytes.
     targets: Vec<(u64, usize, usize)>,
     gathered: Vec<u8>,
@@ -292,7 +299,20 @@ fn split_zeroes(bytes: &[u8], mut visit: impl FnMut(Range<usize>, bool)) {
     }
 }
 
-impl Worker {
+impl<'a> Worker<'a> {
+    fn new(store: &'a dyn Blocks) -> Self {
+        Self {
+            stored: Vec::new(),
+            raw: Vec::new(),
+            raw_bytes: 0,
+            reading: Reading::new(store),
+            told: Vec::new(),
+            targets: Vec::new(),
+            gathered: Vec::new(),
+            zeroes: Vec::new(),
+        }
+    }
+
     fn copy(
         &mut self,
         shared: &Shared<'_>,
@@ -313,35 +333,81 @@ impl Worker {
             if self.raw_bytes + GROUP_BYTES_MAX > self.raw.len() {
                 self.write_out(shared)?;
             }
+            let place = GroupPlace::of(&data.place);
             let at = (data.place.group_offset - start) as usize;
             let stored = self.stored.get(at..filled).unwrap_or(&[]);
             let raw = &mut self.raw[self.raw_bytes..];
             let header =
-                decode_group(stored, data.place.group_crc, raw).ok_or_else(|| store.damage(&data.place))?;
-            for item in group {
-                let in_group = item.data.map_or(0, |data| data.in_group as usize);
-                if in_group + item.len as usize > header.raw_bytes {
-                    return Err(store.damage(&data.place).into());
-                }
-                let raw_bytes = self.raw_bytes;
-                let bytes = &self.raw[raw_bytes + in_group..raw_bytes + in_group + item.len as usize];
-                split_zeroes(bytes, |range, is_zero| {
-                    let (offset, len) = (item.offset + range.start as u64, range.len());
-                    if is_zero {
-                        self.zeroes.push(offset..offset + len as u64);
-                    } else {
-                        self.targets
-                            .push((offset, raw_bytes + in_group + range.start, len));
-                    }
-                });
+                decode_group(stored, place.crc, raw).ok_or_else(|| store.damage(&place, BAD_CHECKSUM))?;
+            if header.is_plain() {
+                self.take_plain(group, header.raw_bytes)
+                    .ok_or_else(|| store.damage(&place, BAD_CHECKSUM))?;
+            } else {
+                let raw = self.raw[self.raw_bytes..self.raw_bytes + header.raw_bytes].to_vec();
+                let unpacked = Group::new(header, raw).ok_or_else(|| store.damage(&place, BAD_DIRECTORY))?;
+                self.take_told(shared, group, &(place, Arc::new(unpacked)))?;
             }
-            self.raw_bytes += header.raw_bytes;
         }
         self.write_out(shared)
     }
 
+    /// Takes stretches of the plain group that was unpacked behind the others; `None` if one lies outside of it.
+    fn take_plain(&mut self, items: &[Item], group_bytes: usize) -> Option<()> {
+        for item in items {
+            let in_group = item.data.map_or(0, |data| data.in_group as usize);
+            if in_group + item.len as usize > group_bytes {
+                return None;
+            }
+            self.take(item, self.raw_bytes + in_group);
+        }
+        self.raw_bytes += group_bytes;
+        Some(())
+    }
+
+    /// Takes stretches of a group that tells them by a directory. They are there when all is written out.
+    fn take_told(
+        &mut self,
+        shared: &Shared<'_>,
+        items: &[Item],
+        group: &PlacedGroup,
+    ) -> Result<(), CopyError> {
+        for item in items {
+            let len = item.len as usize;
+            if self.raw_bytes + len > self.raw.len() {
+                self.write_out(shared)?;
+            }
+            // No group holds more than fits; a store elsewhere may say otherwise.
+            let target = self.raw_bytes..self.raw_bytes + len;
+            if target.end > self.raw.len() {
+                return Err(shared.view.store.damage(&group.0, BAD_DIRECTORY).into());
+            }
+            let in_group = item.data.map_or(0, |data| data.in_group as usize);
+            self.reading.take(group, in_group, &mut self.raw, target)?;
+            self.told.push((*item, self.raw_bytes));
+            self.raw_bytes += len;
+        }
+        Ok(())
+    }
+
+    /// Takes a stretch that was unpacked to `from`.
+    fn take(&mut self, item: &Item, from: usize) {
+        let bytes = &self.raw[from..from + item.len as usize];
+        split_zeroes(bytes, |range, is_zero| {
+            let (offset, len) = (item.offset + range.start as u64, range.len());
+            if is_zero {
+                self.zeroes.push(offset..offset + len as u64);
+            } else {
+                self.targets.push((offset, from + range.start, len));
+            }
+        });
+    }
+
     /// Writes what was unpacked, neighbours in one go.
     fn write_out(&mut self, shared: &Shared<'_>) -> Result<(), CopyError> {
+        self.reading.finish(&mut self.raw)?;
+        for (item, from) in std::mem::take(&mut self.told) {
+            self.take(&item, from);
+        }
         self.targets.sort_unstable();
         let writing = shared.writing.as_ref().map(Mutex::lock);
         for run in self.targets.chunk_by(|one, next| one.0 + one.2 as u64 == next.0) {

@@ -1,9 +1,13 @@
 //! A volume at a [`Seq`], readable at any offset.
 
 mod blocks;
+mod cache;
+mod content;
 mod copy;
 mod plan;
 mod source;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::ops::Range;
@@ -12,12 +16,11 @@ use std::sync::Arc;
 use crate::error::ReadError;
 use crate::types::{BLOCK_BYTES, Seq, VolumeId};
 
-pub(crate) use blocks::{Blocks, SegmentBytes};
+pub(crate) use blocks::{Blocks, GROUPS_MAX, GroupName, GroupPlace, PlacedGroup, SegmentBytes};
+pub(crate) use cache::GroupCache;
+pub(crate) use content::{Wanted, read as read_content};
 pub(crate) use plan::{GroupRange, Item};
-pub(crate) use source::{GROUP_STORED_BYTES_MAX, GroupCache, ViewStore, group_through, read_full};
-
-/// Pieces of one read whose groups are asked for together. They must fit into whatever cache keeps them.
-const FETCHED_ITEMS_MAX: usize = 64;
+pub(crate) use source::{GROUP_STORED_BYTES_MAX, ViewStore, read_full};
 
 /// What a stretch of a view is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,29 +142,20 @@ impl View {
     /// Fills `buf` with the bytes at `offset`, all checked against their checksums.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
         let range = self.checked(offset, buf.len() as u64)?;
-        let mut items = Vec::new();
-        self.store
-            .plan(self.volume, self.seq, range, &mut |item| items.push(item))?;
-        for some in items.chunks(FETCHED_ITEMS_MAX) {
-            self.store.will_need(some)?;
-            for item in some {
-                let start = (item.offset - offset) as usize;
-                self.read_item(item, &mut buf[start..start + item.len as usize])?;
+        let mut wanted = Vec::new();
+        self.store.plan(self.volume, self.seq, range, &mut |item| {
+            let start = (item.offset - offset) as usize;
+            let target = start..start + item.len as usize;
+            match item.data {
+                None => buf[target].fill(0),
+                Some(data) => wanted.push(Wanted {
+                    place: GroupPlace::of(&data.place),
+                    from: data.in_group as usize,
+                    target,
+                }),
             }
-        }
-        Ok(())
-    }
-
-    fn read_item(&self, item: &Item, target: &mut [u8]) -> Result<(), ReadError> {
-        let Some(data) = item.data else {
-            target.fill(0);
-            return Ok(());
-        };
-        let group = self.store.group(&data.place)?;
-        let in_group = data.in_group as usize;
-        let bytes = group.get(in_group..in_group + target.len());
-        target.copy_from_slice(bytes.ok_or_else(|| self.store.damage(&data.place))?);
-        Ok(())
+        })?;
+        read_content(&*self.store, &wanted, buf)
     }
 
     fn checked(&self, offset: u64, len: u64) -> Result<Range<u64>, ReadError> {

@@ -1,6 +1,6 @@
 //! What views read from: the index, and the groups of the log.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
@@ -13,14 +13,14 @@ use parking_lot::{Mutex, RwLock};
 use rustix::fs::{Advice, fadvise};
 
 use super::plan::plan;
-use super::{Blocks, Item, SegmentBytes};
+use super::{Blocks, GroupCache, GroupName, GroupPlace, Item, PlacedGroup, SegmentBytes};
 use crate::error::ReadError;
-use crate::format::{Frame, FrameError, FrameHeader, GROUP_BYTES_MAX, GROUP_HEADER_BYTES, decode_group};
-use crate::index::{BlockVersion, Db, FrameEntry, Lookup, Overlay, Place};
+use crate::format::{Frame, FrameError, FrameHeader, GROUP_BYTES_MAX, GROUP_HEADER_BYTES};
+use crate::index::{BlockVersion, Db, FrameEntry, Lookup, Overlay};
 use crate::types::{SegmentId, Seq, VolumeId};
 
-/// Decoded groups that are kept for the next read: 4 MiB.
-const CACHED_GROUPS_MAX: usize = 64;
+/// Decoded groups that are kept for the next read: 16 MiB. Deltas go back to groups that their neighbours go back to.
+const CACHED_GROUPS_MAX: usize = 256;
 /// Segments that are kept open.
 const OPEN_SEGMENTS_MAX: usize = 128;
 /// A group with its header at most.
@@ -33,75 +33,7 @@ pub(crate) struct ViewStore {
     db: Option<Arc<Db>>,
     overlay: RwLock<Overlay>,
     segments: Mutex<HashMap<u64, Arc<File>>>,
-    groups: Mutex<GroupCache>,
-}
-
-type GroupKey = (u64, u32);
-
-/// The groups that were decoded last.
-#[derive(Debug)]
-pub(crate) struct GroupCache {
-    groups: HashMap<GroupKey, Arc<Vec<u8>>>,
-    order: VecDeque<GroupKey>,
-    groups_max: usize,
-}
-
-impl Default for GroupCache {
-    fn default() -> Self {
-        Self::of(CACHED_GROUPS_MAX)
-    }
-}
-
-impl GroupCache {
-    /// One that keeps so many.
-    pub(crate) fn of(groups_max: usize) -> Self {
-        Self {
-            groups: HashMap::new(),
-            order: VecDeque::new(),
-            groups_max,
-        }
-    }
-
-    pub(crate) fn has(&self, place: &Place) -> bool {
-        self.groups.contains_key(&(place.segment, place.group_offset))
-    }
-
-    pub(crate) fn get(&self, place: &Place) -> Option<Arc<Vec<u8>>> {
-        self.groups.get(&(place.segment, place.group_offset)).cloned()
-    }
-
-    fn put(&mut self, place: &Place, group: &Arc<Vec<u8>>) {
-        while self.order.len() >= self.groups_max {
-            if let Some(oldest) = self.order.pop_front() {
-                self.groups.remove(&oldest);
-            }
-        }
-        let key = (place.segment, place.group_offset);
-        if self.groups.insert(key, Arc::clone(group)).is_none() {
-            self.order.push_back(key);
-        }
-    }
-}
-
-/// The checked raw bytes of the group at `place`: from the cache, or through `read`, which fills a buffer with what lies
-/// there.
-pub(crate) fn group_through(
-    cache: &Mutex<GroupCache>,
-    place: &Place,
-    read: impl FnOnce(&mut [u8]) -> Result<usize, ReadError>,
-    damage: impl FnOnce() -> ReadError,
-) -> Result<Arc<Vec<u8>>, ReadError> {
-    if let Some(group) = cache.lock().get(place) {
-        return Ok(group);
-    }
-    let mut stored = vec![0; GROUP_STORED_BYTES_MAX];
-    let filled = read(&mut stored)?;
-    let mut raw = vec![0; GROUP_BYTES_MAX];
-    let header = decode_group(&stored[..filled], place.group_crc, &mut raw).ok_or_else(damage)?;
-    raw.truncate(header.raw_bytes);
-    let group = Arc::new(raw);
-    cache.lock().put(place, &group);
-    Ok(group)
+    groups: GroupCache,
 }
 
 impl ViewStore {
@@ -111,7 +43,7 @@ impl ViewStore {
             db,
             overlay: RwLock::new(Overlay::default()),
             segments: Mutex::default(),
-            groups: Mutex::default(),
+            groups: GroupCache::new(CACHED_GROUPS_MAX),
         }
     }
 
@@ -193,13 +125,43 @@ impl ViewStore {
         Ok((header, head))
     }
 
+    /// Where the group of that name lies; `None` if there is no such frame.
+    pub(crate) fn place_of(&self, name: &GroupName) -> Result<Option<GroupPlace>, ReadError> {
+        let known = self.groups.place_of(name);
+        let (None, GroupName::InFrame(first, offset)) = (known, name) else {
+            return Ok(known);
+        };
+        let entry = self.ask(|lookup| lookup.frame_at_or_after(first.get()))?;
+        let frame = entry
+            .filter(|entry| entry.first_seq == first.get())
+            .map(|entry| entry.groups());
+        Ok(frame.map(|frame| {
+            self.groups.put_frame(frame);
+            GroupPlace::behind(&frame, *offset)
+        }))
+    }
+
+    fn group(&self, name: &GroupName) -> Result<Option<PlacedGroup>, ReadError> {
+        let Some(place) = self.place_of(name)? else {
+            return Ok(None);
+        };
+        if let Some(group) = self.groups.get(&place) {
+            return Ok(Some(group));
+        }
+        let file = self.segment(place.segment)?;
+        let mut stored = vec![0; GROUP_STORED_BYTES_MAX];
+        let filled = self.read(&file, place.segment, place.offset, &mut stored)?;
+        let damage = |what: &str| self.damage(&place, what);
+        self.groups.take_in(place, &stored[..filled], damage).map(Some)
+    }
+
     /// First and last record of the frame that holds a group. A walk, for messages only.
-    fn frame_around(&self, place: &Place) -> Option<(Seq, Seq)> {
+    fn frame_around(&self, place: &GroupPlace) -> Option<(Seq, Seq)> {
         let mut around = None;
         let mut from = place.segment;
         self.ask(|lookup| {
             while let Ok(Some(entry)) = lookup.frame_at_or_after(from) {
-                if entry.segment != place.segment || entry.offset > u64::from(place.group_offset) {
+                if entry.segment != place.segment || entry.offset > place.offset {
                     break;
                 }
                 around = Some((Seq::new(entry.first_seq)?, Seq::new(entry.last_seq)?));
@@ -232,12 +194,8 @@ impl Blocks for ViewStore {
         Ok(self.ask(|lookup| lookup.blocks(&mut lookup.cursor(), volume, blocks, seq, out))?)
     }
 
-    fn group(&self, place: &Place) -> Result<Arc<Vec<u8>>, ReadError> {
-        let read = |buf: &mut [u8]| {
-            let file = self.segment(place.segment)?;
-            self.read(&file, place.segment, u64::from(place.group_offset), buf)
-        };
-        group_through(&self.groups, place, read, || self.damage(place))
+    fn groups(&self, names: &[GroupName]) -> Result<Vec<Option<PlacedGroup>>, ReadError> {
+        names.iter().map(|name| self.group(name)).collect()
     }
 
     fn segment_bytes(&self, segment: u64) -> Result<Arc<dyn SegmentBytes>, ReadError> {
@@ -248,11 +206,11 @@ impl Blocks for ViewStore {
         Ok(Arc::new(LocalSegment { file, path }))
     }
 
-    fn damage(&self, place: &Place) -> ReadError {
+    fn damage(&self, place: &GroupPlace, what: &str) -> ReadError {
         ReadError::Damaged {
             path: self.segment_path(place.segment),
-            offset: u64::from(place.group_offset),
-            what: "bad checksum of a data group".to_owned(),
+            offset: place.offset,
+            what: what.to_owned(),
             seqs: self.frame_around(place),
         }
     }

@@ -21,7 +21,7 @@
 //! |   32 | reader | `Ask`: JSON, see [`crate::remote`]                                               |
 //! |   33 | server | `Answer`: JSON                                                                   |
 //! |   34 | server | `Items`: stretches of a view, 40 bytes each, see [`crate::remote`]               |
-//! |   35 | server | `Bytes`: bytes of a segment as they lie in the log                               |
+//! |   35 | server | `Bytes`: of a segment as they lie in the log, or what [`crate::remote`] tells     |
 //! |   36 | server | `Head`: segment (8) and offset in it (8) of a frame, its header and record table |
 //! |   37 | server | `Progress`: bytes done since the last one (8)                                    |
 //!
@@ -72,8 +72,8 @@ pub const ITEMS_MAX: usize = 2048;
 /// Bytes of a segment in one message at most.
 pub const READ_BYTES_MAX: usize = 1 << 20;
 
-/// Where a frame lies, before its head.
-pub const HEAD_PLACE_BYTES: usize = 16;
+/// Where a frame or group lies, before its bytes.
+pub const PLACE_BYTES: usize = 16;
 
 const SHORT_BYTES_MAX: usize = 64;
 
@@ -123,7 +123,7 @@ impl Kind {
             Self::Answer => ANSWER_BYTES_MAX,
             Self::Items => ITEMS_MAX * ITEM_BYTES,
             Self::Bytes => READ_BYTES_MAX,
-            Self::Head => HEAD_PLACE_BYTES + FRAME_BYTES_MAX,
+            Self::Head => PLACE_BYTES + FRAME_BYTES_MAX,
         }
     }
 }

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
-use cdp_journal::format::{Body, FrameBuilder, Origin, PushError, RecordFlags, SealedFrame, VolumeKind};
+use cdp_journal::format::{
+    Body, DeltaCache, FrameBuilder, Origin, PushError, RecordFlags, SealedFrame, VolumeKind,
+};
 use cdp_journal::index::IndexWriter;
 use cdp_journal::log::LogWriter;
 use cdp_journal::store::{Recovered, StoreWriter, WriterOptions};
@@ -29,6 +31,8 @@ pub(crate) struct Writer {
     frame: Option<FrameBuilder>,
     pub(crate) boot_ns: u64,
     pub(crate) wall_offset_ns: i64,
+    /// What deltas are made against; a test may give it another.
+    pub(crate) cache: DeltaCache,
     /// Appended and not yet applied.
     unapplied: Vec<(SealedFrame, cdp_journal::log::FrameLocation)>,
 }
@@ -54,6 +58,7 @@ impl Writer {
             frame: None,
             boot_ns: 1_000,
             wall_offset_ns: 0,
+            cache: DeltaCache::new(1 << 20),
             unapplied: Vec::new(),
         }
     }
@@ -102,10 +107,23 @@ impl Writer {
         )
     }
 
+    /// A frame that is encoded and never appended.
+    pub(crate) fn void(&mut self, offset: u64, data: &[u8]) {
+        self.append();
+        let mut frame = FrameBuilder::new(self.log.next_seq());
+        let len = data.len() as u64;
+        let (origin, flags) = (Origin::default(), RecordFlags::default());
+        let body = Body::Write { offset, len };
+        frame
+            .push(BootNs(self.boot_ns), Some(volume()), origin, flags, body, &[data])
+            .unwrap();
+        frame.seal_with(&mut self.cache, BOOT, self.wall_offset_ns);
+    }
+
     /// Ends the frame and appends it.
     pub(crate) fn append(&mut self) {
         let Some(frame) = self.frame.take() else { return };
-        let Some(sealed) = frame.seal(BOOT, self.wall_offset_ns) else {
+        let Some(sealed) = frame.seal_with(&mut self.cache, BOOT, self.wall_offset_ns) else {
             return;
         };
         let location = self.log.append(&sealed).unwrap();

@@ -5,11 +5,12 @@
 use std::io;
 
 use cdp_journal::Seq;
-use cdp_journal::format::Body;
+use cdp_journal::format::{Body, EncodedBlocks};
 use cdp_journal::store::StoreReader;
 use cdp_journal::view::{CopyOptions, ExtentKind, Sink};
 use parking_lot::Mutex;
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
 use crate::kit::{MemorySink, Writer, bytes_of, volume};
 
@@ -39,6 +40,18 @@ enum Op {
     Resize {
         sectors: u64,
     },
+    /// Writes what is there with a few bytes changed, or none, some times over.
+    Rewrite {
+        at: u64,
+        sectors: u64,
+        times: u64,
+        same: bool,
+    },
+    /// A frame that is encoded and does not come into the log, because that is full.
+    Void {
+        at: u64,
+        sectors: u64,
+    },
     EndFrame,
     Apply,
     Flush,
@@ -65,6 +78,9 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (range(), any::<bool>()).prop_map(|((at, sectors), discard)| Op::Zero { at, sectors, discard }),
         4 => (range(), any::<bool>(), 0..8u64)
             .prop_map(|((at, sectors), zero, age)| Op::ReadBack { at, sectors, zero, age }),
+        6 => (range(), prop_oneof![4 => 1..3u64, 1 => 10..12u64], any::<bool>())
+            .prop_map(|((at, sectors), times, same)| Op::Rewrite { at, sectors, times, same }),
+        1 => range().prop_map(|(at, sectors)| Op::Void { at, sectors }),
         1 => (1..VOLUME_SECTORS_MAX).prop_map(|sectors| Op::Resize { sectors }),
         3 => Just(Op::EndFrame),
         2 => Just(Op::Apply),
@@ -116,7 +132,21 @@ fn clip(at: u64, sectors: u64, size: u64) -> Option<(u64, u64)> {
     (at < end).then(|| (at * SECTOR, (end - at) * SECTOR))
 }
 
-fn run(ops: &[Op]) -> Result<(), TestCaseError> {
+/// Few bytes of each block are others.
+fn changed(bytes: &[u8], number: u64) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    for block in bytes.chunks_mut(4096) {
+        let at = (number * 37) as usize % block.len();
+        let end = block.len().min(at + 1 + (number % 50) as usize);
+        block[at..end]
+            .iter_mut()
+            .for_each(|byte| *byte = byte.wrapping_add(number as u8 | 1));
+    }
+    bytes
+}
+
+/// Replays `ops` and checks; what was encoded how is added to `counts`.
+fn run(ops: &[Op], counts: &mut EncodedBlocks) -> Result<(), TestCaseError> {
     let dir = tempfile::tempdir().unwrap();
     let mut writer = Writer::open(dir.path());
     let first = writer.declare(VOLUME_SECTORS * SECTOR).get();
@@ -229,12 +259,41 @@ fn run(ops: &[Op]) -> Result<(), TestCaseError> {
                 size = bytes;
                 naive.sizes.push((last, size));
             }
+            Op::Rewrite {
+                at,
+                sectors,
+                times,
+                same,
+            } => {
+                let Some((offset, len)) = clip(at, sectors, size) else {
+                    continue;
+                };
+                let mut bytes = naive.image(last)[offset as usize..(offset + len) as usize].to_vec();
+                for time in 0..times {
+                    if !same {
+                        bytes = changed(&bytes, number + time);
+                    }
+                    last = writer.write(offset, &bytes).get();
+                    naive.changes.push(Change {
+                        effective: (last, 0),
+                        at: offset as usize,
+                        bytes: bytes.clone(),
+                    });
+                }
+            }
+            Op::Void { at, sectors } => {
+                if let Some((offset, len)) = clip(at, sectors, size) {
+                    let bytes = naive.image(last)[offset as usize..(offset + len) as usize].to_vec();
+                    writer.void(offset, &changed(&bytes, number));
+                }
+            }
             Op::EndFrame => writer.append(),
             Op::Apply => writer.apply(),
             Op::Flush => writer.flush(),
             Op::Refresh => early_reader.refresh().unwrap(),
             Op::Reopen => {
                 writer.sync();
+                add(counts, &writer);
                 let boot_ns = writer.boot_ns;
                 drop(writer);
                 writer = Writer::open(dir.path());
@@ -244,6 +303,7 @@ fn run(ops: &[Op]) -> Result<(), TestCaseError> {
         }
     }
     writer.sync();
+    add(counts, &writer);
     early_reader.refresh().unwrap();
     let fresh_reader = StoreReader::open(dir.path()).unwrap();
     for reader in [&early_reader, &fresh_reader] {
@@ -335,13 +395,41 @@ fn check(reader: &StoreReader, naive: &Naive, first: u64, last: u64) -> Result<(
     Ok(())
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+fn add(counts: &mut EncodedBlocks, writer: &Writer) {
+    let more = writer.cache.counts();
+    counts.whole += more.whole;
+    counts.zero += more.zero;
+    counts.patched += more.patched;
+    counts.repeated += more.repeated;
+    counts.at_depth_max += more.at_depth_max;
+}
 
-    #[test]
-    fn the_view_at_every_seq_equals_a_naive_replay(ops in prop::collection::vec(op(), 1..40)) {
-        run(&ops)?;
-    }
+#[test]
+fn the_view_at_every_seq_equals_a_naive_replay() {
+    let config = ProptestConfig {
+        cases: 96,
+        ..ProptestConfig::with_source_file(file!())
+    };
+    let counts = Mutex::new(EncodedBlocks::default());
+    let replayed = TestRunner::new(config).run(&prop::collection::vec(op(), 1..40), |ops| {
+        run(&ops, &mut counts.lock())
+    });
+    replayed.unwrap_or_else(|error| panic!("{error}"));
+    let counts = counts.into_inner();
+    println!("{counts:?}");
+    let EncodedBlocks {
+        whole,
+        zero,
+        patched,
+        repeated,
+        at_depth_max,
+    } = counts;
+    assert!(
+        [whole, zero, patched, repeated, at_depth_max]
+            .iter()
+            .all(|blocks| *blocks > 100),
+        "not every way to encode a block was tried: {counts:?}"
+    );
 }
 
 /// Goal: a sink hears of what will come in small pieces, and of nothing else. Method: 2 MiB of blocks in no order,

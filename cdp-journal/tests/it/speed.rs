@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-use cdp_journal::format::{Body, FrameBuilder, Origin, RecordFlags};
+use cdp_journal::format::{Body, DeltaCache, FrameBuilder, Origin, RecordFlags};
 use cdp_journal::store::{StoreReader, StoreWriter, WriterOptions};
 use cdp_journal::view::{CopyOptions, Sink};
 use cdp_journal::{BootNs, Seq};
@@ -119,6 +119,57 @@ fn the_write_path_and_a_full_copy_are_fast_enough() {
     let started = Instant::now();
     StoreWriter::open(dir.path(), &WriterOptions::default()).unwrap();
     println!("reopened in {:.3} s", started.elapsed().as_secs_f64());
+}
+
+/// Goal: looking for deltas costs little where there are none, and saves where there are. Method: the same blocks three
+/// times over: new, with a few bytes changed, with everything changed; without a cache and with one.
+#[test]
+fn deltas_are_made_fast_enough() {
+    const BLOCKS: u64 = 32_768;
+    let page_of = |block: u64, round: u64| {
+        let mut page = page(block + 1);
+        match round {
+            0 => {}
+            1 => page[2100..2140].fill(7),
+            _ => page[..2048].iter_mut().for_each(|byte| *byte = !*byte),
+        }
+        page
+    };
+    for cache_bytes in [0, 256 << 20] {
+        let mut cache = DeltaCache::new(cache_bytes);
+        let mut next = Seq::FIRST;
+        for round in 0..3 {
+            let (mut seconds, mut stored_bytes) = (0.0, 0);
+            for blocks in (0..BLOCKS).collect::<Vec<_>>().chunks(256) {
+                let mut frame = FrameBuilder::new(next);
+                for block in blocks {
+                    let offset = block.wrapping_mul(0x9E37_79B9_7F4A_7C15) % BLOCKS * 4096;
+                    let body = Body::Write { offset, len: 4096 };
+                    let (origin, flags) = (Origin::default(), RecordFlags::default());
+                    let data = page_of(offset / 4096, round);
+                    frame
+                        .push(BootNs(1), Some(volume()), origin, flags, body, &[&data])
+                        .unwrap();
+                }
+                next = frame.next_seq();
+                let started = Instant::now();
+                let sealed = frame.seal_with(&mut cache, BOOT, 0).unwrap();
+                seconds += started.elapsed().as_secs_f64();
+                stored_bytes += sealed.bytes().len() as u64;
+            }
+            let (mib, share) = (
+                BLOCKS as f64 / 256.0,
+                stored_bytes as f64 / (BLOCKS * 4096) as f64,
+            );
+            println!(
+                "cache of {} MiB, round {round}: {:.0} MiB/s, {share:.3} of the bytes",
+                cache_bytes >> 20,
+                mib / seconds
+            );
+            assert!(mib / seconds > 40.0);
+            assert!(cache_bytes == 0 || round != 1 || share < 0.03, "{share}");
+        }
+    }
 }
 
 fn copy(dir: &std::path::Path, seq: Seq, told: &str) {

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::{ServeOptions, Server};
-use crate::format::{Body, FrameBuilder, Origin, RecordFlags, VolumeKind};
+use crate::format::{Body, DeltaCache, FrameBuilder, Origin, RecordFlags, VolumeKind};
 use crate::index::IndexWriter;
 use crate::log::LogWriter;
 use crate::net::{DurableLog, Shipper, Throttle};
@@ -148,6 +148,7 @@ pub(super) struct Source {
     boot_ns: u64,
     /// What to add to its times for those of the wall.
     wall_offset_ns: i64,
+    cache: DeltaCache,
 }
 
 impl Source {
@@ -167,6 +168,7 @@ impl Source {
             durable,
             boot_ns: 0,
             wall_offset_ns: 0,
+            cache: DeltaCache::new(8 << 20),
         };
         if recovered.created {
             source.frame(&[(
@@ -193,7 +195,9 @@ impl Source {
                 .push(at, volume, origin, flags, body.clone(), &[data])
                 .unwrap();
         }
-        let frame = frame.seal(Uuid::from_u128(8), self.wall_offset_ns).unwrap();
+        let frame = frame
+            .seal_with(&mut self.cache, Uuid::from_u128(8), self.wall_offset_ns)
+            .unwrap();
         self.log.append(&frame).unwrap();
         self.durable.bytes.store(self.log.log_bytes(), Ordering::Relaxed);
         *self.durable.seq.lock() = self.log.sync().unwrap();
@@ -202,6 +206,11 @@ impl Source {
 
     /// Writes `count` frames that no other `salt` has.
     pub(super) fn write(&mut self, count: u64, salt: u64) {
+        self.write_edited(count, salt, 0);
+    }
+
+    /// Writes what [`Source::write`] did, in the same places, with `edit` bytes of each block changed: as deltas.
+    pub(super) fn write_edited(&mut self, count: u64, salt: u64, edit: u8) {
         for number in 0..count {
             let mut state = (salt << 32 | number).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
             let mut next = || {
@@ -210,8 +219,11 @@ impl Source {
                 state ^= state << 17;
                 state as u8
             };
-            let data: Vec<u8> = (0..16384).map(|_| next()).collect();
-            let offset = (salt * 31 + number) % 4000 * 4096;
+            let mut data: Vec<u8> = (0..16384).map(|_| next()).collect();
+            for block in data.chunks_mut(4096) {
+                block[1000..1000 + usize::from(edit)].fill(edit);
+            }
+            let offset = (salt * 31 + number * 4) % 4000 * 4096;
             let len = data.len() as u64;
             self.frame(&[(Body::Write { offset, len }, &data), (Body::Tick, &[])]);
         }

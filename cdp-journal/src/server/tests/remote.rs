@@ -30,6 +30,11 @@ fn assert_same_view(here: &View, there: &View, older: Option<Seq>) {
 fn a_store_at_a_server_reads_as_its_folder_does() {
     let mut kit = Kit::new();
     kit.source.write(300, 1);
+    for edit in [0, 1, 40] {
+        kit.source.write_edited(100, 1, edit);
+    }
+    let deltas = kit.source.cache.counts();
+    assert!(deltas.patched > 100 && deltas.repeated > 100, "{deltas:?}");
     drop(kit.shipped());
     let read = kit.dir.path().join("read");
     kit.enroll("web01", Right::Read, &read);
