@@ -22,7 +22,7 @@ use crate::clock;
 use crate::config::{Config, VolumeConfig};
 use crate::control::Status;
 use crate::device::{self, BlockDevice};
-use crate::pipeline::{Capture, Pipeline, Request, Shared};
+use crate::pipeline::{Capture, Encoding, Pipeline, Request, Shared};
 use crate::readback::{Devices, ReadBack};
 use crate::recorder::{NewVolume, Recorder, State};
 use crate::ship::Ships;
@@ -108,7 +108,12 @@ impl Agent {
         let (log, index) = store.split();
         let watched: Vec<WatchedDisk> = taken.iter().map(|volume| volume.disk).collect();
         let capture = Capture::new(probe, &watched, recovered.last_seq)?;
-        let pipeline = Pipeline::start(&shared, capture, boot_id, log, index, config.encode_queue_bytes)?;
+        let encoding = Encoding {
+            boot_id,
+            queue_bytes: config.encode_queue_bytes,
+            delta_cache_bytes: config.delta_cache_bytes,
+        };
+        let pipeline = Pipeline::start(&shared, capture, encoding, log, index)?;
         let found = taken.iter().map(|volume| (volume.id, volume.device.clone()));
         let devices_shared: Devices = Arc::new(Mutex::new(found.collect()));
         let readback = ReadBack {
@@ -347,6 +352,10 @@ impl Agent {
         ensure!(
             config.encode_queue_bytes == self.config.encode_queue_bytes,
             "encode_queue_bytes cannot change while the agent runs"
+        );
+        ensure!(
+            config.delta_cache_bytes == self.config.delta_cache_bytes,
+            "delta_cache_bytes cannot change while the agent runs"
         );
         let new: Vec<_> = config
             .volumes

@@ -166,6 +166,10 @@ pub(crate) struct RunArgs {
     /// Bytes of captured writes that may wait for the encoder; the ring holds what comes then [default: 64 MiB]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) encode_queue_bytes: Option<u64>,
+    /// Memory for the last content of written blocks, of which then only what differs is stored; 0 for none
+    /// [default: 256 MiB]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) delta_cache_bytes: Option<u64>,
     /// Stop appending when the store holds this much [default: no bound but the file system]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) store_bytes_max: Option<u64>,

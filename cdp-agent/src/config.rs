@@ -9,7 +9,7 @@ use cdp_journal::ship::{Schedule, WINDOWS_MAX, Window};
 
 use crate::cli::RunArgs;
 
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 12] = [
     "store",
     "volume",
     "server",
@@ -18,6 +18,7 @@ const KEYS: [&str; 11] = [
     "dirty_region_bytes",
     "commit_interval_ms",
     "encode_queue_bytes",
+    "delta_cache_bytes",
     "store_bytes_max",
     "rate",
     "rate_readback",
@@ -33,6 +34,8 @@ const COMMIT_INTERVAL_MS_MAX: u64 = 10_000;
 const ENCODE_QUEUE_BYTES_DEFAULT: u64 = 64 << 20;
 const ENCODE_QUEUE_BYTES_MIN: u64 = 4 << 20;
 const ENCODE_QUEUE_BYTES_MAX: u64 = 4 << 30;
+const DELTA_CACHE_BYTES_DEFAULT: u64 = 256 << 20;
+const DELTA_CACHE_BYTES_MAX: u64 = 64 << 30;
 const NAME_BYTES_MAX: usize = 64;
 const SERVERS_MAX: usize = 8;
 
@@ -59,6 +62,7 @@ pub(crate) struct Config {
     pub(crate) dirty_region_bytes: u64,
     pub(crate) commit_interval: Duration,
     pub(crate) encode_queue_bytes: u64,
+    pub(crate) delta_cache_bytes: u64,
     pub(crate) store_bytes_max: Option<u64>,
     /// How fast all servers together are shipped to.
     pub(crate) rate: Schedule,
@@ -134,6 +138,14 @@ impl Config {
             "encode_queue_bytes is {encode_queue_bytes}, must be from {ENCODE_QUEUE_BYTES_MIN} to \
              {ENCODE_QUEUE_BYTES_MAX}"
         );
+        let delta_cache_bytes = flags
+            .delta_cache_bytes
+            .or(file.delta_cache_bytes)
+            .unwrap_or(DELTA_CACHE_BYTES_DEFAULT);
+        ensure!(
+            delta_cache_bytes <= DELTA_CACHE_BYTES_MAX,
+            "delta_cache_bytes is {delta_cache_bytes}, must be from 0 (no deltas) to {DELTA_CACHE_BYTES_MAX}"
+        );
         let rate = schedule(
             "rate",
             if flags.rate.is_empty() {
@@ -157,6 +169,7 @@ impl Config {
             dirty_region_bytes: region_bytes,
             commit_interval: Duration::from_millis(commit_ms),
             encode_queue_bytes,
+            delta_cache_bytes,
             store_bytes_max: flags.store_bytes_max.or(file.store_bytes_max),
             rate,
             rate_readback,
@@ -248,6 +261,7 @@ fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
             "dirty_region_bytes" => args.dirty_region_bytes = Some(bytes(key, value)?),
             "commit_interval_ms" => args.commit_interval_ms = Some(bytes(key, value)?),
             "encode_queue_bytes" => args.encode_queue_bytes = Some(bytes(key, value)?),
+            "delta_cache_bytes" => args.delta_cache_bytes = Some(bytes(key, value)?),
             "rate" => args.rate = limits(key, value)?,
             "rate_readback" => args.rate_readback = limits(key, value)?,
             "store_bytes_max" => args.store_bytes_max = Some(bytes(key, value)?),
@@ -396,6 +410,13 @@ mod tests {
         flags.encode_queue_bytes = Some(1 << 20);
         let error = Config::load(&flags).unwrap_err().to_string();
         assert!(error.contains("encode_queue_bytes is 1048576"), "{error}");
+        flags.encode_queue_bytes = None;
+        flags.delta_cache_bytes = Some(u64::MAX);
+        let error = Config::load(&flags).unwrap_err().to_string();
+        assert!(
+            error.contains("delta_cache_bytes is 18446744073709551615"),
+            "{error}"
+        );
         for volume in ["pg", "=x", "a b=x", "pg=", "../x=y"] {
             assert!(parse_volume(volume).is_err(), "{volume}");
         }

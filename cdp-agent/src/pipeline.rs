@@ -1,7 +1,7 @@
 //! The threads between the ring and the disk.
 //!
 //! ```text
-//! ring → capture (order, time) → encode (LZ4, CRC) → log (write, fsync) → index
+//! ring → capture (order, time) → encode (deltas, LZ4, CRC) → log (write, fsync) → index
 //! ```
 //!
 //! Each arrow is a queue with a bound. When one is full the stage before it waits, down to the ring; when
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use cdp_ebpf::DiskFilter;
-use cdp_journal::format::{Body, SealedFrame};
+use cdp_journal::format::{Body, DeltaCache, SealedFrame};
 use cdp_journal::index::IndexWriter;
 use cdp_journal::log::{FrameLocation, LogWriter, Room};
 use cdp_journal::view::View;
@@ -238,6 +238,16 @@ struct Encoded {
     position: RingPosition,
 }
 
+/// How frames are encoded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Encoding {
+    pub(crate) boot_id: uuid::Uuid,
+    /// Captured writes that may wait for it.
+    pub(crate) queue_bytes: u64,
+    /// Memory for what deltas are made against.
+    pub(crate) delta_cache_bytes: u64,
+}
+
 /// Name of the stage that empties the ring.
 const CAPTURE: &str = "capture";
 
@@ -257,13 +267,12 @@ impl Pipeline {
     pub(crate) fn start(
         shared: &Arc<Shared>,
         capture: Capture,
-        boot_id: uuid::Uuid,
+        encoding: Encoding,
         log: LogWriter,
         index: IndexWriter,
-        encode_queue_bytes: u64,
     ) -> anyhow::Result<Self> {
         // What a burst may hold beside the ring.
-        let encode_queue_frames = (encode_queue_bytes as usize / FRAME_BYTES_SEAL).max(1);
+        let encode_queue_frames = (encoding.queue_bytes as usize / FRAME_BYTES_SEAL).max(1);
         let (to_encode, encode_queue) = bounded::<Sealed>(encode_queue_frames);
         let (to_log, log_queue) = bounded::<Encoded>(QUEUE_FRAMES);
         let (to_index, index_queue) = bounded::<IndexRequest>(INDEX_QUEUE_FRAMES);
@@ -310,9 +319,12 @@ impl Pipeline {
         spawn(
             "encode",
             Box::new(move |_| {
+                let mut cache = DeltaCache::new(encoding.delta_cache_bytes);
                 for sealed in encode_queue {
                     let Sealed { epoch, position, .. } = sealed;
-                    let frame = sealed.builder.seal(boot_id, sealed.wall_offset_ns);
+                    let frame = sealed
+                        .builder
+                        .seal_with(&mut cache, encoding.boot_id, sealed.wall_offset_ns);
                     let encoded = frame.map(|frame| Encoded {
                         frame,
                         epoch,
