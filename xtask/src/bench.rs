@@ -5,6 +5,7 @@
 //! sleeping and can make a database *faster*: the unprotected side therefore runs beside an agent of its
 //! own, which protects another device where nothing happens.
 
+mod bytes;
 mod latency;
 mod measure;
 mod report;
@@ -36,6 +37,9 @@ pub(crate) struct BenchArgs {
     /// Only the times of single writes while the engine resyncs or its store is full; writes no file
     #[arg(long)]
     latency: bool,
+    /// Only the bytes of log that a database's writes become; writes no file
+    #[arg(long, conflicts_with = "latency")]
+    bytes: bool,
     /// How often both sides take turns (5; with --quick 2)
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
@@ -104,15 +108,18 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     use_binaries_in(&workspace.target().join("release"));
     catch_interrupts();
     let scene = Scene::new(1)?;
-    let measured = measure_all(&scene, Effort::of(args), args.latency);
+    let measured = match args.bytes {
+        true => measure_bytes(&scene, Effort::of(args)),
+        false => measure_all(&scene, Effort::of(args), args.latency).and_then(|report| report.markdown()),
+    };
     if measured.is_err() {
         scene.show_logs();
     }
     let cleared = scene.clear();
-    let text = measured?.markdown()?;
+    let text = measured?;
     cleared?;
     println!("{text}");
-    if !args.quick && !args.latency {
+    if !args.quick && !args.latency && !args.bytes {
         let path = workspace.root.join(&args.to);
         let folder = path.parent().context("a folder for the table")?;
         std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
@@ -131,6 +138,9 @@ fn again(args: &BenchArgs) -> Vec<String> {
     if args.latency {
         again.push("--latency".to_owned());
     }
+    if args.bytes {
+        again.push("--bytes".to_owned());
+    }
     if let Some(rounds) = args.rounds {
         again.extend(["--rounds".to_owned(), rounds.to_string()]);
     }
@@ -145,6 +155,21 @@ fn measure_all(scene: &Scene, effort: Effort, is_latency_only: bool) -> Result<R
     }
     measure_latencies(&bench, effort, &mut report)?;
     Ok(report)
+}
+
+fn measure_bytes(scene: &Scene, effort: Effort) -> Result<String> {
+    let bench = Bench::set_up(scene, effort)?;
+    let mut runs = Vec::new();
+    for transactions in bytes::Transactions::ALL {
+        if let Some(figures) = bench.bytes(transactions, effort.sustained)? {
+            sh::say(figures.to_string());
+            runs.push(figures);
+        }
+    }
+    if runs.is_empty() {
+        bail!("the bytes of a database cannot be measured: PostgreSQL is missing");
+    }
+    Ok(bytes::table(&runs, effort.sustained))
 }
 
 fn measure_loads(bench: &mut Bench<'_>, effort: Effort, report: &mut Report) -> Result<()> {

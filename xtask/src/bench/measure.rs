@@ -144,9 +144,9 @@ pub(super) struct Bench<'a> {
     pub(super) scene: &'a Scene,
     pub(super) effort: Effort,
     // In the order in which they are let go.
-    server: Option<Server>,
+    pub(super) server: Option<Server>,
     _mount: Mount,
-    database: LoopDevice,
+    pub(super) database: LoopDevice,
     pub(super) raw: LoopDevice,
     pub(super) idle: LoopDevice,
 }
@@ -354,7 +354,7 @@ fn start_database(scene: &Scene, postgres: &Installation, dir: &Path) -> Result<
     Ok(server)
 }
 
-fn cost_so_far(agent: &Agent) -> Result<AgentCost> {
+pub(super) fn cost_so_far(agent: &Agent) -> Result<AgentCost> {
     let volume = agent.volume("bench")?;
     Ok(AgentCost {
         cpu: agent.cpu_time()?,
