@@ -3,7 +3,8 @@
 //!
 //! The layout is the kernel's (`kernel/bpf/ringbuf.c`): a page with the consumer's position, one with the
 //! producer's, then the data, mapped twice in a row so that a record never wraps. A record is a header of 8 bytes,
-//! whose first word is its length and two flags, and its bytes, at multiples of 8.
+//! whose first word is its length and two flags, and its bytes, at multiples of 8. Of the second time only as much is
+//! mapped here as one record can take: all that is mapped counts as memory of the process.
 #![expect(
     unsafe_code,
     reason = "borrows records that lie in memory shared with the kernel"
@@ -15,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::ensure;
 use aya::maps::MapData;
+use cdp_ebpf::event::{CHUNK_BYTES, WriteEvent};
 use rustix::mm::ProtFlags;
 
 use super::maps::Mapping;
@@ -24,6 +26,8 @@ const BUSY: u32 = 1 << 31;
 /// Set in a record's length when the kernel has thrown it away.
 const DISCARDED: u32 = 1 << 30;
 const HEADER_BYTES: u64 = 8;
+/// What the probe puts into the ring at once, at most.
+const RECORD_BYTES_MAX: usize = HEADER_BYTES as usize + size_of::<WriteEvent>() + CHUNK_BYTES as usize;
 
 /// A place in the ring, in bytes since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,7 +56,7 @@ impl RingPositions {
 pub(super) struct Ring {
     map: MapData,
     consumer: Mapping,
-    /// The producer's page, then the data twice.
+    /// The producer's page, then the data, then the first of it again.
     producer: Arc<Mapping>,
     page_bytes: usize,
     ring_bytes: u64,
@@ -65,7 +69,10 @@ impl Ring {
         let page_bytes = rustix::param::page_size();
         let fd = map.fd().as_fd();
         let consumer = Mapping::new(fd, 0, page_bytes, ProtFlags::READ | ProtFlags::WRITE)?;
-        let bytes = page_bytes + 2 * ring_bytes as usize;
+        let again_bytes = RECORD_BYTES_MAX
+            .next_multiple_of(page_bytes)
+            .min(ring_bytes as usize);
+        let bytes = page_bytes + ring_bytes as usize + again_bytes;
         let producer = Arc::new(Mapping::new(fd, page_bytes as u64, bytes, ProtFlags::READ)?);
         let read = Arc::new(AtomicU64::new(consumer.word(0).load(Ordering::SeqCst)));
         Ok(Self {
