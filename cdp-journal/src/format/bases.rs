@@ -42,6 +42,10 @@ struct Slot {
     was_used: bool,
 }
 
+// A map has a power of two of places for pairs, a byte beside each, and up to 7/8 of them are taken: at worst, with
+// one pair more, it has 16/7 places for each.
+const _: () = assert!(size_of::<Slot>() + (size_of::<(BlockName, u32)>() + 1) * 16 / 7 <= SLOT_EXTRA_BYTES);
+
 /// How blocks were encoded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EncodedBlocks {
