@@ -156,7 +156,7 @@ pub(crate) struct Recorder {
     is_in_event: bool,
     /// Every record with its data, for the simulator.
     #[cfg(test)]
-    tap: Vec<(Seq, Body, Vec<u8>)>,
+    tap: Vec<(Seq, BootNs, Body, Vec<u8>)>,
 }
 
 impl Recorder {
@@ -656,7 +656,7 @@ impl Recorder {
         }
         #[cfg(test)]
         self.tap
-            .push((self.builder.next_seq(), body.clone(), data.to_vec()));
+            .push((self.builder.next_seq(), at, body.clone(), data.to_vec()));
         let pushed = self
             .builder
             .push(at, volume, origin, flags, body.clone(), &[data])

@@ -4,19 +4,18 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use cdp_journal::BLOCK_BYTES;
 use cdp_journal::format::VolumeKind;
 
 use super::super::*;
+use super::job::{Job, Phase};
 use super::kernel::{Counters, Kernel, RingEvent};
 use super::model::{Content, Ended, Model};
+use super::notes::Notes;
 use super::{DISK, Profile, REGION_SECTORS, Rng, SECTORS, SLOT, START, volume_id};
 use crate::losses::Losses;
 
 /// As in `readback`, but for a device of a few blocks.
 const RUN_BYTES_MAX: u64 = 32 << 10;
-const READ_BYTES: u64 = 16 << 10;
-const UNIT_BYTES: u64 = 8 << 10;
 const FLIGHT_NS_MAX: u64 = 10_000_000_000;
 const RETRY_NS: u64 = 1_000_000_000;
 const IDLE_NS: u64 = 10_000_000;
@@ -37,38 +36,6 @@ enum Capture {
     Forward(BootNs, bool),
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Phase {
-    Drain,
-    Ended(usize),
-    Head,
-    Read(usize),
-    Polls(u64),
-    DrainAgain(u64),
-    Emit,
-}
-
-/// What the read-back thread is at.
-#[derive(Debug)]
-struct Job {
-    volume: VolumeId,
-    /// Of `take_run`; else suspects are compared.
-    run: Option<Run>,
-    epoch: Epoch,
-    /// Runs under one note of `s`, and those after them.
-    batch: Vec<Run>,
-    later: VecDeque<Vec<Run>>,
-    phase: Phase,
-    target: u64,
-    as_of: Option<Seq>,
-    began_ns: u64,
-    /// When the first of it was read.
-    read_ns: u64,
-    applied: u64,
-    read: Vec<Content>,
-    to_record: VecDeque<(Run, Option<Seq>, Vec<Content>)>,
-}
-
 #[derive(Debug)]
 enum ReadBack {
     Suspects,
@@ -87,6 +54,7 @@ enum StoreChange {
 #[derive(Debug)]
 struct Frame {
     next_seq: u64,
+    position: u64,
     has_data: bool,
     epoch: Epoch,
 }
@@ -96,6 +64,8 @@ struct Frame {
 struct Store {
     queue: VecDeque<Frame>,
     appended: u64,
+    /// Behind the last event of what is appended.
+    position: u64,
     durable: u64,
     applied: u64,
     epoch: Epoch,
@@ -120,9 +90,38 @@ pub(super) struct Agent {
     sealed_next: u64,
     /// How often it gave up writes that have not ended.
     given_up: u64,
+    pub(super) notes: Notes,
+    /// As `Agent::begin`, when what was waiting in the ring is recorded.
+    is_to_begin: bool,
+    ring_units: u64,
+    is_bio_based: bool,
 }
 
-fn sectors_of(bytes: &Range<u64>) -> Range<usize> {
+/// As the configuration has it.
+pub(super) fn volume() -> NewVolume {
+    NewVolume {
+        id: volume_id(),
+        name: "v".into(),
+        path: "/dev/v".into(),
+        disk: DISK,
+        start_sector: START,
+        bytes: SECTORS as u64 * SECTOR_BYTES,
+        region_bytes: REGION_SECTORS * SECTOR_BYTES,
+        blank: false,
+        gaps: 0,
+        last_exact: None,
+        inexact_since: None,
+        cause: None,
+        exact: None,
+    }
+}
+
+fn start() -> Body {
+    let (agent, boot_id) = (uuid::Uuid::nil(), uuid::Uuid::nil());
+    Body::Start { agent, boot_id }
+}
+
+pub(super) fn sectors_of(bytes: &Range<u64>) -> Range<usize> {
     (bytes.start / SECTOR_BYTES) as usize..(bytes.end / SECTOR_BYTES) as usize
 }
 
@@ -147,15 +146,7 @@ impl Agent {
         let now = BootNs(kernel.instant());
         let known = model.is_declared();
         let mut recorder = Recorder::new(Seq::new(durable), 0);
-        let ids = (uuid::Uuid::nil(), uuid::Uuid::nil());
-        recorder.note(
-            now,
-            None,
-            Body::Start {
-                agent: ids.0,
-                boot_id: ids.1,
-            },
-        );
+        recorder.note(now, None, start());
         let id = Some(volume_id());
         if known && model.is_exact() {
             recorder.note(
@@ -178,43 +169,88 @@ impl Agent {
         recorder.add_disk(DISK, SLOT, profile.bio_based);
         recorder.add_volume(
             NewVolume {
-                id: volume_id(),
-                name: "v".into(),
-                path: "/dev/v".into(),
-                disk: DISK,
-                start_sector: START,
-                bytes,
-                region_bytes: REGION_SECTORS * SECTOR_BYTES,
                 blank: !known,
-                gaps: 0,
                 last_exact: model.last_exact(durable),
-                inexact_since: None,
                 cause: known.then_some(GapCause::AgentDown),
-                exact: None,
+                ..volume()
             },
             now,
         );
-        let mut agent = Self {
+        let nothing = (Counters::default(), 0, Seq::new(durable));
+        let notes = Notes::of_new_probe(Seq::new(durable));
+        let mut agent = Self::over(recorder, notes, nothing, durable, kernel.consumed, now);
+        agent.ring_units = profile.ring_units;
+        agent.is_bio_based = profile.bio_based;
+        agent.is_to_begin = false;
+        agent.tapped(model, None);
+        agent
+    }
+
+    /// Goes on behind `last`, with what is known of the probe's counters, of skipped events, and when those were looked
+    /// for.
+    fn over(
+        recorder: Recorder,
+        notes: Notes,
+        (seen, misses, misses_seq): (Counters, u64, Option<Seq>),
+        last: u64,
+        position: u64,
+        now: BootNs,
+    ) -> Self {
+        Self {
             recorder,
             capture: Capture::Top,
             readback: ReadBack::Suspects,
             store: Store {
-                appended: durable,
-                durable,
-                applied: durable,
+                appended: last,
+                position,
+                durable: last,
+                applied: last,
                 ..Store::default()
             },
-            seen: Counters::default(),
-            misses: 0,
+            seen,
+            misses,
             misses_at_ns: now.0,
-            misses_seq: None,
+            misses_seq,
             idle_at: None,
             drained_ns: 0,
-            sealed_next: durable + 1,
+            sealed_next: last + 1,
             given_up: 0,
-        };
-        agent.tapped(model, None);
-        agent
+            notes,
+            is_to_begin: true,
+            ring_units: 0,
+            is_bio_based: false,
+        }
+    }
+
+    /// The agent after this one, which takes the probe over.
+    pub(super) fn next(
+        &self,
+        recorder: Recorder,
+        notes: Notes,
+        known: (Counters, u64, Option<Seq>),
+        last: u64,
+        position: u64,
+        now: BootNs,
+    ) -> Self {
+        Self {
+            ring_units: self.ring_units,
+            is_bio_based: self.is_bio_based,
+            ..Self::over(recorder, notes, known, last, position, now)
+        }
+    }
+
+    pub(super) fn is_bio_based(&self) -> bool {
+        self.is_bio_based
+    }
+
+    /// What a kill leaves.
+    pub(super) fn appended(&self) -> u64 {
+        self.store.appended
+    }
+
+    fn note(&mut self) {
+        self.notes
+            .keep(&self.recorder, &self.seen, self.misses, self.store.appended);
     }
 
     /// The probe watches.
@@ -225,6 +261,7 @@ impl Agent {
             kernel.all_unseen_known(now_ns);
         } else {
             kernel.is_watched = true;
+            self.notes.watch();
         }
     }
 
@@ -277,12 +314,12 @@ impl Agent {
 
     /// Hands new records to the model.
     fn tapped(&mut self, model: &mut Model, bio: Option<usize>) {
-        for (seq, body, data) in std::mem::take(&mut self.recorder.tap) {
+        for (seq, at, body, data) in std::mem::take(&mut self.recorder.tap) {
             let is_written = matches!(
                 body,
                 Body::Write { .. } | Body::Zero { .. } | Body::Discard { .. }
             );
-            model.record(seq.get(), body, &data, self.drained_ns);
+            model.record(seq.get(), at.0, body, &data, self.drained_ns);
             if let Some(bio) = bio.filter(|_| is_written) {
                 model.captured(bio, seq.get());
             }
@@ -307,6 +344,7 @@ impl Agent {
                     Some(StoreChange::Full { next, epoch }) => {
                         model.interrupted(now_ns, next.get());
                         kernel.forget_captured(|_| true);
+                        self.notes.forget_after(next.get() - 1);
                         self.recorder.store_full(next, epoch, now);
                         self.sealed_next = next.get();
                     }
@@ -328,10 +366,13 @@ impl Agent {
                     || found.lost_completions != self.seen.lost_completions;
                 if is_new {
                     found.first_drop_ns = std::mem::take(&mut kernel.counters.first_drop_ns);
+                    self.notes.take_marks();
                     Capture::Marks(now, found)
                 } else {
                     self.recorder.no_loss();
                     self.polled(kernel, model, now);
+                    self.note();
+                    kernel.release(self.store.position, self.ring_units);
                     Capture::Drain {
                         now,
                         target: kernel.produced,
@@ -359,6 +400,8 @@ impl Agent {
                 let last_ns = kernel.losses_ns.drain(..counted as usize).next_back();
                 kernel.dropped_known(last_ns, now.0);
                 self.polled(kernel, model, now);
+                self.note();
+                kernel.release(self.store.position, self.ring_units);
                 Capture::Drain {
                     now,
                     target: kernel.produced,
@@ -373,6 +416,9 @@ impl Agent {
                     kernel.given_up(self.given_up);
                     if empty {
                         self.recorder.tick(now);
+                    }
+                    if empty && std::mem::take(&mut self.is_to_begin) {
+                        self.recorder.note(now, None, start());
                     }
                     self.recorder
                         .seal_if_older(BootNs(now_ns), Duration::from_millis(5));
@@ -400,6 +446,7 @@ impl Agent {
                 known.get_or_insert(model.last_seq());
             }
             self.misses_seq = self.recorder.last_seq();
+            self.notes.looked(self.misses, self.misses_seq);
         }
         self.recorder.polled();
     }
@@ -416,10 +463,10 @@ impl Agent {
             if !self.recorder.has_room() {
                 break;
             }
-            let Some(next) = kernel.ring.pop_front() else {
+            let Some(next) = kernel.read() else {
                 return Capture::Forward(now, true);
             };
-            kernel.consumed += next.cost;
+            let behind = RingPosition(kernel.consumed);
             let before = self.perhaps_suspects(kernel);
             let mut touched = 0;
             match next.event {
@@ -432,20 +479,17 @@ impl Agent {
                         Vec::new()
                     };
                     let was_full = self.recorder.is_full();
-                    self.recorder
-                        .event(&Event::Write(event, &data), RingPosition::default());
+                    self.recorder.event(&Event::Write(event, &data), behind);
                     self.tapped(model, Some(number));
                     if was_full {
                         kernel.never_captured(number);
                     }
                 }
                 RingEvent::Complete(event) => {
-                    self.recorder
-                        .event(&Event::Complete(event), RingPosition::default());
+                    self.recorder.event(&Event::Complete(event), behind);
                 }
                 RingEvent::Changed(event) => {
-                    self.recorder
-                        .event(&Event::Changed(event), RingPosition::default());
+                    self.recorder.event(&Event::Changed(event), behind);
                 }
             }
             self.tapped(model, None);
@@ -473,8 +517,10 @@ impl Agent {
                 "frames follow one another"
             );
             self.sealed_next = next_seq;
+            self.notes.frame(next_seq - 1, sealed.position.0);
             self.store.queue.push_back(Frame {
                 next_seq,
+                position: sealed.position.0,
                 has_data: sealed.builder.raw_bytes() > 0,
                 epoch: sealed.epoch,
             });
@@ -505,6 +551,7 @@ impl Agent {
                     return;
                 }
                 store.appended = frame.next_seq - 1;
+                store.position = frame.position;
                 store.ends.push(store.appended);
             }
             1 => {
@@ -695,129 +742,4 @@ impl Agent {
         }
         None
     }
-}
-
-impl Job {
-    fn new(volume: VolumeId, epoch: Epoch, run: Option<Run>, mut later: VecDeque<Vec<Run>>) -> Self {
-        Self {
-            volume,
-            run,
-            epoch,
-            batch: later.pop_front().unwrap_or_default(),
-            later,
-            phase: Phase::Drain,
-            target: u64::MAX,
-            as_of: None,
-            began_ns: 0,
-            read_ns: u64::MAX,
-            applied: 0,
-            read: Vec::new(),
-            to_record: VecDeque::new(),
-        }
-    }
-
-    fn compare(suspicion: &Suspicion) -> Self {
-        let mut batches: VecDeque<Vec<Run>> = VecDeque::new();
-        let mut bytes = u64::MAX;
-        for piece in suspicion.ranges.iter().flat_map(pieces_of) {
-            let length = piece.end - piece.start;
-            let run = Run {
-                volume: suspicion.volume,
-                bytes: piece,
-                blank: false,
-                epoch: suspicion.epoch,
-            };
-            match batches.back_mut() {
-                Some(batch) if bytes + length <= READ_BYTES => batch.push(run),
-                _ => {
-                    batches.push_back(vec![run]);
-                    bytes = 0;
-                }
-            }
-            bytes += length;
-        }
-        Self::new(suspicion.volume, suspicion.epoch, None, batches)
-    }
-
-    fn read(run: Run) -> Self {
-        // All pieces are read under one note of `s`.
-        let pieces = pieces_of(&run.bytes)
-            .map(|bytes| Run { bytes, ..run.clone() })
-            .collect();
-        Self::new(run.volume, run.epoch, Some(run), VecDeque::from([pieces]))
-    }
-
-    fn record_changed(&mut self, piece: usize, read: Vec<Content>, model: &Model) {
-        let run = self.batch.remove(piece);
-        let step = if run.blank { UNIT_BYTES } else { BLOCK_BYTES } / SECTOR_BYTES;
-        let first = sectors_of(&run.bytes).start;
-        let mut runs: Vec<Range<usize>> = Vec::new();
-        for start in (0..read.len()).step_by(step as usize) {
-            let end = read.len().min(start + step as usize);
-            let differs = (start..end).any(|at| {
-                let known = if run.blank {
-                    0
-                } else {
-                    model.head(first + at, self.applied).0
-                };
-                read[at] != known
-            });
-            match runs.last_mut() {
-                _ if !differs => {}
-                Some(last) if last.end == start => last.end = end,
-                _ => runs.push(start..end),
-            }
-        }
-        for range in runs {
-            let offset = |at: usize| run.bytes.start + at as u64 * SECTOR_BYTES;
-            let bytes = offset(range.start)..offset(range.end);
-            self.to_record
-                .push_back((Run { bytes, ..run.clone() }, self.as_of, read[range].to_vec()));
-        }
-    }
-
-    fn correct_changed(&mut self, model: &Model) {
-        let read = std::mem::take(&mut self.read);
-        let mut read = &read[..];
-        for run in &self.batch {
-            for at in run.bytes.clone().step_by(BLOCK_BYTES as usize) {
-                let (block, rest) = read.split_at(8);
-                read = rest;
-                let bytes = at..at + BLOCK_BYTES;
-                let head: Vec<(Content, u64)> = sectors_of(&bytes)
-                    .map(|sector| model.head(sector, self.applied))
-                    .collect();
-                if head.iter().zip(block).all(|((known, _), now)| known == now) {
-                    continue;
-                }
-                let written_by = head.iter().map(|(_, seq)| *seq).max().and_then(Seq::new);
-                self.to_record
-                    .push_back((Run { bytes, ..run.clone() }, written_by, block.to_vec()));
-            }
-        }
-    }
-
-    fn go_on(&mut self) -> Option<Result<(), ()>> {
-        if self.run.is_some() {
-            if self.batch.is_empty() {
-                return Some(Ok(()));
-            }
-            self.phase = Phase::Read(0);
-            return None;
-        }
-        let Some(next) = self.later.pop_front() else {
-            return Some(Ok(()));
-        };
-        self.batch = next;
-        self.target = u64::MAX;
-        self.phase = Phase::Drain;
-        None
-    }
-}
-
-fn pieces_of(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
-    let end = range.end;
-    (range.start..end)
-        .step_by(READ_BYTES as usize)
-        .map(move |at| at..end.min(at + READ_BYTES))
 }

@@ -11,7 +11,7 @@ use super::{DISK, PLUG_NS, Profile, REGION_SECTORS, Rng, SECTORS, START};
 
 const DISK_SECTORS: u64 = START + SECTORS as u64 + 8;
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum RingEvent {
     /// With the content of every sector, and the number of the write.
     Write(WriteEvent, Content, usize),
@@ -19,11 +19,12 @@ pub(super) enum RingEvent {
     Changed(CompleteEvent),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct InRing {
     pub(super) event: RingEvent,
     pub(super) at_ns: u64,
-    pub(super) cost: u64,
+    /// The position behind it.
+    end: u64,
 }
 
 /// A write on its way.
@@ -83,8 +84,11 @@ pub(super) struct Kernel {
     next_content: Content,
     pub(super) is_watched: bool,
     pub(super) ring: VecDeque<InRing>,
+    /// What was read and not given back.
+    kept: VecDeque<InRing>,
     pub(super) produced: u64,
     pub(super) consumed: u64,
+    released: u64,
     pub(super) counters: Counters,
     /// Times of losses that the agent may not have read the counters for.
     pub(super) losses_ns: VecDeque<u64>,
@@ -111,8 +115,10 @@ impl Kernel {
             next_content: 10_000,
             is_watched: false,
             ring: VecDeque::new(),
+            kept: VecDeque::new(),
             produced: 0,
             consumed: 0,
+            released: 0,
             counters: Counters::default(),
             losses_ns: VecDeque::new(),
             misses_ns: VecDeque::new(),
@@ -156,7 +162,9 @@ impl Kernel {
     pub(super) fn unwatch(&mut self) {
         self.is_watched = false;
         self.ring.clear();
+        self.kept.clear();
         self.consumed = self.produced;
+        self.released = self.produced;
         self.counters = Counters::default();
         self.losses_ns.clear();
         self.misses_ns.clear();
@@ -229,11 +237,48 @@ impl Kernel {
     }
 
     fn put(&mut self, profile: &Profile, event: RingEvent, at_ns: u64, cost: u64) -> bool {
-        if self.produced - self.consumed + cost > profile.ring_units {
+        if self.produced - self.released + cost > profile.ring_units {
             return false;
         }
         self.produced += cost;
-        self.ring.push_back(InRing { event, at_ns, cost });
+        self.ring.push_back(InRing {
+            event,
+            at_ns,
+            end: self.produced,
+        });
+        true
+    }
+
+    /// The oldest event that was not read.
+    pub(super) fn read(&mut self) -> Option<InRing> {
+        let next = self.ring.pop_front()?;
+        self.consumed = next.end;
+        self.kept.push_back(next.clone());
+        Some(next)
+    }
+
+    /// As `Ring::release`.
+    pub(super) fn release(&mut self, kept: u64, ring_units: u64) {
+        let until = kept
+            .min(self.consumed)
+            .max(self.consumed.saturating_sub(ring_units / 2));
+        while let Some(first) = self.kept.pop_front_if(|first| first.end <= until) {
+            self.released = first.end;
+        }
+    }
+
+    /// As `Ring::skip_to`: false where it holds no such place any more.
+    pub(super) fn skip_to(&mut self, position: u64) -> bool {
+        if position < self.released {
+            return false;
+        }
+        while let Some(last) = self.kept.pop_back_if(|last| last.end > position) {
+            self.ring.push_front(last);
+        }
+        self.consumed = position;
+        for skipped in &mut self.skipped {
+            skipped.drained_at = None;
+        }
         true
     }
 

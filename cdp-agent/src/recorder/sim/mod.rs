@@ -1,7 +1,8 @@
 //! A seeded simulator around the recorder: writers, driver, ring, disk, store and crashes in every order, and after
 //! each step the log is compared with what the device really held (`model`).
 //!
-//! `kernel` is the host with the probe, `agent` the threads of `pipeline` and `readback` in small steps. What is not
+//! `kernel` is the host with the probe, `agent` the threads of `pipeline` and `readback` in small steps, `notes` what a
+//! killed agent leaves and how the next one takes the probe over. What is not
 //! simulated: several volumes, resizes, a write whose end is skipped by the kernel although it was dropped as
 //! well, and drivers of whole bios that do not tell where a bio was, or whose ends are skipped.
 //!
@@ -9,8 +10,10 @@
 //! are, `CDP_SIM_SECONDS` goes on with further seeds for that long, `CDP_SIM_FIRST` is the seed of the first run.
 
 mod agent;
+mod job;
 mod kernel;
 mod model;
+mod notes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -76,6 +79,8 @@ struct Profile {
     read_errors: bool,
     full_store: bool,
     crashes: bool,
+    /// Of the agent alone: the probe goes on, and the next agent takes it up.
+    kills: bool,
 }
 
 impl Profile {
@@ -90,6 +95,7 @@ impl Profile {
             read_errors: rng.one_in(4),
             full_store: rng.one_in(4),
             crashes: rng.one_in(3),
+            kills: rng.one_in(3),
         }
     }
 }
@@ -102,6 +108,7 @@ struct Sim {
     model: Model,
     agent: Option<Agent>,
     has_room: bool,
+    takeovers: u64,
 }
 
 impl Sim {
@@ -117,6 +124,7 @@ impl Sim {
             model,
             agent: None,
             has_room: true,
+            takeovers: 0,
         }
     }
 
@@ -140,6 +148,7 @@ impl Sim {
             model,
             agent,
             has_room,
+            takeovers,
         } = self;
         if profile.full_store && rng.one_in(150) {
             *has_room = !*has_room;
@@ -164,6 +173,11 @@ impl Sim {
             }
             kernel.unwatch();
             *agent = None;
+            return;
+        }
+        if profile.kills && rng.one_in(300) {
+            *agent = running.killed(kernel, model);
+            *takeovers += u64::from(agent.is_some());
             return;
         }
         if !running.is_attached() && rng.one_in(8) {
@@ -287,7 +301,7 @@ fn every_exact_moment_is_what_the_device_held() {
     let seconds = number("CDP_SIM_SECONDS").filter(|_| number("CDP_SIM_SEED").is_none());
     let time_min = Duration::from_secs(seconds.unwrap_or(0));
     let (began, mut runs) = (std::time::Instant::now(), 0);
-    let (mut checked, mut gaps, mut corrected) = (0, 0, 0);
+    let (mut checked, mut gaps, mut corrected, mut takeovers) = (0, 0, 0, 0);
     println!("seeds from {first} on, {steps} steps each");
     while runs < runs_min || began.elapsed() < time_min {
         let seed = first + runs;
@@ -298,6 +312,7 @@ fn every_exact_moment_is_what_the_device_held() {
             Ok(Ok(())) => {
                 checked += sim.model.checked_sectors;
                 gaps += sim.model.gaps;
+                takeovers += sim.takeovers;
                 corrected += sim
                     .agent
                     .map_or(0, |agent| agent.recorder.volumes[0].corrected_blocks);
@@ -315,7 +330,8 @@ fn every_exact_moment_is_what_the_device_held() {
         );
     }
     println!(
-        "seeds {first} to {}, {} steps: {checked} sectors compared, {gaps} gaps, {corrected} corrected blocks",
+        "seeds {first} to {}, {} steps: {checked} sectors compared, {gaps} gaps, {corrected} corrected blocks, \
+         {takeovers} takeovers",
         first + runs - 1,
         runs * steps
     );

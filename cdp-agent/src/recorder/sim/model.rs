@@ -16,6 +16,7 @@ pub(super) type Content = u64;
 
 #[derive(Clone, Debug)]
 struct Record {
+    at_ns: u64,
     body: Body,
     contents: Vec<Content>,
     /// Of a gap's close: since when the ring has been emptied.
@@ -148,13 +149,14 @@ impl Model {
     }
 
     /// A record was made.
-    pub(super) fn record(&mut self, seq: u64, body: Body, data: &[u8], drained_ns: u64) {
+    pub(super) fn record(&mut self, seq: u64, at_ns: u64, body: Body, data: &[u8], drained_ns: u64) {
         assert_eq!(seq, self.last_seq() + 1, "Seqs are dense");
         let contents = data
             .chunks(SECTOR_BYTES as usize)
             .map(|sector| sector.first_chunk().map_or(0, |&bytes| u64::from_le_bytes(bytes)))
             .collect();
         self.log.push(Record {
+            at_ns,
             body,
             contents,
             drained_ns,
@@ -245,8 +247,47 @@ impl Model {
         self.exempt(0..SECTORS, at_ns, Ended::Changed);
     }
 
+    /// The agent died, and what it had not appended to its log will be recorded again.
+    pub(super) fn killed(&mut self, next: u64) {
+        self.cut_back(next);
+    }
+
+    /// Captured writes of the log, from one record on.
+    pub(super) fn writes_from(&self, first: u64) -> impl Iterator<Item = (u64, std::ops::Range<u64>)> {
+        let from = (first as usize).saturating_sub(1).min(self.log.len());
+        self.log[from..]
+            .iter()
+            .zip(from as u64 + 1..)
+            .filter_map(|(record, seq)| match record.body {
+                Body::Write { offset, len } | Body::Zero { offset, len } | Body::Discard { offset, len } => {
+                    Some((seq, offset..offset + len))
+                }
+                _ => None,
+            })
+    }
+
+    /// The time of the latest record.
+    pub(super) fn latest_ns(&self) -> u64 {
+        self.log.iter().map(|record| record.at_ns).max().unwrap_or(0)
+    }
+
+    /// Since which record the log has been exact, up to its end.
+    pub(super) fn exact_since(&self) -> Option<u64> {
+        self.exact
+            .last()
+            .filter(|exact| exact.to_seq.is_none())
+            .map(|exact| exact.from_seq)
+    }
+
     /// What was recorded from `next` on is lost.
     fn cut(&mut self, next: u64) {
+        self.cut_back(next);
+        for queued in &mut self.queued {
+            queued.is_torn |= queued.last_seq >= next;
+        }
+    }
+
+    fn cut_back(&mut self, next: u64) {
         if next > self.last_seq() {
             return;
         }
@@ -261,7 +302,6 @@ impl Model {
         }
         for queued in &mut self.queued {
             queued.first_seq = queued.first_seq.filter(|&first| first < next);
-            queued.is_torn |= queued.last_seq >= next;
         }
         self.check_all = true;
     }

@@ -1,0 +1,133 @@
+//! What an agent leaves to the next one, and how that takes over: as `capture::notes`, `pipeline`, and `takeover`.
+
+use super::super::*;
+use super::agent::{Agent, volume};
+use super::kernel::{Counters, Kernel};
+use super::model::Model;
+use super::{DISK, SLOT, volume_id};
+
+/// As `Notes`.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Notes {
+    /// By their last record: the position in the ring behind their last event.
+    frames: Vec<(u64, u64)>,
+    unsettled: Option<u64>,
+    /// To be noted as unsettled once this record is appended.
+    next_unsettled: Option<(u64, u64)>,
+    settled: Counters,
+    is_settled: bool,
+    marks_taken: bool,
+    misses: u64,
+    /// Skipped events were looked for when this was the last record.
+    looked: Option<Seq>,
+}
+
+impl Notes {
+    pub(super) fn of_new_probe(last: Option<Seq>) -> Self {
+        Self {
+            looked: last,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn frame(&mut self, last: u64, position: u64) {
+        self.frames.push((last, position));
+    }
+
+    pub(super) fn forget_after(&mut self, last: u64) {
+        self.looked = self.looked.min(Seq::new(last));
+        self.frames.retain(|&(seq, _)| seq <= last);
+    }
+
+    pub(super) fn take_marks(&mut self) {
+        self.marks_taken = true;
+        self.is_settled = false;
+    }
+
+    /// The disk is watched from now on.
+    pub(super) fn watch(&mut self) {
+        self.take_marks();
+    }
+
+    pub(super) fn looked(&mut self, misses: u64, last: Option<Seq>) {
+        if misses == self.misses {
+            self.looked = last;
+        }
+    }
+
+    /// As `Capture::note`.
+    pub(super) fn keep(&mut self, recorder: &Recorder, seen: &Counters, misses: u64, appended: u64) {
+        match self.next_unsettled {
+            Some((_, last)) if appended < last => {}
+            Some((first, _)) => {
+                self.unsettled = Some(first);
+                self.next_unsettled = None;
+            }
+            None => {
+                let last = recorder.last_seq().map_or(0, Seq::get);
+                self.next_unsettled = Some((recorder.unsettled().get(), last));
+            }
+        }
+        let appended = Seq::new(appended);
+        if !self.is_settled && recorder.is_settled(Some(DISK), appended) {
+            self.settled = seen.clone();
+            self.marks_taken = false;
+            self.is_settled = true;
+        }
+        if self.misses != misses && recorder.is_settled(None, appended) {
+            self.misses = misses;
+        }
+    }
+}
+
+impl Agent {
+    /// It is killed, and the next one takes the probe over where it can. What was appended survives.
+    pub(super) fn killed(&self, kernel: &mut Kernel, model: &mut Model) -> Option<Self> {
+        let last = self.appended();
+        let found = self.notes.frames.iter().rev().find(|&&(seq, _)| seq == last);
+        model.killed(last + 1);
+        let exact = model.exact_since().filter(|_| !self.notes.marks_taken);
+        let position = found.map(|&(_, position)| position);
+        if let (true, Some(exact), Some(position)) = (kernel.is_watched, exact, position)
+            && kernel.skip_to(position)
+        {
+            return Some(self.take_over(kernel, model, last, exact, position));
+        }
+        let at_ns = kernel.instant();
+        model.crashed(at_ns, last + 1);
+        kernel.unwatch();
+        None
+    }
+
+    /// As `takeover::hand_to`.
+    fn take_over(&self, kernel: &mut Kernel, model: &Model, last: u64, exact: u64, position: u64) -> Self {
+        let now = BootNs(kernel.instant());
+        let mut recorder = Recorder::new(Seq::new(last), 0);
+        recorder.resume_after(BootNs(model.latest_ns()));
+        recorder.add_disk(DISK, SLOT, self.is_bio_based());
+        let exact = Seq::new(exact).map(|seq| (now, seq));
+        recorder.add_volume(
+            NewVolume {
+                last_exact: Seq::new(last),
+                exact,
+                ..volume()
+            },
+            now,
+        );
+        for (seq, bytes) in self
+            .notes
+            .unsettled
+            .into_iter()
+            .flat_map(|first| model.writes_from(first))
+        {
+            if let Some(seq) = Seq::new(seq) {
+                recorder.recorded_before(volume_id(), &bytes, seq);
+            }
+        }
+        let mut notes = self.notes.clone();
+        notes.forget_after(last);
+        notes.next_unsettled = None;
+        let known = (notes.settled.clone(), notes.misses, notes.looked);
+        self.next(recorder, notes, known, last, position, now)
+    }
+}
