@@ -277,6 +277,7 @@ impl Agent {
             && matches!(volume.state, State::Exact { .. })
             && volume.dirty.is_empty()
             && volume.suspects.held().next().is_none()
+            && volume.in_doubt.is_none()
             && matches!(self.readback, ReadBack::Sleep(_))
     }
 
