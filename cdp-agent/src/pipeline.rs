@@ -557,14 +557,19 @@ impl Capture {
         }
         if recorder.are_losses_asked_for() || self.misses_at.elapsed() >= MISSES_INTERVAL {
             self.misses_at = Instant::now();
-            let misses = self.probe.recursion_misses().unwrap_or(self.misses);
-            if misses > self.misses {
-                recorder.everything_unknown(self.misses_seq, now);
-            }
-            self.misses = misses;
-            self.misses_seq = recorder.last_seq();
-            if misses == self.probe.notes().misses() {
-                self.probe.notes().set_looked(self.misses_seq);
+            match self.probe.recursion_misses() {
+                Ok(misses) => {
+                    if misses > self.misses {
+                        recorder.everything_unknown(self.misses_seq, now);
+                    }
+                    self.misses = misses;
+                    self.misses_seq = recorder.last_seq();
+                    if misses == self.probe.notes().misses() {
+                        self.probe.notes().set_looked(self.misses_seq);
+                    }
+                }
+                // What was skipped since the last look counts from there when the next one succeeds.
+                Err(error) => tracing::error!("cannot look for skipped events: {error:#}; trying again"),
             }
         }
         recorder.polled();
