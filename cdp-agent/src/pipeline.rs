@@ -392,9 +392,13 @@ impl Capture {
         epoll::add(&alarm, probe.ring_fd(), epoll::EventData::new_u64(0), edges).context("watch the ring")?;
         // Of a probe that was just loaded, nothing counts yet.
         let misses = match resumed {
-            [] => probe.recursion_misses()?,
+            [] => {
+                probe.notes().set_looked(last);
+                probe.recursion_misses()?
+            }
             _ => probe.notes().misses(),
         };
+        let misses_seq = probe.notes().looked();
         let watched = resumed.iter().map(|disk| {
             let watched = Watched {
                 slot: disk.slot,
@@ -410,7 +414,7 @@ impl Capture {
             alarm,
             misses,
             misses_at: Instant::now(),
-            misses_seq: last,
+            misses_seq,
             noted_at: Instant::now(),
             unsettled: None,
         })
@@ -433,7 +437,7 @@ impl Capture {
                 recorder.set_wall_offset(clock::wall_offset_ns());
                 match shared.store.lock().take() {
                     Some(StoreChange::Full { next, epoch }) => {
-                        self.probe.notes().forget_frames_after(next.prev());
+                        self.probe.notes().forget_after(next.prev());
                         recorder.store_full(next, epoch, now);
                     }
                     Some(StoreChange::Room) => recorder.room_again(now),
@@ -565,12 +569,20 @@ impl Capture {
         }
         if recorder.are_losses_asked_for() || self.misses_at.elapsed() >= MISSES_INTERVAL {
             self.misses_at = Instant::now();
-            let misses = self.probe.recursion_misses().unwrap_or(self.misses);
-            if misses > self.misses {
-                recorder.everything_unknown(self.misses_seq, now);
+            match self.probe.recursion_misses() {
+                Ok(misses) => {
+                    if misses > self.misses {
+                        recorder.everything_unknown(self.misses_seq, now);
+                    }
+                    self.misses = misses;
+                    self.misses_seq = recorder.last_seq();
+                    if misses == self.probe.notes().misses() {
+                        self.probe.notes().set_looked(self.misses_seq);
+                    }
+                }
+                // What was skipped since the last look counts from there when the next one succeeds.
+                Err(error) => tracing::error!("cannot look for skipped events: {error:#}; trying again"),
             }
-            self.misses = misses;
-            self.misses_seq = recorder.last_seq();
         }
         recorder.polled();
     }

@@ -221,7 +221,7 @@ impl Probe {
         let position = last.and_then(|last| probe.notes.position_of(last));
         let position = position.context("its notes do not know the end of the log")?;
         probe.ring.skip_to(position)?;
-        probe.notes.forget_frames_after(last);
+        probe.notes.forget_after(last);
         Ok(Some(probe))
     }
 

@@ -13,6 +13,7 @@
 //! | 6            | no write before this Seq is in flight, or waits to be compared with its device    |
 //! | 7            | skipped events (`recursion_misses`) that no longer matter                         |
 //! | 8            | frames noted so far                                                               |
+//! | 9            | the last record when skipped events were looked for and none was new              |
 //! | 16 to 271    | 16 for each disk: its number + 1, the kernel's sequence number of it, log2 of its regions in sectors, whether marks of losses that matter were taken, lost completions and dropped writes by cause that no longer matter |
 //! | 512 to 1023  | 2 for each of the last 256 frames: its last Seq, the position in the ring behind its last event |
 //! | 1024 to 1536 | length of the store's path, and the path                                          |
@@ -34,7 +35,7 @@ use super::{DiskNumber, Slot};
 use crate::losses::Losses;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"CDPNOTES");
-const LAYOUT: u64 = 1;
+const LAYOUT: u64 = 2;
 
 const AGENT: usize = 2;
 const OBJECT: usize = 4;
@@ -42,6 +43,7 @@ const RING_BYTES: usize = 5;
 const UNSETTLED: usize = 6;
 const MISSES: usize = 7;
 const FRAMES_NOTED: usize = 8;
+const LOOKED: usize = 9;
 const SLOTS: usize = 16;
 const SLOT_WORDS: usize = 16;
 const MARKS_TAKEN: usize = 3;
@@ -225,8 +227,11 @@ impl<W: Words> Notes<W> {
         self.0.store(FRAMES_NOTED, noted + 1);
     }
 
-    /// Seqs after this record are given anew: frames noted with them say nothing.
-    pub(crate) fn forget_frames_after(&self, last: Option<Seq>) {
+    /// Seqs after this record are given anew: what was noted with them says nothing.
+    pub(crate) fn forget_after(&self, last: Option<Seq>) {
+        if self.looked() > last {
+            self.set_looked(last);
+        }
         for at in (0..FRAMES_KEPT).map(|i| FRAMES + 2 * i) {
             if Seq::new(self.0.load(at)) > last {
                 self.0.store(at, 0);
@@ -253,6 +258,15 @@ impl<W: Words> Notes<W> {
     /// Skipped events that are named in the log, and repaired.
     pub(crate) fn misses(&self) -> u64 {
         self.0.load(MISSES)
+    }
+
+    /// No event had been skipped, but for those of [`Notes::misses`], when this was the last record.
+    pub(crate) fn looked(&self) -> Option<Seq> {
+        Seq::new(self.0.load(LOOKED))
+    }
+
+    pub(crate) fn set_looked(&self, last: Option<Seq>) {
+        self.0.store(LOOKED, last.map_or(0, Seq::get));
     }
 
     pub(crate) fn set_misses(&self, misses: u64) {
@@ -340,7 +354,9 @@ mod tests {
         assert_eq!(notes.position_of(seq(oldest * 10 - 10)), None);
         assert_eq!(notes.position_of(seq(9_999)), None);
         // An agent was killed before it appended its last frame; the next one gives the same Seqs.
-        notes.forget_frames_after(Some(seq(9_990)));
+        notes.set_looked(Some(seq(9_991)));
+        notes.forget_after(Some(seq(9_990)));
+        assert_eq!(notes.looked(), Some(seq(9_990)));
         assert_eq!(notes.position_of(seq(10_000)), None);
         notes.frame(seq(10_000), RingPosition(77));
         assert_eq!(notes.position_of(seq(10_000)), Some(RingPosition(77)));

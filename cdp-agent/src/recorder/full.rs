@@ -89,10 +89,12 @@ impl Recorder {
             return;
         }
         self.full = false;
-        for volume in &mut self.volumes {
+        for i in 0..self.volumes.len() {
+            let volume = &mut self.volumes[i];
             volume.mark_all();
             volume.dirty_at_start = volume.dirty.len();
             volume.unseen.add(now);
+            self.reach_back(i, now);
         }
         tracing::info!("the store has room again: resyncing");
     }

@@ -543,13 +543,18 @@ impl Recorder {
 
     /// A run was read; or it failed, and must be read again.
     pub(crate) fn run_done(&mut self, run: &Run, failed: bool) {
-        if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == run.volume) {
-            volume.reading = None;
-            if failed || run.epoch != self.epoch {
-                volume.mark(run.bytes.clone());
-            } else {
-                volume.read_bytes += run.bytes.end - run.bytes.start;
+        let Some(i) = self.volumes.iter().position(|volume| volume.id == run.volume) else {
+            return;
+        };
+        let volume = &mut self.volumes[i];
+        volume.reading = None;
+        if failed || run.epoch != self.epoch {
+            volume.mark(run.bytes.clone());
+            if !self.full {
+                self.reach_back(i, self.latest);
             }
+        } else {
+            volume.read_bytes += run.bytes.end - run.bytes.start;
         }
     }
 
@@ -576,9 +581,10 @@ impl Recorder {
         if !self.waiting_to_close().iter().any(|&(waiting, _)| waiting == id) {
             return false;
         }
-        let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == id) else {
+        let Some(i) = self.volumes.iter().position(|volume| volume.id == id) else {
             return false;
         };
+        let volume = &mut self.volumes[i];
         if !volume.unseen.is_over(idle_at, now) {
             return false;
         }
@@ -586,6 +592,7 @@ impl Recorder {
             volume.mark_regions(regions);
         }
         if !volume.dirty.is_empty() {
+            self.reach_back(i, now);
             return false;
         }
         let name = volume.name.clone();

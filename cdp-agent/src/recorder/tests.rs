@@ -550,6 +550,25 @@ fn an_end_that_may_have_been_another_writes_is_read_once_more() {
     assert!(recorder.try_close(volume_id(), idle_at, BootNs(6 * SECOND)));
 }
 
+/// A suspect that is read once more, or again after a failure, is settled: nobody waits for it for ever.
+#[test]
+fn a_suspect_that_is_read_back_instead_is_not_waited_for() {
+    let mut recorder = recorder();
+    write(&mut recorder, 8, SECOND);
+    assert_eq!(read_everything(&mut recorder), BYTES);
+    changed(&mut recorder, 8, 4096, 2 * SECOND);
+    complete(&mut recorder, 8, 4096, false, 2 * SECOND);
+    let mark = recorder.suspicions();
+    assert!(!recorder.is_clear(&mark));
+    assert!(!recorder.try_close(volume_id(), None, BootNs(9 * SECOND)));
+    let run = recorder.take_run(BYTES).expect("its place is read once more");
+    changed(&mut recorder, 8, 4096, 10 * SECOND);
+    recorder.run_done(&run, true);
+    assert_eq!(read_everything(&mut recorder), REGION);
+    assert!(recorder.is_clear(&mark));
+    assert!(recorder.try_close(volume_id(), None, BootNs(19 * SECOND)));
+}
+
 /// Between two looks at its size a device may grow and be written to beyond its old end.
 #[test]
 fn a_volume_that_grew_is_not_exact_since_it_was_last_seen_smaller() {

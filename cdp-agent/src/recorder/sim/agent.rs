@@ -4,10 +4,10 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use cdp_journal::BLOCK_BYTES;
 use cdp_journal::format::VolumeKind;
 
 use super::super::*;
+use super::job::{Job, Phase};
 use super::kernel::{Counters, Kernel, RingEvent};
 use super::model::{Content, Ended, Model};
 use super::notes::Notes;
@@ -16,8 +16,6 @@ use crate::losses::Losses;
 
 /// As in `readback`, but for a device of a few blocks.
 const RUN_BYTES_MAX: u64 = 32 << 10;
-const READ_BYTES: u64 = 16 << 10;
-const UNIT_BYTES: u64 = 8 << 10;
 const FLIGHT_NS_MAX: u64 = 10_000_000_000;
 const RETRY_NS: u64 = 1_000_000_000;
 const IDLE_NS: u64 = 10_000_000;
@@ -36,38 +34,6 @@ enum Capture {
         target: u64,
     },
     Forward(BootNs, bool),
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Phase {
-    Drain,
-    Ended(usize),
-    Head,
-    Read(usize),
-    Polls(u64),
-    DrainAgain(u64),
-    Emit,
-}
-
-/// What the read-back thread is at.
-#[derive(Debug)]
-struct Job {
-    volume: VolumeId,
-    /// Of `take_run`; else suspects are compared.
-    run: Option<Run>,
-    epoch: Epoch,
-    /// Runs under one note of `s`, and those after them.
-    batch: Vec<Run>,
-    later: VecDeque<Vec<Run>>,
-    phase: Phase,
-    target: u64,
-    as_of: Option<Seq>,
-    began_ns: u64,
-    /// When the first of it was read.
-    read_ns: u64,
-    applied: u64,
-    read: Vec<Content>,
-    to_record: VecDeque<(Run, Option<Seq>, Vec<Content>)>,
 }
 
 #[derive(Debug)]
@@ -155,7 +121,7 @@ fn start() -> Body {
     Body::Start { agent, boot_id }
 }
 
-fn sectors_of(bytes: &Range<u64>) -> Range<usize> {
+pub(super) fn sectors_of(bytes: &Range<u64>) -> Range<usize> {
     (bytes.start / SECTOR_BYTES) as usize..(bytes.end / SECTOR_BYTES) as usize
 }
 
@@ -210,8 +176,9 @@ impl Agent {
             },
             now,
         );
-        let nothing = (Counters::default(), 0, None);
-        let mut agent = Self::over(recorder, Notes::default(), nothing, durable, kernel.consumed, now);
+        let nothing = (Counters::default(), 0, Seq::new(durable));
+        let notes = Notes::of_new_probe(Seq::new(durable));
+        let mut agent = Self::over(recorder, notes, nothing, durable, kernel.consumed, now);
         agent.ring_units = profile.ring_units;
         agent.is_bio_based = profile.bio_based;
         agent.is_to_begin = false;
@@ -310,6 +277,7 @@ impl Agent {
             && matches!(volume.state, State::Exact { .. })
             && volume.dirty.is_empty()
             && volume.suspects.held().next().is_none()
+            && volume.in_doubt.is_none()
             && matches!(self.readback, ReadBack::Sleep(_))
     }
 
@@ -377,7 +345,7 @@ impl Agent {
                     Some(StoreChange::Full { next, epoch }) => {
                         model.interrupted(now_ns, next.get());
                         kernel.forget_captured(|_| true);
-                        self.notes.forget_frames_after(next.get() - 1);
+                        self.notes.forget_after(next.get() - 1);
                         self.recorder.store_full(next, epoch, now);
                         self.sealed_next = next.get();
                     }
@@ -775,129 +743,4 @@ impl Agent {
         }
         None
     }
-}
-
-impl Job {
-    fn new(volume: VolumeId, epoch: Epoch, run: Option<Run>, mut later: VecDeque<Vec<Run>>) -> Self {
-        Self {
-            volume,
-            run,
-            epoch,
-            batch: later.pop_front().unwrap_or_default(),
-            later,
-            phase: Phase::Drain,
-            target: u64::MAX,
-            as_of: None,
-            began_ns: 0,
-            read_ns: u64::MAX,
-            applied: 0,
-            read: Vec::new(),
-            to_record: VecDeque::new(),
-        }
-    }
-
-    fn compare(suspicion: &Suspicion) -> Self {
-        let mut batches: VecDeque<Vec<Run>> = VecDeque::new();
-        let mut bytes = u64::MAX;
-        for piece in suspicion.ranges.iter().flat_map(pieces_of) {
-            let length = piece.end - piece.start;
-            let run = Run {
-                volume: suspicion.volume,
-                bytes: piece,
-                blank: false,
-                epoch: suspicion.epoch,
-            };
-            match batches.back_mut() {
-                Some(batch) if bytes + length <= READ_BYTES => batch.push(run),
-                _ => {
-                    batches.push_back(vec![run]);
-                    bytes = 0;
-                }
-            }
-            bytes += length;
-        }
-        Self::new(suspicion.volume, suspicion.epoch, None, batches)
-    }
-
-    fn read(run: Run) -> Self {
-        // All pieces are read under one note of `s`.
-        let pieces = pieces_of(&run.bytes)
-            .map(|bytes| Run { bytes, ..run.clone() })
-            .collect();
-        Self::new(run.volume, run.epoch, Some(run), VecDeque::from([pieces]))
-    }
-
-    fn record_changed(&mut self, piece: usize, read: Vec<Content>, model: &Model) {
-        let run = self.batch.remove(piece);
-        let step = if run.blank { UNIT_BYTES } else { BLOCK_BYTES } / SECTOR_BYTES;
-        let first = sectors_of(&run.bytes).start;
-        let mut runs: Vec<Range<usize>> = Vec::new();
-        for start in (0..read.len()).step_by(step as usize) {
-            let end = read.len().min(start + step as usize);
-            let differs = (start..end).any(|at| {
-                let known = if run.blank {
-                    0
-                } else {
-                    model.head(first + at, self.applied).0
-                };
-                read[at] != known
-            });
-            match runs.last_mut() {
-                _ if !differs => {}
-                Some(last) if last.end == start => last.end = end,
-                _ => runs.push(start..end),
-            }
-        }
-        for range in runs {
-            let offset = |at: usize| run.bytes.start + at as u64 * SECTOR_BYTES;
-            let bytes = offset(range.start)..offset(range.end);
-            self.to_record
-                .push_back((Run { bytes, ..run.clone() }, self.as_of, read[range].to_vec()));
-        }
-    }
-
-    fn correct_changed(&mut self, model: &Model) {
-        let read = std::mem::take(&mut self.read);
-        let mut read = &read[..];
-        for run in &self.batch {
-            for at in run.bytes.clone().step_by(BLOCK_BYTES as usize) {
-                let (block, rest) = read.split_at(8);
-                read = rest;
-                let bytes = at..at + BLOCK_BYTES;
-                let head: Vec<(Content, u64)> = sectors_of(&bytes)
-                    .map(|sector| model.head(sector, self.applied))
-                    .collect();
-                if head.iter().zip(block).all(|((known, _), now)| known == now) {
-                    continue;
-                }
-                let written_by = head.iter().map(|(_, seq)| *seq).max().and_then(Seq::new);
-                self.to_record
-                    .push_back((Run { bytes, ..run.clone() }, written_by, block.to_vec()));
-            }
-        }
-    }
-
-    fn go_on(&mut self) -> Option<Result<(), ()>> {
-        if self.run.is_some() {
-            if self.batch.is_empty() {
-                return Some(Ok(()));
-            }
-            self.phase = Phase::Read(0);
-            return None;
-        }
-        let Some(next) = self.later.pop_front() else {
-            return Some(Ok(()));
-        };
-        self.batch = next;
-        self.target = u64::MAX;
-        self.phase = Phase::Drain;
-        None
-    }
-}
-
-fn pieces_of(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
-    let end = range.end;
-    (range.start..end)
-        .step_by(READ_BYTES as usize)
-        .map(move |at| at..end.min(at + READ_BYTES))
 }

@@ -329,7 +329,7 @@ impl Kernel {
         self.next_content += 1;
         let is_blank = op != Op::Write || rng.one_in(16);
         let content = if is_blank { 0 } else { self.next_content };
-        let number = model.queued(at_ns);
+        let number = model.queued(at_ns, range.clone());
         let address = (1..).find(|&free| self.bios.iter().all(|bio| bio.address != free));
         let slow = profile.slow && rng.one_in(40);
         let mut bio = Bio {
@@ -556,7 +556,7 @@ impl Kernel {
                 self.counters.lost_completions += 1;
                 self.losses_ns.push_back(at_ns);
                 self.drop_write(&piece, at_ns);
-                model.queued(at_ns);
+                model.lost(at_ns);
                 return;
             }
         }
@@ -564,7 +564,7 @@ impl Kernel {
             self.mark(&piece);
             self.counters.lost_completions += 1;
             self.losses_ns.push_back(at_ns);
-            model.queued(at_ns);
+            model.lost(at_ns);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! A seeded simulator around the recorder: writers, driver, ring, disk, store and crashes in every order, and after
 //! each step the log is compared with what the device really held (`model`).
 //!
-//! `kernel` is the host with the probe, `agent` the threads of `pipeline` and `readback` in small steps. What is not
+//! `kernel` is the host with the probe, `agent` the threads of `pipeline` and `readback` in small steps, `notes` what a
+//! killed agent leaves and how the next one takes the probe over. What is not
 //! simulated: several volumes, resizes, a write whose end is skipped by the kernel although it was dropped as
 //! well, and drivers of whole bios that do not tell where a bio was, or whose ends are skipped.
 //!
@@ -9,6 +10,7 @@
 //! are, `CDP_SIM_SECONDS` goes on with further seeds for that long, `CDP_SIM_FIRST` is the seed of the first run.
 
 mod agent;
+mod job;
 mod kernel;
 mod model;
 mod notes;

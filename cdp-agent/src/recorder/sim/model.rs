@@ -53,6 +53,8 @@ struct Queued {
     at_ns: u64,
     first_seq: Option<u64>,
     last_seq: u64,
+    /// Where its last chunk ends in the volume.
+    end_sector: usize,
     is_torn: bool,
 }
 
@@ -242,7 +244,7 @@ impl Model {
     /// Its store filled up, or it died, and the log ends before `next`. What changed in flight is not corrected any
     /// more.
     pub(super) fn interrupted(&mut self, at_ns: u64, next: u64) {
-        self.queued(at_ns);
+        self.lost(at_ns);
         self.cut(next);
         self.exempt(0..SECTORS, at_ns, Ended::Changed);
     }
@@ -283,7 +285,12 @@ impl Model {
     fn cut(&mut self, next: u64) {
         self.cut_back(next);
         for queued in &mut self.queued {
-            queued.is_torn |= queued.last_seq >= next;
+            // What came of it is in the log; its later chunks had not come yet, and will not.
+            let recorded = (queued.last_seq as usize)
+                .checked_sub(1)
+                .and_then(|i| sectors_of(&self.log.get(i)?.body));
+            let is_begun = queued.first_seq.is_some();
+            queued.is_torn |= is_begun && recorded.is_none_or(|(sectors, _)| sectors.end < queued.end_sector);
         }
     }
 
@@ -306,12 +313,18 @@ impl Model {
         self.check_all = true;
     }
 
-    /// A write was queued, or something was lost. Returns its number.
-    pub(super) fn queued(&mut self, at_ns: u64) -> usize {
+    /// Something was lost: it may change the volume.
+    pub(super) fn lost(&mut self, at_ns: u64) {
+        self.queued(at_ns, 0..0);
+    }
+
+    /// A write to this range of the disk was queued. Returns its number.
+    pub(super) fn queued(&mut self, at_ns: u64, range: std::ops::Range<u64>) -> usize {
         self.queued.push(Queued {
             at_ns,
             first_seq: None,
             last_seq: 0,
+            end_sector: range.filter_map(of_volume).last().map_or(0, |last| last + 1),
             is_torn: false,
         });
         self.queued.len() - 1

@@ -23,11 +23,19 @@ pub(super) struct Notes {
 }
 
 impl Notes {
+    pub(super) fn of_new_probe(last: Option<Seq>) -> Self {
+        Self {
+            looked: last,
+            ..Self::default()
+        }
+    }
+
     pub(super) fn frame(&mut self, last: u64, position: u64) {
         self.frames.push((last, position));
     }
 
-    pub(super) fn forget_frames_after(&mut self, last: u64) {
+    pub(super) fn forget_after(&mut self, last: u64) {
+        self.looked = self.looked.min(Seq::new(last));
         self.frames.retain(|&(seq, _)| seq <= last);
     }
 
@@ -117,10 +125,9 @@ impl Agent {
             }
         }
         let mut notes = self.notes.clone();
-        notes.forget_frames_after(last);
+        notes.forget_after(last);
         notes.next_unsettled = None;
-        let looked = notes.looked.min(Seq::new(last));
-        let (seen, misses) = (notes.settled.clone(), notes.misses);
-        self.next(recorder, notes, (seen, misses, looked), last, position, now)
+        let known = (notes.settled.clone(), notes.misses, notes.looked);
+        self.next(recorder, notes, known, last, position, now)
     }
 }
