@@ -324,7 +324,7 @@ impl Model {
             at_ns,
             first_seq: None,
             last_seq: 0,
-            end_sector: range.filter_map(of_volume).last().map_or(0, |last| last + 1),
+            end_sector: range.rev().find_map(of_volume).map_or(0, |last| last + 1),
             is_torn: false,
         });
         self.queued.len() - 1
