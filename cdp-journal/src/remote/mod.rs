@@ -12,7 +12,7 @@
 //! | `plan`     | `Items`, each stretch: offset (8), bytes (8), segment or 0 for zeroes (8), group offset (4), group CRC (4), first byte in the group (4), zero (4) |
 //! | `versions` | `Bytes`, of each block: Seq or 0 (8), length (2) and bytes of its version as the index stores it |
 //! | `read`     | `Bytes` of the segment                                                                       |
-//! | `groups`   | `Bytes` of each group, as asked for, [`GROUPS_MAX`] at most: segment (8), offset in it (8), header and stored bytes; nothing where there is no such frame |
+//! | `groups`   | `Bytes` of each group, as asked for, `GROUPS_MAX` at most: segment (8), offset in it (8), header and stored bytes; nothing where there is no such frame |
 //! | `heads`    | `Head` of each frame, [`HEADS_MAX`] at most                                                  |
 //! | `verify`   | `Progress`                                                                                   |
 
