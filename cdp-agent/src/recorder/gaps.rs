@@ -80,10 +80,6 @@ impl Recorder {
         else {
             return;
         };
-        if losses.lost_completions > 0 {
-            // Which writes have ended is not known any more.
-            self.give_up(number, self.last_seq);
-        }
         let floor = self.recent.front().map_or(now, |&(at, _)| at);
         for i in 0..self.volumes.len() {
             let volume = &mut self.volumes[i];
