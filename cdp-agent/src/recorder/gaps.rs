@@ -22,7 +22,11 @@ impl Recorder {
             let Some(bytes) = volume.clip(range) else { continue };
             volume.mark(bytes);
             volume.unseen.add(at);
-            if let (State::Exact { seq, .. }, None) = (volume.state, volume.pending) {
+            // What was lost may be what ended, but not before it was lost.
+            let is_explained = volume.pending.is_some_and(|pending| at >= pending.at);
+            if let State::Exact { seq, .. } = volume.state
+                && !is_explained
+            {
                 // It had been on its way while we called the volume exact: that was never true.
                 let cause = volume.last_cause;
                 self.open_gap(i, cause, seq.prev(), at);
@@ -124,6 +128,8 @@ impl Recorder {
             volume.mark_all();
             volume.unseen.add(now);
             volume.losses.skipped += 1;
+            // A gap that is open may have begun after the first of them.
+            volume.doubt_since(Some(Seq::after(since)));
             self.open_gap(i, GapCause::RingOverflow, since, now);
         }
     }
