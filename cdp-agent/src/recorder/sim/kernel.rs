@@ -158,6 +158,18 @@ impl Kernel {
             .unwrap_or(self.now_ns + 1)
     }
 
+    /// The agent died and nobody can take the probe over: the log ends before `next`.
+    pub(super) fn goes_down(&mut self, model: &mut Model, next: u64) {
+        let at_ns = self.instant();
+        model.crashed(at_ns, next);
+        for (since_ns, range, known) in self.missed.drain(..) {
+            if known.is_none_or(|seq| seq >= next) {
+                model.crashed_after_a_miss(since_ns, range, at_ns);
+            }
+        }
+        self.unwatch();
+    }
+
     /// The probe is gone, and what it had with it.
     pub(super) fn unwatch(&mut self) {
         self.is_watched = false;

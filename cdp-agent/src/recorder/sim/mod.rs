@@ -164,14 +164,7 @@ impl Sim {
         };
         if profile.crashes && rng.one_in(400) {
             let next = running.survives(rng) + 1;
-            let at_ns = kernel.instant();
-            model.crashed(at_ns, next);
-            for (since_ns, range, known) in kernel.missed.drain(..) {
-                if known.is_none_or(|seq| seq >= next) {
-                    model.crashed_after_a_miss(since_ns, range, at_ns);
-                }
-            }
-            kernel.unwatch();
+            kernel.goes_down(model, next);
             *agent = None;
             return;
         }

@@ -93,9 +93,7 @@ impl Agent {
         {
             return Some(self.take_over(kernel, model, last, exact, position));
         }
-        let at_ns = kernel.instant();
-        model.crashed(at_ns, last + 1);
-        kernel.unwatch();
+        kernel.goes_down(model, last + 1);
         None
     }
 
