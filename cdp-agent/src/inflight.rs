@@ -176,7 +176,8 @@ impl InFlight {
 
     fn add_chunk(&mut self, bio: WholeBio, range: Sectors, seq: Seq) {
         if bio.first {
-            self.forget_bio(bio.address);
+            // Whatever lived at the address has ended, nobody saw how: its places wait to be given up.
+            self.bios.remove(&bio.address);
         }
         if bio.last {
             self.torn.remove(&bio.address);
@@ -203,6 +204,12 @@ impl InFlight {
     /// A bio-based driver ended a bio.
     pub(crate) fn bio_ended(&mut self, bio: u64, range: Sectors) -> Ended {
         let is_torn = self.torn.remove(&bio);
+        let is_elsewhere =
+            |chunks: &Vec<(Sectors, Seq)>| !chunks.iter().any(|&(ours, _)| ours.overlaps(range));
+        if !is_torn && range.start < range.end && self.bios.get(&bio).is_some_and(is_elsewhere) {
+            // One that was not captured lives at the address of one whose end was not seen.
+            self.bios.remove(&bio);
+        }
         if let Some(chunks) = self.forget_bio(bio) {
             let (ranges, writes) = chunks.into_iter().unzip();
             // It wrote more than is known here, and may have landed after that was read back.
@@ -490,6 +497,24 @@ mod tests {
         let whole = WholeBio { last: true, ..torn };
         flight.queued(range(0, 512), seq(2), Some(whole));
         assert_eq!(flight.bio_ended(7, range(512, 512)).strangers, vec![]);
+    }
+
+    #[test]
+    fn the_address_of_a_bio_whose_end_was_not_seen_may_be_another_ones() {
+        let mut flight = InFlight::default();
+        let whole = WholeBio {
+            address: 7,
+            first: true,
+            last: true,
+        };
+        flight.queued(range(0, 8), seq(1), Some(whole));
+        assert_eq!(flight.bio_ended(7, range(64, 72)).strangers, vec![range(64, 72)]);
+        assert!(flight.any(range(0, 8), Some(seq(1))), "nobody saw it end");
+        flight.queued(range(16, 24), seq(2), Some(whole));
+        flight.queued(range(32, 40), seq(3), Some(whole));
+        assert_eq!(flight.bio_ended(7, range(32, 40)).writes, vec![seq(3)]);
+        let overdue = flight.give_up(Some(seq(3)));
+        assert_eq!(overdue, vec![(range(0, 8), seq(1)), (range(16, 24), seq(2))]);
     }
 
     #[test]
