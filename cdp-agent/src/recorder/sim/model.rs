@@ -447,6 +447,12 @@ impl Model {
                     to_seq,
                 });
             }
+            // At its end a stretch covers the time of its last record, not the time until the next.
+            if let Some(last) = classes.last_mut() {
+                let times = self.log[..to_seq as usize].iter().map(|record| record.at_ns);
+                let covered_ns = times.max().map_or(0, |at_ns| at_ns + 1);
+                last.to_ns = last.to_ns.min(covered_ns).max(last.from_ns);
+            }
         }
         classes
     }
