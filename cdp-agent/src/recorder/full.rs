@@ -44,6 +44,9 @@ impl Recorder {
         for disk in &mut self.disks {
             disk.in_flight = InFlight::default();
         }
+        for (volume, body) in self.declared.take_from(next) {
+            self.note(now, volume, body);
+        }
         for (i, (last_exact, last_exact_at)) in gaps.into_iter().enumerate() {
             let volume = &mut self.volumes[i];
             volume.pending = None;

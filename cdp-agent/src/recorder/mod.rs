@@ -13,6 +13,7 @@
 //!   capture can still be on its way.
 
 mod compare;
+mod declared;
 mod full;
 mod gaps;
 #[cfg(test)]
@@ -36,6 +37,7 @@ use crate::event::Event;
 use crate::inflight::{InFlight, Sectors, WholeBio};
 use crate::losses::LossCounts;
 use crate::regions::Regions;
+use declared::Declared;
 use suspects::Suspects;
 use unseen::Unseen;
 pub(crate) use volume::{NewVolume, State, VolumeRun};
@@ -138,6 +140,7 @@ pub(crate) struct Recorder {
     latest: BootNs,
     recent: VecDeque<(BootNs, Seq)>,
     wall_offset_ns: i64,
+    declared: Declared,
     volumes: Vec<VolumeRun>,
     disks: Vec<DiskRun>,
     epoch: Epoch,
@@ -170,6 +173,7 @@ impl Recorder {
             latest: BootNs(0),
             recent: VecDeque::new(),
             wall_offset_ns,
+            declared: Declared::default(),
             volumes: Vec::new(),
             disks: Vec::new(),
             epoch: Epoch::default(),
@@ -289,6 +293,7 @@ impl Recorder {
     /// Forgets a volume that is no longer protected.
     pub(crate) fn remove_volume(&mut self, id: VolumeId) {
         self.volumes.retain(|volume| volume.id != id);
+        self.declared.remove(id);
         let disks: Vec<DiskNumber> = self.volumes.iter().map(|volume| volume.disk).collect();
         self.disks.retain(|disk| disks.contains(&disk.number));
     }
@@ -661,6 +666,7 @@ impl Recorder {
         if !self.builder.fits(data.len()) {
             self.seal();
         }
+        self.declared.note(self.builder.next_seq(), volume, &body);
         #[cfg(test)]
         self.tap
             .push((self.builder.next_seq(), at, body.clone(), data.to_vec()));

@@ -2,7 +2,7 @@
 
 use cdp_ebpf::event::EventKind;
 use cdp_journal::BLOCK_BYTES;
-use cdp_journal::format::Frame;
+use cdp_journal::format::{Frame, VolumeKind};
 use proptest::prelude::*;
 
 use super::*;
@@ -650,6 +650,32 @@ fn a_full_store_is_a_gap_until_there_is_room() {
     assert_eq!(recorder.take_run(BYTES), None);
     recorder.room_again(BootNs(31 * SECOND));
     assert_eq!(read_everything(&mut recorder), BYTES);
+}
+
+/// A store that fills up before it took the volume's declaration gets it again: what is recorded later must not be of
+/// a volume that nobody declared.
+#[test]
+fn what_a_full_store_lost_of_the_declarations_is_recorded_again() {
+    let mut recorder = protected();
+    let id = recorder.volumes[0].id;
+    let volume = |bytes| Body::Volume {
+        kind: VolumeKind::Block,
+        bytes,
+        name: "v".into(),
+        path: "/dev/v".into(),
+    };
+    let next = Seq::after(recorder.last_seq());
+    for bytes in [BYTES / 2, BYTES] {
+        recorder.note(BootNs(19 * SECOND), Some(id), volume(bytes));
+    }
+    write(&mut recorder, 0, 20 * SECOND);
+    recorder.store_full(next, Epoch(1), BootNs(21 * SECOND));
+    assert_eq!(records(&mut recorder)[0], (next.get(), volume(BYTES)));
+    recorder.room_again(BootNs(22 * SECOND));
+    let next = Seq::after(recorder.last_seq());
+    recorder.store_full(next, Epoch(2), BootNs(23 * SECOND));
+    let records = records(&mut recorder);
+    assert!(matches!(records[..], [(_, Body::GapOpen { .. })]), "{records:?}");
 }
 
 #[test]
