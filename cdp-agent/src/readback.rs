@@ -31,8 +31,12 @@ const RUN_BYTES_MAX: u64 = 32 << 20;
 const READ_BYTES: u64 = 1 << 20;
 /// One read of ours is split into a few requests at most.
 const REQUESTS_PER_READ: u64 = 16;
-/// How fast it goes on while others use the disk: what is read is compared, encoded and written as well.
+/// One read while others use the disk: as long as it takes, a write may have to wait behind it.
+const BUSY_READ_BYTES: u64 = 64 << 10;
+/// How fast it goes on then: what is read is compared, encoded and written as well.
 const BUSY_BYTES_PER_S: f64 = (32 << 20) as f64;
+/// For so long after a request of others they count as using the disk.
+const BUSY_TIME: Duration = Duration::from_millis(250);
 /// Memory that O_DIRECT may want its buffers aligned to.
 const ALIGN_BYTES: usize = 4096;
 /// How long the thread sleeps when nothing is dirty.
@@ -56,33 +60,42 @@ pub(crate) struct ReadBack {
 #[error("the agent is stopping")]
 struct Stopping;
 
-/// Makes reading back give way to production: while others use the disk, it goes on at a rate that they do not feel.
-struct Pace<'a> {
-    device: &'a BlockDevice,
+/// Makes reading back give way to production: while others use the disk, it goes on in small reads and at a rate that
+/// they do not feel.
+#[derive(Default)]
+struct Pace {
+    others_at: Option<Instant>,
+    /// What the disk had completed after the last read of ours.
     done: Option<Requests>,
-    began: Instant,
 }
 
-impl<'a> Pace<'a> {
-    fn new(device: &'a BlockDevice) -> Self {
-        Self {
-            device,
-            done: device.requests_done(),
-            began: Instant::now(),
+impl Pace {
+    fn is_busy(&self) -> bool {
+        self.others_at.is_some_and(|at| at.elapsed() < BUSY_TIME)
+    }
+
+    /// How much to read at once.
+    fn read_bytes(&self) -> u64 {
+        match self.is_busy() {
+            true => BUSY_READ_BYTES,
+            false => READ_BYTES,
         }
     }
 
-    /// This many bytes were read since the last call, in one read.
-    fn give_way(&mut self, bytes: u64) {
-        let now = self.device.requests_done();
+    /// This many bytes were read in one read that began at `began`.
+    fn give_way(&mut self, device: &BlockDevice, began: Instant, bytes: u64) {
+        let now = device.requests_done();
         let others = now.zip(self.done).is_some_and(|(now, then)| {
             now.writes > then.writes || now.reads.saturating_sub(then.reads) > REQUESTS_PER_READ
         });
+        self.done = now;
         if others {
-            let time = Duration::from_secs_f64(bytes as f64 / BUSY_BYTES_PER_S);
-            std::thread::sleep(time.saturating_sub(self.began.elapsed()));
+            self.others_at = Some(Instant::now());
         }
-        *self = Self::new(self.device);
+        if self.is_busy() {
+            let time = Duration::from_secs_f64(bytes as f64 / BUSY_BYTES_PER_S);
+            std::thread::sleep(time.saturating_sub(began.elapsed()));
+        }
     }
 }
 
@@ -92,6 +105,7 @@ impl ReadBack {
         priority::do_not_preempt();
         priority::read_when_idle();
         let mut idle_at: HashMap<VolumeId, BootNs> = HashMap::new();
+        let mut paces: HashMap<VolumeId, Pace> = HashMap::new();
         while !self.shared.stop.load(Ordering::SeqCst) {
             if !self.check_suspects()? {
                 return Ok(());
@@ -103,7 +117,7 @@ impl ReadBack {
                 std::thread::sleep(IDLE);
                 continue;
             };
-            let result = self.read_run(&run);
+            let result = self.read_run(&run, paces.entry(run.volume).or_default());
             self.shared.pace.run_done();
             self.shared.recorder.lock().run_done(&run, result.is_err());
             match result {
@@ -237,7 +251,7 @@ impl ReadBack {
             .context("the volume is not protected any more")
     }
 
-    fn read_run(&self, run: &Run) -> anyhow::Result<()> {
+    fn read_run(&self, run: &Run, pace: &mut Pace) -> anyhow::Result<()> {
         let device = self.device(run.volume)?;
         let file = device.open_direct()?;
         let as_of = self.shared.drained().ok_or(Stopping)?;
@@ -248,10 +262,10 @@ impl ReadBack {
             Some(self.head_view(run, as_of)?)
         };
         let mut buffer = AlignedBuffer::new(READ_BYTES as usize);
-        let mut pace = Pace::new(&device);
         let mut at = run.bytes.start;
         while at < run.bytes.end {
-            let length = READ_BYTES.min(run.bytes.end - at);
+            let began = Instant::now();
+            let length = pace.read_bytes().min(run.bytes.end - at);
             let bytes = buffer.slice(length as usize);
             read_device(&file, bytes, at)
                 .with_context(|| format!("read {} at byte {at}", device.path.display()))?;
@@ -260,7 +274,7 @@ impl ReadBack {
                 Some(view) => self.record_changed(run, at, bytes, as_of, view)?,
             }
             at += length;
-            pace.give_way(length);
+            pace.give_way(&device, began, length);
         }
         Ok(())
     }
