@@ -316,6 +316,12 @@ impl InFlight {
         })
     }
 
+    /// The oldest write that has not ended and was not given up.
+    pub(crate) fn oldest_on_its_way(&self) -> Option<Seq> {
+        let short = self.places.short.keys().map(|&(_, seq)| seq);
+        short.chain(self.places.long.iter().map(|&(_, seq)| seq)).min()
+    }
+
     /// Is a write up to `last` to this range still in flight?
     pub(crate) fn any(&self, range: Sectors, last: Option<Seq>) -> bool {
         self.find(range, last).is_some()

@@ -206,6 +206,14 @@ impl Shared {
             .flatten()
     }
 
+    /// Waits until every captured write up to `last` has ended or was given up; false after `timeout` or when the agent
+    /// ends first.
+    pub(crate) fn wait_ended(&self, last: Option<Seq>, timeout: Duration) -> bool {
+        self.poll(Some(Instant::now() + timeout), || {
+            self.recorder.lock().have_ended(last)
+        })
+    }
+
     /// Waits until all that is suspect now is settled; false after `timeout` or when the agent ends first.
     pub(crate) fn wait_clear(&self, timeout: Duration) -> bool {
         let mark = self.recorder.lock().suspicions();

@@ -19,6 +19,7 @@ use cdp_journal::{BLOCK_BYTES, BootNs, SECTOR_BYTES, Seq, UNIT_BYTES, VolumeId};
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 
+use crate::capture::DiskNumber;
 use crate::clock;
 use crate::device::{BlockDevice, Requests};
 use crate::pipeline::{IndexRequest, Shared};
@@ -59,6 +60,12 @@ pub(crate) struct ReadBack {
 #[derive(Debug, thiserror::Error)]
 #[error("the agent is stopping")]
 struct Stopping;
+
+/// Writes that were in flight at some time.
+struct Lingering {
+    since: Instant,
+    last: Option<Seq>,
+}
 
 /// Makes reading back give way to production: while others use the disk, it goes on in small reads and at a rate that
 /// they do not feel.
@@ -106,6 +113,7 @@ impl ReadBack {
         priority::read_when_idle();
         let mut idle_at: HashMap<VolumeId, BootNs> = HashMap::new();
         let mut paces: HashMap<VolumeId, Pace> = HashMap::new();
+        let mut lingering: HashMap<DiskNumber, Lingering> = HashMap::new();
         while !self.shared.stop.load(Ordering::SeqCst) {
             if !self.check_suspects()? {
                 return Ok(());
@@ -114,6 +122,7 @@ impl ReadBack {
             let run = (bytes > 0).then(|| self.shared.recorder.lock().take_run(bytes));
             let Some(run) = run.flatten() else {
                 self.close_gaps(&mut idle_at);
+                self.give_up_lingering(&mut lingering);
                 std::thread::sleep(IDLE);
                 continue;
             };
@@ -379,6 +388,34 @@ impl ReadBack {
             std::thread::sleep(POLL);
         }
         Ok(())
+    }
+
+    /// Writes that the disk counts no more, and whose end was not seen, are given up as soon as that is known: they are
+    /// compared then. On a disk that is never idle they are overdue some time.
+    fn give_up_lingering(&self, lingering: &mut HashMap<DiskNumber, Lingering>) {
+        let devices: Vec<BlockDevice> = self.devices.lock().values().cloned().collect();
+        for device in devices {
+            let (oldest, last) = {
+                let recorder = self.shared.recorder.lock();
+                (recorder.oldest_in_flight(device.disk), recorder.last_seq())
+            };
+            let Some(oldest) = oldest else {
+                lingering.remove(&device.disk);
+                continue;
+            };
+            let since = Instant::now();
+            let found = lingering.entry(device.disk).or_insert(Lingering { since, last });
+            if Some(oldest) > found.last {
+                *found = Lingering { since, last };
+            } else if found.since.elapsed() > PLUG_TIME && device.writes_in_flight() == Some(0) {
+                let last = found.last;
+                lingering.remove(&device.disk);
+                // What did end shows in the ring.
+                if self.shared.drained().is_some() {
+                    self.shared.recorder.lock().give_up(device.disk, last);
+                }
+            }
+        }
     }
 
     fn close_gaps(&self, idle_at: &mut HashMap<VolumeId, BootNs>) {

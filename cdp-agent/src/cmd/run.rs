@@ -160,9 +160,17 @@ async fn blocking(work: impl FnOnce() -> Answer + Send + 'static) -> anyhow::Res
 fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
     let deadline = Instant::now() + timeout;
     let now = clock::boot_ns();
-    if shared.drained().is_none() {
+    let Some(last) = shared.drained() else {
         return Answer::Failed {
             why: "the agent is stopping".into(),
+        };
+    };
+    if !shared.wait_ended(last, timeout) {
+        return Answer::Failed {
+            why: format!(
+                "writes of before the call are still on their way to the disk after {} ms",
+                timeout.as_millis()
+            ),
         };
     }
     if !shared.wait_clear(timeout) {

@@ -7,7 +7,7 @@ use cdp_ebpf::event::CompleteEvent;
 use cdp_journal::format::GapCause;
 use cdp_journal::{BLOCK_BYTES, BootNs, SECTOR_BYTES, Seq, VolumeId};
 
-use super::{FLIGHT_TIME_MAX, Recorder, Run, State, Suspicion, SuspicionMark, VolumeRun};
+use super::{DiskRun, FLIGHT_TIME_MAX, Recorder, Run, State, Suspicion, SuspicionMark, VolumeRun};
 use crate::capture::DiskNumber;
 use crate::inflight::Sectors;
 
@@ -72,13 +72,28 @@ impl Recorder {
     }
 
     /// Writes up to `last` are taken to have ended. Nobody saw it, nor whether their pages were changed meanwhile.
-    pub(super) fn give_up(&mut self, disk: DiskNumber, last: Option<Seq>) {
+    pub(crate) fn give_up(&mut self, disk: DiskNumber, last: Option<Seq>) {
         let Some(known) = self.disks.iter_mut().find(|known| known.number == disk) else {
             return;
         };
         for (range, seq) in known.in_flight.give_up(last) {
             self.suspect_since(disk, range, seq, self.latest);
         }
+    }
+
+    /// The oldest write to a disk whose end was not seen.
+    pub(crate) fn oldest_in_flight(&self, disk: DiskNumber) -> Option<Seq> {
+        let known = self.disks.iter().find(|known| known.number == disk)?;
+        known.in_flight.oldest_on_its_way()
+    }
+
+    /// Have all captured writes up to `last` ended, as far as anybody will know?
+    pub(crate) fn have_ended(&self, last: Option<Seq>) -> bool {
+        let oldest = |disk: &DiskRun| disk.in_flight.oldest_on_its_way();
+        self.disks
+            .iter()
+            .filter_map(oldest)
+            .all(|oldest| Some(oldest) > last)
     }
 
     /// Gives up writes that have been on their way for longer than `FLIGHT_TIME_MAX`, twice that at most.

@@ -678,6 +678,28 @@ fn what_a_full_store_lost_of_the_declarations_is_recorded_again() {
     assert!(matches!(records[..], [(_, Body::GapOpen { .. })]), "{records:?}");
 }
 
+/// Whoever waits for what was written waits for a write whose end the kernel skipped: until it is given up, and then
+/// until it is compared.
+#[test]
+fn a_write_whose_end_was_not_seen_is_waited_for_until_it_was_compared() {
+    let mut recorder = protected();
+    write(&mut recorder, 0, 20 * SECOND);
+    let last = recorder.last_seq();
+    assert!(!recorder.have_ended(last));
+    assert!(
+        recorder.have_ended(last.and_then(Seq::prev)),
+        "what came before has"
+    );
+    assert_eq!(recorder.oldest_in_flight(DISK), last);
+    recorder.give_up(DISK, last);
+    assert!(recorder.have_ended(last));
+    let mark = recorder.suspicions();
+    assert!(!recorder.is_clear(&mark));
+    let suspicion = recorder.take_suspects().expect("its block is compared");
+    recorder.suspects_done(suspicion.volume, true);
+    assert!(recorder.is_clear(&mark));
+}
+
 #[test]
 fn quiet_time_is_covered_ever_more_seldom() {
     let mut recorder = protected();

@@ -86,6 +86,8 @@ pub(super) struct Agent {
     misses_at_ns: u64,
     misses_seq: Option<Seq>,
     idle_at: Option<BootNs>,
+    /// Writes that were in flight at some time: since when, and the last record by then.
+    lingering: Option<(u64, Option<Seq>)>,
     drained_ns: u64,
     sealed_next: u64,
     /// How often it gave up writes that have not ended.
@@ -212,6 +214,7 @@ impl Agent {
             misses_at_ns: now.0,
             misses_seq,
             idle_at: None,
+            lingering: None,
             drained_ns: 0,
             sealed_next: last + 1,
             given_up: 0,
@@ -589,7 +592,10 @@ impl Agent {
             },
             ReadBack::Run => match self.recorder.take_run(RUN_BYTES_MAX) {
                 Some(run) => ReadBack::Job(Box::new(Job::read(run))),
-                None if self.recorder.waiting_to_close().is_empty() => ReadBack::Sleep(now_ns + IDLE_NS),
+                None if self.recorder.waiting_to_close().is_empty() => {
+                    self.give_up_lingering(kernel);
+                    ReadBack::Sleep(now_ns + IDLE_NS)
+                }
                 None => {
                     if kernel.writes_in_flight() == 0 {
                         self.idle_at = Some(BootNs(now_ns));
@@ -645,6 +651,25 @@ impl Agent {
                 }
             }
         };
+    }
+
+    /// As `readback::give_up_lingering`.
+    fn give_up_lingering(&mut self, kernel: &Kernel) {
+        let last = self.recorder.last_seq();
+        let Some(oldest) = self.recorder.oldest_in_flight(DISK) else {
+            self.lingering = None;
+            return;
+        };
+        let (since_ns, noted) = *self.lingering.get_or_insert((kernel.now_ns, last));
+        if Some(oldest) > noted {
+            self.lingering = Some((kernel.now_ns, last));
+        } else if kernel.now_ns - since_ns > PLUG_TIME.as_nanos() as u64
+            && kernel.writes_in_flight() == 0
+            && kernel.consumed == kernel.produced
+        {
+            self.lingering = None;
+            self.recorder.give_up(DISK, noted);
+        }
     }
 
     fn job_step(
