@@ -440,6 +440,8 @@ impl Capture {
                 self.request(shared, request);
             }
             let now = clock::boot_ns();
+            // Only what was queued before the counters are read is drained: no record gets ahead of a loss before it.
+            let target = self.probe.positions().produced();
             {
                 let mut recorder = shared.recorder.lock();
                 recorder.set_wall_offset(clock::wall_offset_ns());
@@ -455,7 +457,7 @@ impl Capture {
                 self.note(&recorder, shared.appended());
             }
             self.probe.release(shared.appended_position());
-            let (events, empty) = self.drain(shared, to_encode)?;
+            let (events, empty) = self.drain(shared, to_encode, target)?;
             let mut recorder = shared.recorder.lock();
             recorder.drained_to(self.probe.positions().consumed(), now);
             if empty {
@@ -638,13 +640,22 @@ impl Capture {
     }
 
     /// Takes out what is in the ring, at most once round it. Also tells whether it became empty.
-    fn drain(&mut self, shared: &Shared, to_encode: &Sender<Sealed>) -> anyhow::Result<(u64, bool)> {
-        let target = self.probe.positions().produced();
+    /// Records the events before `target`. How many there were, and whether the ring is empty now.
+    fn drain(
+        &mut self,
+        shared: &Shared,
+        to_encode: &Sender<Sealed>,
+        target: u64,
+    ) -> anyhow::Result<(u64, bool)> {
         let mut events = 0;
         loop {
             {
                 let mut recorder = shared.recorder.lock();
                 for _ in 0..EVENTS_PER_TURN {
+                    let consumed = self.probe.positions().consumed();
+                    if consumed >= target {
+                        return Ok((events, self.probe.positions().produced() == consumed));
+                    }
                     if !recorder.has_room() {
                         break;
                     }
@@ -663,9 +674,6 @@ impl Capture {
                 }
             }
             self.forward(shared, to_encode)?;
-            if self.probe.positions().consumed() >= target {
-                return Ok((events, false));
-            }
         }
     }
 

@@ -26,9 +26,9 @@ const QUEUE_FRAMES: usize = 4;
 #[derive(Debug)]
 enum Capture {
     Top,
-    /// The counters were read; the recorder is locked until `Marks` is done.
-    Counters(BootNs, Counters),
-    Marks(BootNs, Counters),
+    /// The counters were read, after where the ring ended (`target`); the recorder is locked until `Marks` is done.
+    Counters(BootNs, u64, Counters),
+    Marks(BootNs, u64, Counters),
     Drain {
         now: BootNs,
         target: u64,
@@ -360,30 +360,27 @@ impl Agent {
                 }
                 self.tapped(model, None);
                 if kernel.is_watched {
-                    Capture::Counters(now, kernel.counters.clone())
+                    Capture::Counters(now, kernel.produced, kernel.counters.clone())
                 } else {
                     Capture::Forward(now, true)
                 }
             }
-            Capture::Counters(now, mut found) => {
+            Capture::Counters(now, target, mut found) => {
                 let is_new = found.dropped != self.seen.dropped
                     || found.lost_completions != self.seen.lost_completions;
                 if is_new {
                     found.first_drop_ns = std::mem::take(&mut kernel.counters.first_drop_ns);
                     self.notes.take_marks();
-                    Capture::Marks(now, found)
+                    Capture::Marks(now, target, found)
                 } else {
                     self.recorder.no_loss();
                     self.polled(kernel, model, now);
                     self.note();
                     kernel.release(self.store.position, self.ring_units);
-                    Capture::Drain {
-                        now,
-                        target: kernel.produced,
-                    }
+                    Capture::Drain { now, target }
                 }
             }
-            Capture::Marks(now, found) => {
+            Capture::Marks(now, target, found) => {
                 let region_bytes = REGION_SECTORS * SECTOR_BYTES;
                 let marks: Vec<Range<u64>> = std::mem::take(&mut kernel.counters.marks)
                     .into_iter()
@@ -406,10 +403,7 @@ impl Agent {
                 self.polled(kernel, model, now);
                 self.note();
                 kernel.release(self.store.position, self.ring_units);
-                Capture::Drain {
-                    now,
-                    target: kernel.produced,
-                }
+                Capture::Drain { now, target }
             }
             Capture::Drain { now, target } => self.drain(rng, kernel, model, now, target),
             Capture::Forward(now, empty) => {
@@ -464,6 +458,9 @@ impl Agent {
         target: u64,
     ) -> Capture {
         for _ in 0..1 + rng.below(6) {
+            if kernel.consumed >= target {
+                return Capture::Forward(now, kernel.ring.is_empty());
+            }
             if !self.recorder.has_room() {
                 break;
             }
@@ -501,9 +498,6 @@ impl Agent {
         }
         if !self.forward() {
             return Capture::Drain { now, target };
-        }
-        if kernel.consumed >= target {
-            return Capture::Forward(now, false);
         }
         Capture::Drain { now, target }
     }
