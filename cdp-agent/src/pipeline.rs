@@ -624,9 +624,17 @@ impl Capture {
     }
 
     /// Hands sealed frames to the encoder. Waits while it is busy: the ring takes what comes meanwhile.
-    fn forward(&self, shared: &Shared, to_encode: &Sender<Sealed>) -> anyhow::Result<()> {
+    fn forward(&mut self, shared: &Shared, to_encode: &Sender<Sealed>) -> anyhow::Result<()> {
         loop {
-            let Some(sealed) = shared.recorder.lock().take_sealed() else {
+            let (sealed, reopened) = {
+                let mut recorder = shared.recorder.lock();
+                (recorder.take_sealed(), recorder.take_reopened())
+            };
+            // Before a frame gives back the event that told of it.
+            if let Some(reopened) = reopened {
+                self.unsettle(reopened);
+            }
+            let Some(sealed) = sealed else {
                 return Ok(());
             };
             if let Some(last) = sealed.builder.next_seq().prev() {
@@ -639,7 +647,17 @@ impl Capture {
         }
     }
 
-    /// Takes out what is in the ring, at most once round it. Also tells whether it became empty.
+    /// A write came to be in doubt that the notes may call settled.
+    fn unsettle(&mut self, reopened: Seq) {
+        if let Some((first, _)) = &mut self.unsettled {
+            *first = reopened.min(*first);
+        }
+        let notes = self.probe.notes();
+        if notes.unsettled() > Some(reopened) {
+            notes.set_unsettled(reopened);
+        }
+    }
+
     /// Records the events before `target`. How many there were, and whether the ring is empty now.
     fn drain(
         &mut self,

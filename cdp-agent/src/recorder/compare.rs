@@ -54,6 +54,7 @@ impl Recorder {
                 continue;
             }
             let Some(bytes) = volume.clip(range) else { continue };
+            self.reopened = self.reopened.into_iter().chain([since]).min();
             // What is read back there hides from the compare how the write ended.
             if volume.is_dirty(&bytes) || volume.is_being_read(&bytes) {
                 volume.doubt_since(Some(since));

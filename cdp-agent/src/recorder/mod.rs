@@ -150,6 +150,8 @@ pub(crate) struct Recorder {
     /// The last record, each time that [`Recorder::give_up_overdue`] looked: next at `overdue_at`.
     overdue: VecDeque<Option<Seq>>,
     overdue_at: BootNs,
+    /// The oldest write that came to be in doubt since [`Recorder::take_reopened`].
+    reopened: Option<Seq>,
     /// How often the probe's counters were looked at.
     polls: u64,
     are_losses_asked_for: bool,
@@ -181,6 +183,7 @@ impl Recorder {
             last_write: BootNs(0),
             overdue: VecDeque::new(),
             overdue_at: BootNs(0),
+            reopened: None,
             polls: 0,
             are_losses_asked_for: false,
             position: RingPosition::default(),
@@ -327,6 +330,12 @@ impl Recorder {
             .chain(in_doubt)
             .min()
             .unwrap_or(Seq::after(self.last_seq))
+    }
+
+    /// The oldest write that came to be in doubt since the last call: [`Recorder::unsettled`] may have said that it was
+    /// not.
+    pub(crate) fn take_reopened(&mut self) -> Option<Seq> {
+        self.reopened.take()
     }
 
     /// Does the log, which holds everything up to `appended`, say that all volumes of the disk (of all disks) are

@@ -504,6 +504,9 @@ impl Agent {
 
     /// Hands sealed frames on; false while there is no room for them.
     fn forward(&mut self) -> bool {
+        if let Some(reopened) = self.recorder.take_reopened() {
+            self.notes.unsettle(reopened);
+        }
         while self.store.queue.len() < QUEUE_FRAMES {
             let Some(sealed) = self.recorder.take_sealed() else {
                 return true;

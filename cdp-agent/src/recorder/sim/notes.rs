@@ -55,6 +55,15 @@ impl Notes {
         }
     }
 
+    /// As `Capture::unsettle`.
+    pub(super) fn unsettle(&mut self, reopened: Seq) {
+        let reopened = reopened.get();
+        if let Some((first, _)) = &mut self.next_unsettled {
+            *first = reopened.min(*first);
+        }
+        self.unsettled = self.unsettled.map(|first| first.min(reopened));
+    }
+
     /// As `Capture::note`.
     pub(super) fn keep(&mut self, recorder: &Recorder, seen: &Counters, misses: u64, appended: u64) {
         match self.next_unsettled {
