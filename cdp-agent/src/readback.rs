@@ -371,6 +371,11 @@ impl ReadBack {
             if !idle && began.elapsed() <= FLIGHT_TIME_MAX {
                 return false;
             }
+            // Its end may wait in the ring; given up before it is seen, it would pass for the end of a later write.
+            if self.shared.drained().is_none() || self.shared.recorder.lock().in_flight(run, as_of).is_none()
+            {
+                return true;
+            }
             tracing::debug!(seq = seq.get(), ?sectors, idle, "the end of a write was not seen");
             self.shared.recorder.lock().ended(run, as_of);
             true

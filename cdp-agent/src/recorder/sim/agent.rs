@@ -695,11 +695,19 @@ impl Agent {
                 let waited_ns = kernel.now_ns - job.began_ns;
                 let is_idle = waited_ns > PLUG_TIME.as_nanos() as u64 && kernel.writes_in_flight() == 0;
                 if self.recorder.in_flight(run, job.as_of).is_some() {
-                    if !is_idle && waited_ns <= FLIGHT_NS_MAX {
+                    if let Some(target) = job.idle_target {
+                        if kernel.consumed < target {
+                            return is_void.then_some(Err(()));
+                        }
+                        self.recorder.ended(run, job.as_of);
+                    } else if is_idle || waited_ns > FLIGHT_NS_MAX {
+                        job.idle_target = Some(kernel.produced);
+                        return None;
+                    } else {
                         return is_void.then_some(Err(()));
                     }
-                    self.recorder.ended(run, job.as_of);
                 }
+                job.idle_target = None;
                 job.phase = Phase::Ended(i + 1);
                 job.began_ns = kernel.now_ns;
             }

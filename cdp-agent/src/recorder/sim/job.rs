@@ -37,6 +37,8 @@ pub(super) struct Job {
     pub(super) target: u64,
     pub(super) as_of: Option<Seq>,
     pub(super) began_ns: u64,
+    /// The disk was found idle, or nobody waits any longer: the ring is emptied to here first.
+    pub(super) idle_target: Option<u64>,
     /// When the first of it was read.
     pub(super) read_ns: u64,
     pub(super) applied: u64,
@@ -61,6 +63,7 @@ impl Job {
             target: u64::MAX,
             as_of: None,
             began_ns: 0,
+            idle_target: None,
             read_ns: u64::MAX,
             applied: 0,
             read: Vec::new(),
