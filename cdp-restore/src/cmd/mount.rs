@@ -172,8 +172,12 @@ fn canonical(dir: &Path) -> anyhow::Result<PathBuf> {
     match fs::metadata(dir) {
         Ok(metadata) if metadata.is_dir() => {}
         Ok(_) => bail!("{} is not a folder", dir.display()),
-        // A mount whose server has gone, which nobody can look into any more.
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOTCONN) => {}
+        // A mount whose server has gone, or is just going: nobody can look into it any more.
+        Err(error)
+            if matches!(
+                Errno::from_io_error(&error),
+                Some(Errno::NOTCONN | Errno::CONNABORTED)
+            ) => {}
         Err(error) => return Err(error).with_context(|| format!("find {}", dir.display())),
     }
     let parent = match dir.parent() {
