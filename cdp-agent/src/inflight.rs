@@ -46,12 +46,25 @@ pub(crate) struct Ended {
 /// More writes that were given up are not remembered: one that ends later is a stranger's.
 const GIVEN_UP_MAX: usize = 1 << 16;
 
+/// A write, or what is left of it.
+///
+/// Where several to one place are on their way, an end does not tell which of them it is: the youngest is taken out,
+/// and what stays may be any of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    range: Sectors,
+    /// The oldest that it may be: who asks what is on its way goes by it.
+    seq: Seq,
+    /// The youngest that it may be: who knows that all up to a Seq have ended goes by it.
+    youngest: Seq,
+}
+
 /// Writes, or what is left of them, by range.
 #[derive(Debug, Default)]
 struct Places {
-    /// By (first sector, Seq): end.
-    short: BTreeMap<(u64, Seq), u64>,
-    long: Vec<(Sectors, Seq)>,
+    /// By (first sector, Seq): end, youngest.
+    short: BTreeMap<(u64, Seq), (u64, Seq)>,
+    long: Vec<Place>,
 }
 
 impl Places {
@@ -59,36 +72,53 @@ impl Places {
         self.short.len() + self.long.len()
     }
 
-    fn insert(&mut self, range: Sectors, seq: Seq) {
+    fn insert(&mut self, place: Place) {
+        let Place { range, seq, youngest } = place;
         if range.start >= range.end {
             return;
         }
         if range.end - range.start <= SHORT_SECTORS_MAX {
-            self.short.insert((range.start, seq), range.end);
+            self.short.insert((range.start, seq), (range.end, youngest));
         } else {
-            self.long.push((range, seq));
+            self.long.push(place);
         }
     }
 
     fn remove(&mut self, range: Sectors, seq: Seq) {
         if self.short.remove(&(range.start, seq)).is_none()
-            && let Some(i) = self.long.iter().position(|&long| long == (range, seq))
+            && let Some(i) = self
+                .long
+                .iter()
+                .position(|long| (long.range, long.seq) == (range, seq))
         {
             self.long.swap_remove(i);
         }
     }
 
+    fn all(&self) -> impl Iterator<Item = Place> {
+        let short = self.short.iter().map(Self::short_place);
+        short.chain(self.long.iter().copied())
+    }
+
+    fn short_place((&(start, seq), &(end, youngest)): (&(u64, Seq), &(u64, Seq))) -> Place {
+        Place {
+            range: Sectors { start, end },
+            seq,
+            youngest,
+        }
+    }
+
     /// Short writes that may touch a range, and all long ones.
-    fn near(&self, range: Sectors) -> impl Iterator<Item = (Sectors, Seq)> {
+    fn near(&self, range: Sectors) -> impl Iterator<Item = Place> {
         let from = (range.start.saturating_sub(SHORT_SECTORS_MAX), Seq::FIRST);
         self.short
             .range(from..(range.end, Seq::FIRST))
-            .map(|(&(start, seq), &end)| (Sectors { start, end }, seq))
+            .map(Self::short_place)
             .chain(self.long.iter().copied())
     }
 
-    fn over(&self, range: Sectors) -> impl Iterator<Item = (Sectors, Seq)> {
-        self.near(range).filter(move |(ours, _)| ours.overlaps(range))
+    fn over(&self, range: Sectors) -> impl Iterator<Item = Place> {
+        self.near(range).filter(move |place| place.range.overlaps(range))
     }
 
     /// The youngest write over the first sector of a range ends there. What of the range that was, and its Seq.
@@ -97,16 +127,25 @@ impl Places {
             start: range.start,
             end: range.start + 1,
         };
-        let (ours, seq) = self.over(first).max_by_key(|&(_, seq)| seq)?;
-        self.remove(ours, seq);
+        let ours = self.over(first).max_by_key(|place| place.seq)?;
+        self.remove(ours.range, ours.seq);
         let ended = Sectors {
             start: range.start,
-            end: ours.end.min(range.end),
+            end: ours.range.end.min(range.end),
         };
-        let rest = |start, end| Sectors { start, end };
-        self.insert(rest(ours.start, ended.start), seq);
-        self.insert(rest(ended.end, ours.end), seq);
-        Some((ended, seq))
+        let others: Vec<Place> = self.over(ended).collect();
+        for other in others {
+            self.remove(other.range, other.seq);
+            self.insert(Place {
+                youngest: other.youngest.max(ours.youngest),
+                ..other
+            });
+        }
+        for (start, end) in [(ours.range.start, ended.start), (ended.end, ours.range.end)] {
+            let range = Sectors { start, end };
+            self.insert(Place { range, ..ours });
+        }
+        Some((ended, ours.seq))
     }
 
     /// Where the next write begins behind a sector.
@@ -116,19 +155,21 @@ impl Places {
             .range((sector + 1, Seq::FIRST)..)
             .next()
             .map(|((start, _), _)| *start);
-        let long = self.long.iter().map(|(range, _)| range.start);
+        let long = self.long.iter().map(|long| long.range.start);
         short
             .into_iter()
             .chain(long.filter(|&start| start > sector))
             .min()
     }
 
-    fn take_up_to(&mut self, last: Seq) -> Vec<(Sectors, Seq)> {
-        let short = self.short.extract_if(.., |&(_, seq), _| seq <= last);
-        let mut taken: Vec<(Sectors, Seq)> = short
-            .map(|((start, seq), end)| (Sectors { start, end }, seq))
+    fn take(&mut self, wanted: impl Fn(&Place) -> bool) -> Vec<Place> {
+        let short = self
+            .short
+            .extract_if(.., |key, value| wanted(&Self::short_place((key, value))));
+        let mut taken: Vec<Place> = short
+            .map(|(key, value)| Self::short_place((&key, &value)))
             .collect();
-        taken.extend(self.long.extract_if(.., |(_, seq)| *seq <= last));
+        taken.extend(self.long.extract_if(.., |long| wanted(long)));
         taken
     }
 }
@@ -170,7 +211,11 @@ impl InFlight {
         }
         // One that was given up may have ended only after this one was queued, before we heard of it.
         let overlaps = self.any(range, seq.prev()) || self.given_up.over(range).next().is_some();
-        self.places.insert(range, seq);
+        self.places.insert(Place {
+            range,
+            seq,
+            youngest: seq,
+        });
         overlaps
     }
 
@@ -229,14 +274,14 @@ impl InFlight {
             return Ended::default();
         }
         // Also of one whose address is not known any more.
-        let is_part = |&(ours, _): &(Sectors, Seq)| ours.start <= range.start && range.end <= ours.end;
-        if self.places.near(range).any(|ours| is_part(&ours)) {
+        let is_part = |place: &Place| place.range.start <= range.start && range.end <= place.range.end;
+        if self.places.near(range).any(|place| is_part(&place)) {
             return Ended {
                 doubtful: Some(range),
                 ..Ended::default()
             };
         }
-        if self.given_up.near(range).any(|ours| is_part(&ours)) {
+        if self.given_up.near(range).any(|place| is_part(&place)) {
             let (late, seq) = self.given_up.end_youngest(range).unwrap_or((range, Seq::FIRST));
             return Ended {
                 writes: vec![seq],
@@ -288,7 +333,8 @@ impl InFlight {
     /// A write up to `last` to this range that is still in flight, or what is left of it.
     pub(crate) fn find(&self, range: Sectors, last: Option<Seq>) -> Option<(Sectors, Seq)> {
         let last = last?;
-        self.places.over(range).find(|&(_, seq)| seq <= last)
+        let found = self.places.over(range).find(|place| place.seq <= last)?;
+        Some((found.range, found.seq))
     }
 
     /// The oldest write to this range that may be in flight.
@@ -298,14 +344,14 @@ impl InFlight {
 
     /// As [`InFlight::oldest`], also of those that were given up.
     pub(crate) fn oldest_ever(&self, range: Sectors) -> Option<Seq> {
-        let given_up = self.given_up.over(range).map(|(_, seq)| seq);
+        let given_up = self.given_up.over(range).map(|place| place.seq);
         given_up.chain(self.oldest(range)).min()
     }
 
     /// The oldest write to this range that may be in flight, of those whose place (or what is left of it) is `wanted`.
     pub(crate) fn oldest_where(&self, range: Sectors, wanted: impl Fn(Sectors) -> bool) -> Option<Seq> {
-        let known = self.places.over(range).filter(|&(place, _)| wanted(place));
-        known.map(|(_, seq)| seq).chain(self.unknown_from).min()
+        let known = self.places.over(range).filter(|place| wanted(place.range));
+        known.map(|place| place.seq).chain(self.unknown_from).min()
     }
 
     /// The oldest write that may be in flight.
@@ -318,8 +364,7 @@ impl InFlight {
 
     /// The oldest write that has not ended and was not given up.
     pub(crate) fn oldest_on_its_way(&self) -> Option<Seq> {
-        let short = self.places.short.keys().map(|&(_, seq)| seq);
-        short.chain(self.places.long.iter().map(|&(_, seq)| seq)).min()
+        self.places.all().map(|place| place.seq).min()
     }
 
     /// Is a write up to `last` to this range still in flight?
@@ -328,28 +373,33 @@ impl InFlight {
     }
 
     /// Takes writes up to `last` to have ended, although nobody saw it, and returns them: whether the disk took them
-    /// as they were seen is not known. If one ends later after all, it is late.
-    pub(crate) fn give_up(&mut self, last: Option<Seq>) -> Vec<(Sectors, Seq)> {
+    /// as they were seen is not known. If one ends later after all, it is late. `as_youngest`: where an end may have been
+    /// another write's, what stays counts as the youngest that it may be; else as the oldest.
+    pub(crate) fn give_up(&mut self, last: Option<Seq>, as_youngest: bool) -> Vec<(Sectors, Seq)> {
         let Some(last) = last else { return Vec::new() };
         self.bios.retain(|_, chunks| {
             chunks.retain(|&(_, seq)| seq > last);
             !chunks.is_empty()
         });
-        let taken = self.places.take_up_to(last);
-        for &(range, seq) in &taken {
+        let has_ended = |place: &Place| match as_youngest {
+            true => place.youngest <= last,
+            false => place.seq <= last,
+        };
+        let taken = self.places.take(has_ended);
+        for &place in &taken {
             if self.given_up.len() < GIVEN_UP_MAX {
-                self.given_up.insert(range, seq);
+                self.given_up.insert(place);
             } else {
-                self.unknown_from = self.unknown_from.into_iter().chain([seq]).min();
+                self.unknown_from = self.unknown_from.into_iter().chain([place.seq]).min();
             }
         }
-        taken
+        taken.into_iter().map(|place| (place.range, place.seq)).collect()
     }
 
     /// Forgets writes up to `last` that were given up: one that ends later is a stranger's.
     pub(crate) fn forget(&mut self, last: Option<Seq>) {
         if let Some(last) = last {
-            self.given_up.take_up_to(last);
+            self.given_up.take(|place| place.seq <= last);
             self.unknown_from = self.unknown_from.filter(|&from| from > last);
         }
     }
@@ -421,6 +471,22 @@ mod tests {
         assert!(!flight.any(range(0, 8), Some(seq(2))));
     }
 
+    /// Which of two writes to one place an end belongs to is not told: what stays may be the younger one.
+    #[test]
+    fn what_is_left_of_two_writes_may_be_either() {
+        let mut flight = InFlight::default();
+        flight.queued(range(0, 512), seq(1), None);
+        flight.queued(range(8, 16), seq(2), None);
+        flight.range_ended(range(8, 16));
+        assert!(flight.any(range(8, 16), Some(seq(1))));
+        assert_eq!(flight.give_up(Some(seq(1)), true), vec![]);
+        assert_eq!(flight.give_up(Some(seq(2)), true), vec![(range(0, 512), seq(1))]);
+        flight.queued(range(0, 8), seq(3), None);
+        flight.queued(range(0, 8), seq(4), None);
+        flight.range_ended(range(0, 8));
+        assert_eq!(flight.give_up(Some(seq(3)), false), vec![(range(0, 8), seq(3))]);
+    }
+
     #[test]
     fn a_write_over_one_in_flight_is_told() {
         for bio in [false, true] {
@@ -457,7 +523,7 @@ mod tests {
         assert_eq!(flight.oldest(range(7, 9)), Some(seq(3)));
         assert_eq!(flight.oldest(range(8, 9)), Some(seq(4)));
         assert_eq!(flight.oldest(range(4 * SHORT_SECTORS_MAX, u64::MAX)), None);
-        assert_eq!(flight.give_up(Some(seq(4))).len(), 2);
+        assert_eq!(flight.give_up(Some(seq(4)), false).len(), 2);
         flight.queued(range(8, 9), seq(5), None);
         assert_eq!(flight.oldest(range(8, 9)), Some(seq(5)));
         assert_eq!(flight.oldest_ever(range(8, 9)), Some(seq(4)));
@@ -471,7 +537,7 @@ mod tests {
         for n in 1..=3 {
             flight.queued(range(0, 8), seq(n), None);
         }
-        assert_eq!(flight.give_up(Some(seq(2))).len(), 2);
+        assert_eq!(flight.give_up(Some(seq(2)), false).len(), 2);
         assert!(flight.queued(range(7, 8), seq(4), None));
         assert_eq!(flight.range_ended(range(7, 8)).writes, vec![seq(4)]);
         assert_eq!(flight.range_ended(range(0, 8)).late, vec![]);
@@ -519,7 +585,7 @@ mod tests {
         flight.queued(range(16, 24), seq(2), Some(whole));
         flight.queued(range(32, 40), seq(3), Some(whole));
         assert_eq!(flight.bio_ended(7, range(32, 40)).writes, vec![seq(3)]);
-        let overdue = flight.give_up(Some(seq(3)));
+        let overdue = flight.give_up(Some(seq(3)), false);
         assert_eq!(overdue, vec![(range(0, 8), seq(1)), (range(16, 24), seq(2))]);
     }
 

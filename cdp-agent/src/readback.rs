@@ -363,22 +363,37 @@ impl ReadBack {
     /// and so has, as far as we wait, what takes longer than [`FLIGHT_TIME_MAX`].
     fn wait_until_ended(&self, run: &Run, as_of: Option<Seq>, device: &BlockDevice) -> anyhow::Result<()> {
         let began = Instant::now();
+        // What the disk counts none of is what came up to here, and so long before.
+        let (mut noted, mut noted_at) = (as_of, began);
         self.wait_until(run, || {
             let Some((sectors, seq)) = self.shared.recorder.lock().in_flight(run, as_of) else {
                 return true;
             };
-            let idle = began.elapsed() > PLUG_TIME && device.writes_in_flight() == Some(0);
-            if !idle && began.elapsed() <= FLIGHT_TIME_MAX {
+            let is_idle = noted_at.elapsed() > PLUG_TIME && device.writes_in_flight() == Some(0);
+            let is_overdue = began.elapsed() > FLIGHT_TIME_MAX;
+            if !is_idle && !is_overdue {
                 return false;
             }
             // Its end may wait in the ring; given up before it is seen, it would pass for the end of a later write.
-            if self.shared.drained().is_none() || self.shared.recorder.lock().in_flight(run, as_of).is_none()
-            {
+            if self.shared.drained().is_none() {
                 return true;
             }
-            tracing::debug!(seq = seq.get(), ?sectors, idle, "the end of a write was not seen");
-            self.shared.recorder.lock().ended(run, as_of);
-            true
+            let mut recorder = self.shared.recorder.lock();
+            if recorder.in_flight(run, as_of).is_none() {
+                return true;
+            }
+            tracing::debug!(
+                seq = seq.get(),
+                ?sectors,
+                is_idle,
+                "the end of a write was not seen"
+            );
+            match is_overdue {
+                true => recorder.overdue(run, as_of),
+                false => recorder.ended(run, noted),
+            }
+            (noted, noted_at) = (recorder.last_seq(), Instant::now());
+            recorder.in_flight(run, as_of).is_none()
         })
     }
 

@@ -72,12 +72,22 @@ impl Recorder {
         }
     }
 
-    /// Writes up to `last` are taken to have ended. Nobody saw it, nor whether their pages were changed meanwhile.
+    /// The disk counts no write up to `last` any more: those whose end was not seen have ended all the same. Whether
+    /// their pages were changed meanwhile nobody saw.
     pub(crate) fn give_up(&mut self, disk: DiskNumber, last: Option<Seq>) {
+        self.give_up_as(disk, last, true);
+    }
+
+    /// Writes up to `last` are not waited for any longer: taken to have ended.
+    pub(super) fn give_up_overdue_on(&mut self, disk: DiskNumber, last: Option<Seq>) {
+        self.give_up_as(disk, last, false);
+    }
+
+    fn give_up_as(&mut self, disk: DiskNumber, last: Option<Seq>, as_youngest: bool) {
         let Some(known) = self.disks.iter_mut().find(|known| known.number == disk) else {
             return;
         };
-        for (range, seq) in known.in_flight.give_up(last) {
+        for (range, seq) in known.in_flight.give_up(last, as_youngest) {
             self.suspect_since(disk, range, seq, self.latest);
         }
     }
@@ -110,7 +120,7 @@ impl Recorder {
             _ => self.overdue.pop_front().flatten(),
         };
         for disk in 0..self.disks.len() {
-            self.give_up(self.disks[disk].number, overdue);
+            self.give_up_overdue_on(self.disks[disk].number, overdue);
             self.disks[disk].in_flight.forget(forgotten);
         }
     }

@@ -437,6 +437,8 @@ impl Recorder {
             end: complete.sector + u64::from(complete.bytes).div_ceil(SECTOR_BYTES),
         };
         let at = BootNs(complete.boot_ns);
+        // Which of several writes to one place failed is not told.
+        let oldest = disk.in_flight.oldest_ever(range);
         let ended = if complete.whole_bio != 0 {
             disk.in_flight.bio_ended(complete.bio, range)
         } else {
@@ -456,7 +458,8 @@ impl Recorder {
             self.doubt(number, range, at);
         }
         if complete.failed != 0 {
-            let last_exact = ended.writes.iter().min().and_then(|first| first.prev());
+            let first = ended.writes.iter().copied().chain(oldest).min();
+            let last_exact = first.and_then(Seq::prev);
             let ranges = if ended.ranges.is_empty() {
                 vec![range]
             } else {
@@ -516,10 +519,17 @@ impl Recorder {
         })
     }
 
-    /// Writes up to `last` to the disk of this run have ended, whatever the probe saw.
+    /// Writes up to `last` to the disk of this run have ended, whatever the probe saw: the disk counts none any more.
     pub(crate) fn ended(&mut self, run: &Run, last: Option<Seq>) {
         if let Some(volume) = self.volumes.iter().find(|volume| volume.id == run.volume) {
             self.give_up(volume.disk, last);
+        }
+    }
+
+    /// Writes up to `last` to the disk of this run are not waited for any longer.
+    pub(crate) fn overdue(&mut self, run: &Run, last: Option<Seq>) {
+        if let Some(volume) = self.volumes.iter().find(|volume| volume.id == run.volume) {
+            self.give_up_overdue_on(volume.disk, last);
         }
     }
 

@@ -682,6 +682,7 @@ impl Agent {
                 if kernel.consumed >= job.target.min(kernel.produced) && job.target != u64::MAX {
                     job.as_of = self.recorder.last_seq();
                     job.began_ns = kernel.now_ns;
+                    (job.noted, job.noted_ns) = (job.as_of, kernel.now_ns);
                     job.phase = Phase::Ended(0);
                 } else if job.target == u64::MAX {
                     job.target = kernel.produced;
@@ -692,22 +693,26 @@ impl Agent {
                     job.phase = Phase::Head;
                     return None;
                 };
-                let waited_ns = kernel.now_ns - job.began_ns;
-                let is_idle = waited_ns > PLUG_TIME.as_nanos() as u64 && kernel.writes_in_flight() == 0;
+                let plug_ns = PLUG_TIME.as_nanos() as u64;
+                let is_overdue = kernel.now_ns - job.began_ns > FLIGHT_NS_MAX;
+                let is_idle = kernel.now_ns - job.noted_ns > plug_ns && kernel.writes_in_flight() == 0;
                 if self.recorder.in_flight(run, job.as_of).is_some() {
-                    if let Some(target) = job.idle_target {
-                        if kernel.consumed < target {
-                            return is_void.then_some(Err(()));
+                    match job.idle_target {
+                        None if is_idle || is_overdue => job.idle_target = Some((kernel.produced, is_idle)),
+                        Some((target, was_idle)) if kernel.consumed >= target => {
+                            match was_idle && !is_overdue {
+                                true => self.recorder.ended(run, job.noted),
+                                false => self.recorder.overdue(run, job.as_of),
+                            }
+                            (job.noted, job.noted_ns) = (self.recorder.last_seq(), kernel.now_ns);
+                            job.idle_target = None;
                         }
-                        self.recorder.ended(run, job.as_of);
-                    } else if is_idle || waited_ns > FLIGHT_NS_MAX {
-                        job.idle_target = Some(kernel.produced);
-                        return None;
-                    } else {
-                        return is_void.then_some(Err(()));
+                        _ => {}
                     }
+                    return is_void.then_some(Err(()));
                 }
                 job.idle_target = None;
+                (job.noted, job.noted_ns) = (job.as_of, kernel.now_ns);
                 job.phase = Phase::Ended(i + 1);
                 job.began_ns = kernel.now_ns;
             }

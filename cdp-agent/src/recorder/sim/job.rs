@@ -38,7 +38,10 @@ pub(super) struct Job {
     pub(super) as_of: Option<Seq>,
     pub(super) began_ns: u64,
     /// The disk was found idle, or nobody waits any longer: the ring is emptied to here first.
-    pub(super) idle_target: Option<u64>,
+    pub(super) idle_target: Option<(u64, bool)>,
+    /// What a disk that counts no write has ended, and since when it was noted.
+    pub(super) noted: Option<Seq>,
+    pub(super) noted_ns: u64,
     /// When the first of it was read.
     pub(super) read_ns: u64,
     pub(super) applied: u64,
@@ -64,6 +67,8 @@ impl Job {
             as_of: None,
             began_ns: 0,
             idle_target: None,
+            noted: None,
+            noted_ns: 0,
             read_ns: u64::MAX,
             applied: 0,
             read: Vec::new(),
