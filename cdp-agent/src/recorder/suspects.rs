@@ -29,6 +29,8 @@ pub(super) struct Suspects {
     taken_at: u64,
     /// … and the one up to which all were checked.
     cleared: u64,
+    /// Of those under check, one was written in part and waits again.
+    has_put_back: bool,
 }
 
 fn blocks_around(bytes: &Range<u64>) -> Range<u64> {
@@ -71,8 +73,10 @@ impl Suspects {
                 .partition(|(block, _)| touched.contains(block));
             self.checking = rest;
             let hit: BTreeMap<u64, Seq> = hit;
+            let before = self.waiting.len();
             self.waiting
                 .extend(hit.into_iter().filter(|(block, _)| !whole.contains(block)));
+            self.has_put_back |= self.waiting.len() > before;
             return;
         }
         for block in touched {
@@ -81,6 +85,7 @@ impl Suspects {
                 self.waiting.remove(&block);
             } else if let Some(since) = was_checked {
                 self.waiting.insert(block, since);
+                self.has_put_back = true;
             }
         }
     }
@@ -92,6 +97,7 @@ impl Suspects {
         }
         self.checking = std::mem::take(&mut self.waiting);
         self.taken_at = self.raised;
+        self.has_put_back = false;
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for block in self.checking.keys() {
             let (start, end) = (block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES);
@@ -112,7 +118,9 @@ impl Suspects {
     pub(super) fn checked(&mut self) -> u64 {
         let blocks = self.checking.len() as u64;
         self.checking.clear();
-        self.cleared = self.cleared.max(self.taken_at);
+        if !self.has_put_back {
+            self.cleared = self.cleared.max(self.taken_at);
+        }
         blocks
     }
 
@@ -196,6 +204,23 @@ mod tests {
         assert_eq!(suspects.take(), vec![B..3 * B]);
         suspects.put_back();
         assert_eq!(suspects.take(), vec![B..3 * B]);
+    }
+
+    /// Whoever waits for a block waits on when it is written in part while it is read.
+    #[test]
+    fn a_block_that_is_written_in_part_while_it_is_read_is_not_settled() {
+        for bytes in [512..1024, 512..(SUSPECT_BLOCKS_MAX as u64 + 9) * BLOCK_BYTES] {
+            let mut suspects = Suspects::default();
+            suspects.raise(&(0..BLOCK_BYTES), Seq::FIRST);
+            let mark = suspects.raised();
+            suspects.take();
+            suspects.written(&bytes);
+            suspects.checked();
+            assert!(!suspects.is_clear(mark), "{bytes:?}");
+            suspects.take();
+            suspects.checked();
+            assert!(suspects.is_clear(mark), "{bytes:?}");
+        }
     }
 
     #[test]
