@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use cdp_journal::site::AgentName;
+use cdp_journal::trust::Token;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "\
@@ -13,6 +14,10 @@ Examples:
   cdp-journal token  --store /srv/cdp --agent web01 --restore --ttl 15m
   cdp-journal revoke --store /srv/cdp web01
   cdp-journal status --store /srv/cdp
+A second server that follows it:
+  cdp-journal token  --store /srv/cdp --agent dr2 --follow
+  cdp-journal enroll --server dr1:7443 --token cdp1-… --identity /etc/cdp/identity
+  cdp-journal serve  --store /srv/cdp --listen [::]:7443 --upstream dr1:7443 --identity /etc/cdp/identity
 
 Exit codes: 0 done; 1 failed, the message says what, why and what to do; 2 wrong usage.";
 
@@ -56,8 +61,10 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Print a token that turns into a certificate, once
     Token(TokenArgs),
-    /// Refuse the certificates of an agent from now on, those of its restores included
+    /// Refuse the certificates of an agent from now on, those of its restores included; or of a follower
     Revoke(RevokeArgs),
+    /// Turn a token of another server into the certificate to follow it with
+    Enroll(EnrollArgs),
     /// Tell who ships, and how much is there
     Status(StatusArgs),
 }
@@ -79,6 +86,12 @@ pub(crate) struct ServeArgs {
     /// Where to listen (UDP)
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) listen: Option<String>,
+    /// Another server to follow: what agents ship to it comes here as well
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) upstream: Option<String>,
+    /// The folder that `enroll` put the certificate for the upstream into
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
     /// A TOML file with these settings
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
@@ -91,12 +104,15 @@ pub(crate) struct ServeArgs {
 pub(crate) struct TokenArgs {
     #[command(flatten)]
     pub(crate) store: StoreArg,
-    /// What the agent is called here
+    /// What the agent, or with --follow the other server, is called here
     #[arg(long, value_name = "NAME")]
     pub(crate) agent: AgentName,
     /// For a certificate that reads the agent's history, rather than appends to it
     #[arg(long)]
     pub(crate) restore: bool,
+    /// For a certificate of another server, that follows the histories of all agents (`cdp-journal enroll`)
+    #[arg(long, conflicts_with = "restore")]
+    pub(crate) follow: bool,
     /// How long the token can be used, such as 15m or 24h
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_duration)]
     pub(crate) ttl: Duration,
@@ -106,10 +122,23 @@ pub(crate) struct TokenArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct EnrollArgs {
+    /// The server to follow
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) server: String,
+    /// What `cdp-journal token --follow` printed there
+    #[arg(long)]
+    pub(crate) token: Token,
+    /// The folder that the certificate and its key are put into
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct RevokeArgs {
     #[command(flatten)]
     pub(crate) store: StoreArg,
-    /// The agent
+    /// The agent, or follower
     pub(crate) name: AgentName,
 }
 

@@ -6,7 +6,10 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use cdp_journal::WallNs;
-use cdp_journal::server::{AgentStatus, ServeOptions, Server, ServerStatus, ask_status, status_of_folder};
+use cdp_journal::net::TargetState;
+use cdp_journal::server::{
+    AgentStatus, ServeOptions, Server, ServerStatus, UpstreamOptions, ask_status, status_of_folder,
+};
 use cdp_journal::site::Site;
 use cdp_journal::store::WriterOptions;
 use cdp_journal::trust::{Authority, Grants, TokenGrant};
@@ -15,7 +18,7 @@ use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::args::{RevokeArgs, ServeArgs, StatusArgs, TokenArgs};
+use crate::args::{EnrollArgs, RevokeArgs, ServeArgs, StatusArgs, TokenArgs};
 
 /// The file of `--config`.
 #[derive(Debug, Default, Deserialize)]
@@ -23,6 +26,8 @@ use crate::args::{RevokeArgs, ServeArgs, StatusArgs, TokenArgs};
 struct File {
     store: Option<std::path::PathBuf>,
     listen: Option<String>,
+    upstream: Option<String>,
+    identity: Option<std::path::PathBuf>,
     store_bytes_max: Option<u64>,
 }
 
@@ -37,6 +42,13 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let listen = args.listen.clone().or(file.listen);
     let listen =
         listen.context("nowhere to listen: give --listen HOST:PORT, or `listen` in the file of --config")?;
+    let upstream = args.upstream.clone().or(file.upstream);
+    let upstream = upstream.map(|server| {
+        let identity = args.identity.clone().or(file.identity).with_context(|| {
+            format!("no certificate to follow {server} with: give --identity DIR, the folder of `cdp-journal enroll`")
+        })?;
+        anyhow::Ok(UpstreamOptions { server, identity })
+    });
     let options = ServeOptions {
         store,
         listen: address(&listen)?,
@@ -44,6 +56,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
             store_bytes_max: args.store_bytes_max.or(file.store_bytes_max),
             ..WriterOptions::default()
         },
+        upstream: upstream.transpose()?,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -106,12 +119,28 @@ pub(crate) fn token(args: &TokenArgs) -> anyhow::Result<()> {
     };
     let grant = TokenGrant {
         agent: args.agent.clone(),
-        right: if args.restore { Right::Read } else { Right::Append },
+        right: match (args.restore, args.follow) {
+            (true, _) => Right::Read,
+            (_, true) => Right::Follow,
+            _ => Right::Append,
+        },
         valid_seconds: args.valid.as_secs(),
         expires_ns: WallNs::now().saturating_add(args.ttl).0,
     };
     let token = grants.issue(&authority, &grant)?;
     writeln!(std::io::stdout(), "{token}")?;
+    Ok(())
+}
+
+/// Gets the certificate to follow another server with, and says where it lies.
+pub(crate) fn enroll(args: &EnrollArgs) -> anyhow::Result<()> {
+    let (path, holder) = cdp_journal::net::enroll(&args.server, &args.token, Right::Follow, &args.identity)?;
+    writeln!(
+        std::io::stdout(),
+        "enrolled with {} as {holder}: {}",
+        args.server,
+        path.display()
+    )?;
     Ok(())
 }
 
@@ -148,28 +177,54 @@ fn print_status(out: &mut impl std::io::Write, status: &ServerStatus) -> std::io
         Some(listen) => writeln!(out, "serving on {listen}")?,
         None => writeln!(out, "not running")?,
     }
-    for agent in &status.agents {
-        let AgentStatus {
-            agent: name,
-            from,
-            durable_seq,
-            log_bytes,
-            full,
-            ..
-        } = agent;
-        let state = match from {
-            Some(from) => format!("connected from {from}"),
-            None => "not connected".to_owned(),
+    if let Some(upstream) = &status.upstream {
+        let state = match (&upstream.state, &upstream.why) {
+            (TargetState::Connected, None) => "connected".to_owned(),
+            (TargetState::Connected, Some(why)) => why.clone(),
+            (TargetState::Connecting, why) => {
+                format!("not connected: {}", why.as_deref().unwrap_or("not yet"))
+            }
+            (TargetState::Refused, why) => format!("refused: {}", why.as_deref().unwrap_or("by it")),
         };
-        let full = if *full { ", NO ROOM" } else { "" };
-        writeln!(
-            out,
-            "{name:<24} {state}{full}  seq {durable_seq}, {:.1} MiB of log",
-            *log_bytes as f64 / f64::from(1 << 20)
-        )?;
+        writeln!(out, "follows {}, {state}", upstream.server)?;
+    }
+    for agent in &status.agents {
+        print_agent(out, agent)?;
     }
     for reader in &status.readers {
         writeln!(out, "{:<24} read from {}", reader.agent, reader.from)?;
     }
+    for follower in &status.followers {
+        writeln!(out, "{:<24} follows from {}", follower.follower, follower.from)?;
+    }
     Ok(())
+}
+
+fn print_agent(out: &mut impl std::io::Write, agent: &AgentStatus) -> std::io::Result<()> {
+    const MIB: f64 = (1 << 20) as f64;
+    let state = match (&agent.from, agent.followed) {
+        (Some(from), false) => format!("connected from {from}"),
+        (Some(from), true) => format!("followed from {from}"),
+        (None, false) => "not connected".to_owned(),
+        (None, true) => "of the upstream".to_owned(),
+    };
+    let full = if agent.full { ", NO ROOM" } else { "" };
+    write!(
+        out,
+        "{:<24} {state}{full}  seq {}, {:.1} MiB of log",
+        agent.agent,
+        agent.durable_seq,
+        agent.log_bytes as f64 / MIB
+    )?;
+    // Of an agent that is away nobody knows more than how long it has been.
+    let (lag, backlog) = (agent.lag_seconds, agent.backlog_bytes);
+    if let (Some(lag), Some(backlog)) = (lag, backlog)
+        && (agent.connected || agent.followed)
+    {
+        write!(out, ", behind by {lag:.3} s and {:.1} MiB", backlog as f64 / MIB)?;
+    }
+    match &agent.why {
+        Some(why) => writeln!(out, "; {why}"),
+        None => writeln!(out),
+    }
 }

@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => cmd::serve(args),
         Command::Token(args) => cmd::token(args),
         Command::Revoke(args) => cmd::revoke(args),
+        Command::Enroll(args) => cmd::enroll(args),
         Command::Status(args) => cmd::status(args),
     };
     match done {

@@ -7,6 +7,7 @@
 //! | `trust/`                | the authority's key and certificate, tokens, revocations; see [`crate::trust`] |
 //! | `journal.sock`          | answers `cdp-journal status`                                              |
 //! | `agents/NAME/UUID/`     | a [`store`](mod@crate::store), the copy of the agent's store with that id  |
+//! | `agents/NAME/UUID/upstream.json` | the history comes from another server: through which; see [`Upstream`] |
 //!
 //! An agent that begins a new store begins a new history: the old one stays beside it. The newest is called by the
 //! agent's name alone, the ones before it `NAME~1`, `NAME~2`, ….
@@ -29,7 +30,9 @@ use crate::{files, store};
 const SITE_FORMAT: u32 = 1;
 const SITE_FILE: &str = "server.json";
 const AGENTS_DIR: &str = "agents";
-const NAME_BYTES_MAX: usize = 64;
+/// A name at most.
+pub const NAME_BYTES_MAX: usize = 64;
+const UPSTREAM_FILE: &str = "upstream.json";
 
 /// What an agent is called on a server: a plain file name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -89,11 +92,22 @@ struct SiteFile {
     created: String,
 }
 
+/// Where a history comes from that no agent ships here. While a server follows another one, no agent may append to what
+/// has this file; a server that follows nobody lets agents go on with it, and removes the file then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upstream {
+    /// The authorities of the servers that it came through, the agent's own server first: who finds itself among them
+    /// would follow itself.
+    pub via: Vec<String>,
+}
+
 /// One history of an agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SiteLog {
     /// Whose.
     pub agent: AgentName,
+    /// When it was begun, at the server that the agent ships it to.
+    pub created: jiff::Timestamp,
     /// How many newer ones there are.
     pub age: usize,
     /// Its id.
@@ -183,6 +197,36 @@ impl Site {
             .join(log.to_string())
     }
 
+    /// Where the history in the folder `dir` comes from; `None` if agents ship it.
+    pub fn upstream_of(dir: &Path) -> Result<Option<Upstream>, OpenError> {
+        let path = dir.join(UPSTREAM_FILE);
+        match std::fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(|error| OpenError::BadStoreFile {
+                    path,
+                    reason: error.to_string(),
+                }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(OpenError::io("read", path)(error)),
+        }
+    }
+
+    /// Sets that down, durable, before anything of the history is there; `None`: from now on agents ship it.
+    pub fn set_upstream(dir: &Path, upstream: Option<&Upstream>) -> Result<(), OpenError> {
+        let path = dir.join(UPSTREAM_FILE);
+        let done = match upstream {
+            Some(upstream) => std::fs::create_dir_all(dir)
+                .and_then(|()| serde_json::to_vec_pretty(upstream).map_err(io::Error::from))
+                .and_then(|text| files::replace(&path, &text, 0o666)),
+            None => match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            },
+        };
+        done.map_err(OpenError::io("write", path))
+    }
+
     /// The agents that have shipped anything, by name.
     pub fn agents(&self) -> Result<Vec<AgentName>, OpenError> {
         let mut agents: Vec<AgentName> = names(&self.dir.join(AGENTS_DIR))?
@@ -205,12 +249,16 @@ impl Site {
             }
         }
         found.sort_by_key(|(created, log, _)| (std::cmp::Reverse(*created), *log));
-        let logs = found.into_iter().enumerate().map(|(age, (_, log, dir))| SiteLog {
-            agent: agent.clone(),
-            age,
-            log,
-            dir,
-        });
+        let logs = found
+            .into_iter()
+            .enumerate()
+            .map(|(age, (created, log, dir))| SiteLog {
+                agent: agent.clone(),
+                created,
+                age,
+                log,
+                dir,
+            });
         Ok(logs.collect())
     }
 
@@ -269,7 +317,7 @@ mod tests {
         let (old, new) = (Uuid::from_u128(9), Uuid::from_u128(1));
         for log in [old, new] {
             let options = store::WriterOptions::default();
-            store::StoreWriter::open_copy(&site.log_dir(&agent, log), log, &options).unwrap();
+            store::StoreWriter::open_copy(&site.log_dir(&agent, log), log, None, &options).unwrap();
         }
         let logs = Site::open(site.dir()).unwrap().unwrap().logs().unwrap();
         let found: Vec<_> = logs.iter().map(|log| (log.label(), log.log)).collect();

@@ -16,6 +16,12 @@ use crate::scene::Scene;
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// A port that nobody uses.
+fn free_address() -> Result<String> {
+    let free = UdpSocket::bind("127.0.0.1:0").context("find a free port")?;
+    Ok(free.local_addr()?.to_string())
+}
+
 /// A journal server, on loopback or on a host of its own; stopped when the guard goes.
 #[derive(Debug)]
 pub struct Server {
@@ -25,20 +31,46 @@ pub struct Server {
     log: PathBuf,
     process: Option<Background>,
     network: Option<Rc<Network>>,
+    upstream: Option<Upstream>,
+}
+
+/// What a server follows.
+#[derive(Clone, Debug)]
+struct Upstream {
+    address: String,
+    identity: PathBuf,
 }
 
 impl Server {
     /// Starts one whose folder is `store`, on a port that nobody uses.
     pub fn start(scene: &Scene, store: &Path) -> Result<Server> {
-        let free = UdpSocket::bind("127.0.0.1:0").context("find a free port")?;
-        let address = free.local_addr()?.to_string();
-        drop(free);
-        Server::listening(scene, store, address, None)
+        Server::listening(scene, store, free_address()?, None, None)
+    }
+
+    /// Starts one that follows `upstream`, enrolled there as `name`.
+    pub fn following(scene: &Scene, store: &Path, upstream: &Server, name: &str) -> Result<Server> {
+        let identity = scene.path(&format!("{name}-identity"));
+        let token = upstream.token(name, &["--follow"])?;
+        upstream
+            .enroll("cdp-journal", &token, &identity)?
+            .run()?
+            .success()?;
+        let upstream = Upstream {
+            address: upstream.address.clone(),
+            identity,
+        };
+        Server::listening(scene, store, free_address()?, None, Some(upstream))
     }
 
     /// Starts one on the server's host of `network`.
     pub fn start_in(scene: &Scene, store: &Path, network: &Rc<Network>) -> Result<Server> {
-        Server::listening(scene, store, network.server_address(), Some(Rc::clone(network)))
+        Server::listening(
+            scene,
+            store,
+            network.server_address(),
+            Some(Rc::clone(network)),
+            None,
+        )
     }
 
     fn listening(
@@ -46,6 +78,7 @@ impl Server {
         store: &Path,
         address: String,
         network: Option<Rc<Network>>,
+        upstream: Option<Upstream>,
     ) -> Result<Server> {
         let mut server = Server {
             program: binary("cdp-journal")?,
@@ -54,6 +87,7 @@ impl Server {
             log: scene.log("server"),
             process: None,
             network,
+            upstream,
         };
         server.run()?;
         Ok(server)
@@ -62,6 +96,10 @@ impl Server {
     /// Starts it where it was.
     pub fn run(&mut self) -> Result<()> {
         let mut command = self.command("serve").args(["--listen", &self.address]);
+        if let Some(upstream) = &self.upstream {
+            command = command.args(["--upstream", &upstream.address]);
+            command = command.arg("--identity").arg(&upstream.identity);
+        }
         if let Some(network) = &self.network {
             command = network.server.enter(command);
         }
@@ -108,7 +146,7 @@ impl Server {
             .with_context(|| format!("no durable_seq of {agent} in {status}"))
     }
 
-    /// A token for `agent`; `more` may be `--restore`.
+    /// A token for `agent`; `more` may be `--restore` or `--follow`.
     pub fn token(&self, agent: &str, more: &[&str]) -> Result<String> {
         self.command("token").args(["--agent", agent]).args(more).output()
     }

@@ -1,8 +1,8 @@
 //! The folder that holds a client's certificates: one file for each server and right.
 //!
-//! `AUTHORITY-append.pem` or `AUTHORITY-read.pem`, AUTHORITY being the first 16 digits of the fingerprint: the client's
-//! certificate, the authority's certificate, the client's key. Mode 0600. A server is known by its authority, so its
-//! address may change.
+//! `AUTHORITY-append.pem`, `AUTHORITY-read.pem` or `AUTHORITY-follow.pem`, AUTHORITY being the first 16 digits of the
+//! fingerprint: the client's certificate, the authority's certificate, the client's key. Mode 0600. A server is known by
+//! its authority, so its address may change.
 
 use std::fmt;
 use std::os::unix::fs::PermissionsExt;
@@ -120,6 +120,7 @@ impl Identities {
             program: match right {
                 Right::Append => "cdp-agent",
                 Right::Read => "cdp-restore",
+                Right::Follow => "cdp-journal",
             },
         };
         let entries = match std::fs::read_dir(dir) {

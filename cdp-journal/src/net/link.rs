@@ -1,16 +1,21 @@
 //! Connections and messages, and what it means when they end.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use quinn::{Connection, ConnectionError, Endpoint, ReadExactError, RecvStream, SendStream, VarInt};
+use rustls::pki_types::CertificateDer;
 
-use super::tls;
-use crate::trust::SERVER_NAME;
-use crate::wire::{Close, HEADER_BYTES, Header, Kind, Message, WireError};
+use super::{Identities, tls};
+use crate::trust::{SERVER_NAME, fingerprint, hex};
+use crate::types::WallNs;
+use crate::wire::{Close, HEADER_BYTES, Header, Kind, Message, Right, WireError};
 
 /// How long one address of a server is tried.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long after the end of its streams a connection may take to end.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Addresses of one name that are tried.
 const ADDRESSES_MAX: usize = 8;
 
@@ -172,6 +177,17 @@ pub(crate) async fn write_body(stream: &mut SendStream, kind: Kind, body: &[u8])
     Ok(stream.write_all(body).await?)
 }
 
+/// Why a connection ended of which `error` was noticed first: who closes it ends its streams, and says why a moment later.
+pub(crate) async fn why_ended(connection: &Connection, error: LinkError) -> LinkError {
+    if !matches!(error, LinkError::Closed { .. }) {
+        return error;
+    }
+    match tokio::time::timeout(CLOSE_TIMEOUT, connection.closed()).await {
+        Ok(closed) => closed.into(),
+        Err(_) => error,
+    }
+}
+
 /// Closes with a reason that the other end can show.
 pub(crate) fn close(connection: &Connection, close: Close, why: &str) {
     connection.close(VarInt::from_u32(close.code()), why.as_bytes());
@@ -185,6 +201,13 @@ pub(crate) struct Link {
 }
 
 impl Link {
+    /// Connects to `server` (HOST:PORT) with a certificate for `right` in the folder `identity`.
+    pub(crate) async fn connect_as(identity: &Path, right: Right, server: &str) -> Result<Self, LinkError> {
+        let identities = Identities::load(identity, right)?;
+        identities.check(WallNs::now())?;
+        Self::connect(server, identities.tls()?).await
+    }
+
     /// Connects to `server` (HOST:PORT), trying each of its addresses.
     pub(crate) async fn connect(server: &str, tls: rustls::ClientConfig) -> Result<Self, LinkError> {
         let config = tls::client_transport(tls)?;
@@ -224,9 +247,11 @@ impl Link {
         Ok(Self { connection, endpoint })
     }
 
-    /// Bytes of datagrams that have left for the other end.
-    pub(crate) fn sent_bytes(&self) -> u64 {
-        self.connection.stats().udp_tx.bytes
+    /// What names the authority of the server at the other end.
+    pub(crate) fn authority(&self) -> Option<String> {
+        let chain = self.connection.peer_identity()?;
+        let chain = chain.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+        Some(hex(&fingerprint(chain.last()?)))
     }
 
     /// Says good-bye and waits until that has left.

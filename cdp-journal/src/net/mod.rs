@@ -6,15 +6,18 @@
 
 mod backoff;
 mod enroll;
+pub(crate) mod feed;
 mod identity;
 pub(crate) mod link;
 mod shipper;
+pub(crate) mod thread;
 mod throttle;
 pub(crate) mod tls;
 
-pub(crate) use backoff::{Backoff, random};
+pub(crate) use backoff::{Backoff, Session, random};
 pub use enroll::{EnrollError, enroll};
+pub use feed::DurableLog;
 pub use identity::{Identities, IdentityError};
 pub use link::LinkError;
-pub use shipper::{DurableLog, Shipper, TargetState, TargetStatus};
+pub use shipper::{Shipper, TargetState, TargetStatus};
 pub use throttle::Throttle;

@@ -10,8 +10,7 @@ use tokio::runtime::Runtime;
 
 use super::{Ask, Fault};
 use crate::net::link::{self, Link, LinkError};
-use crate::net::{Backoff, Identities, random};
-use crate::types::WallNs;
+use crate::net::{Backoff, random};
 use crate::wire::{Kind, Right};
 
 /// See the module's head.
@@ -62,9 +61,7 @@ impl Line {
         match &*link {
             Some(link) if link.connection.close_reason().is_none() => Ok(link.connection.clone()),
             _ => {
-                let identities = Identities::load(&self.identity, Right::Read)?;
-                identities.check(WallNs::now())?;
-                let connecting = Link::connect(&self.server, identities.tls()?);
+                let connecting = Link::connect_as(&self.identity, Right::Read, &self.server);
                 let made = self.runtime.block_on(connecting)?;
                 let connection = made.connection.clone();
                 *link = Some(made);
@@ -104,10 +101,11 @@ impl Drop for Line {
     }
 }
 
-async fn ask_once<T: DeserializeOwned>(
+/// Asks over `connection`.
+pub(crate) async fn ask_once<T: DeserializeOwned, P: FnMut(u64) + ?Sized>(
     connection: &Connection,
     ask: &Ask,
-    progress: &mut dyn FnMut(u64),
+    progress: &mut P,
 ) -> Result<(Vec<Message>, T), AskError> {
     let nonsense = |error: &dyn std::fmt::Display| {
         AskError::Fault(Fault::Other {
@@ -131,7 +129,10 @@ async fn ask_once<T: DeserializeOwned>(
                 progress(bytes.map_err(|_| nonsense(&"a progress of another length"))?);
             }
             Some(message) => messages.push(message),
-            None => return Err(LinkError::closed("the answer ended early").into()),
+            None => {
+                let error = LinkError::closed("the answer ended early");
+                return Err(link::why_ended(connection, error).await.into());
+            }
         }
     }
 }

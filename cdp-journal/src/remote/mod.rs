@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::ReadError;
+use crate::site::AgentName;
 use crate::types::{Seq, VolumeId, WallNs};
 pub(crate) use crate::view::GROUPS_MAX;
 use crate::when::{NotExact, Point, WhenError};
@@ -36,6 +37,7 @@ pub use archive::{RemoteArchive, RemoteSite};
 pub(crate) use items::{
     decode_items, decode_placed, decode_versions, encode_item, encode_placed, encode_version,
 };
+pub(crate) use line::{AskError, ask_once};
 
 /// Frames whose tables answer one question at most.
 pub const HEADS_MAX: usize = 256;
@@ -57,6 +59,8 @@ pub(crate) enum GroupAt {
 pub(crate) enum Ask {
     /// Which histories are there? Answer: a list of [`Told`].
     Stores,
+    /// Which histories of all agents are there to follow? Answer: a list of [`Listed`]. For servers that follow alone.
+    Histories,
     /// Answer: [`About`].
     About { log: Uuid },
     /// Answer: a list of volumes.
@@ -110,6 +114,20 @@ pub(crate) struct Told {
     pub(crate) label: String,
     pub(crate) age: usize,
     pub(crate) log: Uuid,
+}
+
+/// One history, for a server that follows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Listed {
+    pub(crate) agent: AgentName,
+    pub(crate) log: Uuid,
+    pub(crate) created: jiff::Timestamp,
+    /// Its last durable record, 0 if there is none; nothing while nobody has asked for its records.
+    pub(crate) durable: Option<u64>,
+    /// Somebody writes to it.
+    pub(crate) live: bool,
+    /// See [`crate::site::Upstream`].
+    pub(crate) via: Vec<String>,
 }
 
 /// A store as a whole.

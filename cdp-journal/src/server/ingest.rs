@@ -1,4 +1,4 @@
-//! Taking in what an agent ships.
+//! Taking in what an agent ships, or the server that this one follows.
 //!
 //! ```text
 //! connection ──▶ log thread: check, append, sync in groups ──▶ index thread
@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Each arrow is a queue with a bound; when the log thread is busy or has no room, the connection is not read, and QUIC
-//! holds the agent back.
+//! holds the sender back.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,14 +19,16 @@ use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
-use super::logs::Intake;
-use super::{HELLO_TIMEOUT, Refusal, Shared};
+use super::logs::{History, Intake};
+use super::{HELLO_TIMEOUT, Refusal, Shared, not_allowed};
 use crate::format::{FrameHeader, SealedFrame};
 use crate::index::IndexWriter;
 use crate::log::{FrameLocation, LogError, LogWriter};
 use crate::net::link::{self, LinkError};
+use crate::net::thread::on_own_thread;
 use crate::site::AgentName;
 use crate::store::StoreWriter;
+use crate::trust::Holder;
 use crate::types::Seq;
 use crate::wire::{Close, FrameId, Kind, Message, WireError};
 
@@ -55,62 +57,37 @@ type Shipped = (Option<Seq>, Vec<u8>);
 pub(super) async fn serve(
     shared: &Arc<Shared>,
     connection: &Connection,
-    agent: &AgentName,
+    holder: &Holder,
 ) -> Result<(), Refusal> {
+    let agent = &holder.agent;
     let late = |_| Refusal::new(Close::Protocol, "nothing was said in time");
-    let (mut send, mut receive) = tokio::time::timeout(HELLO_TIMEOUT, connection.accept_bi())
+    let (send, mut receive) = tokio::time::timeout(HELLO_TIMEOUT, connection.accept_bi())
         .await
         .map_err(late)??;
-    let hello = tokio::time::timeout(HELLO_TIMEOUT, read_hello(&mut receive, agent));
+    let hello = tokio::time::timeout(HELLO_TIMEOUT, read_hello(&mut receive, holder));
     let log = hello.await.map_err(late)??;
-    refuse_strange_log(shared, agent, log)?;
-    let place = shared.logs.take(agent, connection).await;
+    if let Some(owner) = owner_of_log(shared, agent, log)? {
+        let why = format!(
+            "this store's history belongs to agent {owner} here, and the certificate is for agent {agent}; \
+             enroll with a token for {owner}"
+        );
+        return Err(Refusal::new(Close::NotAllowed, why));
+    }
+    let history = shared.logs.take(agent, log, connection)?;
+    let writing = history.lock().await;
     if connection.close_reason().is_some() {
         return Ok(());
     }
-    let (dir, options) = (shared.logs.site.log_dir(agent, log), shared.logs.options.clone());
-    let opened = on_own_thread("cdp-open", move || {
-        let (store, recovered) = StoreWriter::open_copy(&dir, log, &options)?;
-        let held = store
-            .last_frame()
-            .map_err(|error| crate::log::open_error(error, recovered.last_seq))?;
-        Ok::<_, crate::OpenError>((store, held))
-    });
-    let (store, held) = opened
-        .await
-        .map_err(|error| Refusal::failed(&error))?
-        .map_err(|error| {
-            tracing::error!(%agent, "open its store: {error}");
-            Refusal::failed(&error)
-        })?;
-    tracing::info!(%agent, from = %connection.remote_address(), held = held.map_or(0, |held| held.last.get()), "ships");
-    let intake = Arc::new(Intake::new(log));
-    intake.set_durable(held.map(|held| held.last));
-    shared.logs.set_intake(agent, Some(Arc::clone(&intake)));
-    let ended = take_in(connection, &mut send, store, held, &intake).await;
-    shared.logs.set_intake(agent, None);
-    drop(place);
-    tracing::info!(%agent, durable = intake.durable(), "ships no more");
+    let (store, held) = history.open(None, &shared.logs.options).await?;
+    let from = connection.remote_address();
+    tracing::info!(%agent, %from, held = held.map_or(0, |held| held.last.get()), "ships");
+    let ended = take_in(connection, (send, receive), store, held, &history).await;
+    drop(writing);
+    tracing::info!(%agent, durable = Seq::number_of(history.durable().flatten()), "ships no more");
     ended
 }
 
-/// Runs what blocks on a thread of its own. Those that the runtime keeps for such work may all be busy with answers to
-/// restores that do not read them: no agent waits for that.
-async fn on_own_thread<T: Send + 'static>(
-    name: &str,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> std::io::Result<T> {
-    let (done, result) = oneshot::channel();
-    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-        // Nobody waits any more if the server is ending.
-        let _ = done.send(work());
-    })?;
-    result
-        .await
-        .map_err(|_| std::io::Error::other(format!("the thread {name} panicked")))
-}
-
-async fn read_hello(stream: &mut RecvStream, agent: &AgentName) -> Result<Uuid, Refusal> {
+async fn read_hello(stream: &mut RecvStream, holder: &Holder) -> Result<Uuid, Refusal> {
     let found = link::read_message(stream).await?;
     let (kind, body) = found.ok_or_else(|| Refusal::new(Close::Protocol, "nothing was said"))?;
     match kind {
@@ -118,46 +95,30 @@ async fn read_hello(stream: &mut RecvStream, agent: &AgentName) -> Result<Uuid, 
             Message::Hello { log, .. } => Ok(log),
             _ => Err(Refusal::new(Close::Protocol, "no greeting")),
         },
-        Kind::Ask => Err(Refusal::new(
-            Close::NotAllowed,
-            format!(
-                "the certificate of agent {agent} may append and not read; to restore, enroll with a token of \
-                 `cdp-journal token --agent {agent} --restore`"
-            ),
-        )),
-        found => {
-            let expected = Kind::Hello;
-            Err(LinkError::from(WireError::Unexpected { found, expected }).into())
-        }
+        found => Err(not_allowed(holder, found, &body)),
     }
 }
 
-/// A history belongs to who shipped it first.
-fn refuse_strange_log(shared: &Shared, agent: &AgentName, log: Uuid) -> Result<(), Refusal> {
+/// Whose the history `log` is, if it is not the agent's: it belongs to who shipped it first.
+pub(super) fn owner_of_log(
+    shared: &Shared,
+    agent: &AgentName,
+    log: Uuid,
+) -> Result<Option<AgentName>, Refusal> {
     let site = &shared.logs.site;
     let agents = site.agents().map_err(|error| Refusal::failed(&error))?;
-    let owner = agents
-        .into_iter()
-        .find(|other| other != agent && site.log_dir(other, log).exists());
-    match owner {
-        None => Ok(()),
-        Some(owner) => Err(Refusal::new(
-            Close::NotAllowed,
-            format!(
-                "this store's history belongs to agent {owner} here, and the certificate is for agent {agent}; \
-                 enroll with a token for {owner}"
-            ),
-        )),
-    }
+    let mut others = agents.into_iter().filter(|other| other != agent);
+    Ok(others.find(|other| site.log_dir(other, log).exists()))
 }
 
-/// Runs the two threads of a store, and the connection that feeds them.
-async fn take_in(
+/// Takes in what comes over `connection`, whichever end made it, until it ends: runs the two threads of a store, and feeds
+/// them. For who holds the history's lock.
+pub(super) async fn take_in(
     connection: &Connection,
-    send: &mut SendStream,
+    (mut send, mut receive): (SendStream, RecvStream),
     store: StoreWriter,
     held: Option<FrameId>,
-    intake: &Arc<Intake>,
+    history: &Arc<History>,
 ) -> Result<(), Refusal> {
     let start = Acked {
         durable: held.map(|held| held.last),
@@ -166,22 +127,30 @@ async fn take_in(
     let (acked, mut acks) = watch::channel(start);
     let (frames, to_log) = mpsc::channel::<Shipped>(QUEUE_FRAMES);
     let (failed, mut failure) = oneshot::channel();
-    let threads = Threads::start(store, to_log, acked, Arc::clone(intake), failed)
-        .map_err(|error| Refusal::failed(&error))?;
+    let intake = Arc::new(Intake::default());
+    let stage = (Arc::clone(history), Arc::clone(&intake));
+    let threads =
+        Threads::start(store, to_log, acked, stage, failed).map_err(|error| Refusal::failed(&error))?;
+    history.set_intake(Some(Arc::clone(&intake)));
     let welcome = Message::Welcome { held };
     let ended = async {
         send.write_all(&welcome.encode()).await.map_err(LinkError::from)?;
-        // It begins with the first frame: who has nothing to say may be silent.
-        let mut stream = connection.accept_uni().await?;
+        let frames = async {
+            // It begins with the first frame: who has nothing to say may be silent.
+            let mut stream = connection.accept_uni().await?;
+            read_frames(&mut stream, frames, &intake).await
+        };
         tokio::select! {
-            ended = read_frames(&mut stream, frames, intake) => ended,
-            ended = write_acks(send, &mut acks) => ended,
-            // Neither of the two notices while the log has no room.
+            ended = frames => ended,
+            ended = write_acks(&mut send, &mut acks) => ended,
+            ended = read_standing(&mut receive, history) => ended,
+            // None of them notices while the log has no room.
             closed = connection.closed() => Err(closed.into()),
             refusal = &mut failure => Err(refusal.unwrap_or_else(|_| Refusal::failed(&"a thread ended"))),
         }
     }
     .await;
+    history.set_intake(None);
     // The queue to the log is closed by now: the threads finish what is in it, unless there is no room for it.
     drop(acks);
     on_own_thread("cdp-join", move || threads.join())
@@ -210,6 +179,20 @@ async fn read_frames(
     }
 }
 
+async fn read_standing(stream: &mut RecvStream, history: &History) -> Result<(), Refusal> {
+    while let Some((kind, body)) = link::read_message(stream).await? {
+        match Message::decode(kind, &body).map_err(LinkError::from)? {
+            Message::Standing(standing) => history.tell(standing),
+            other => {
+                let (found, expected) = (other.kind(), Kind::Standing);
+                return Err(LinkError::from(WireError::Unexpected { found, expected }).into());
+            }
+        }
+    }
+    // The sender need not say it.
+    std::future::pending().await
+}
+
 async fn write_acks(send: &mut SendStream, acks: &mut watch::Receiver<Acked>) -> Result<(), Refusal> {
     while acks.changed().await.is_ok() {
         let Acked { durable, full } = *acks.borrow_and_update();
@@ -229,7 +212,7 @@ impl Threads {
         store: StoreWriter,
         frames: mpsc::Receiver<Shipped>,
         acked: watch::Sender<Acked>,
-        intake: Arc<Intake>,
+        (history, intake): (Arc<History>, Arc<Intake>),
         failed: oneshot::Sender<Refusal>,
     ) -> std::io::Result<Self> {
         let (log, index) = store.split();
@@ -246,6 +229,7 @@ impl Threads {
             log,
             to_index,
             acked,
+            history,
             intake,
             unsynced: Vec::new(),
             oldest: None,
@@ -295,6 +279,7 @@ struct LogStage {
     log: LogWriter,
     to_index: Sender<(Box<[u8]>, FrameLocation)>,
     acked: watch::Sender<Acked>,
+    history: Arc<History>,
     intake: Arc<Intake>,
     unsynced: Vec<(Box<[u8]>, FrameLocation)>,
     oldest: Option<Instant>,
@@ -390,7 +375,7 @@ impl LogStage {
 
     fn tell(&self, full: bool) {
         let durable = self.log.durable();
-        self.intake.set_durable(durable);
+        self.history.set_durable(durable, self.log.log_bytes());
         self.intake.full.store(full, Ordering::Relaxed);
         self.acked.send_replace(Acked { durable, full });
     }

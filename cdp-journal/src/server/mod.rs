@@ -3,7 +3,10 @@
 //! ```text
 //! connection ─┬─ no certificate ──▶ enroll: a token for a certificate
 //!             ├─ may append ──────▶ ingest: verify, append, sync, acknowledge; index behind
-//!             └─ may read ────────▶ reads: history, places of blocks, bytes of the log
+//!             ├─ may read ────────▶ reads: history, places of blocks, bytes of the log
+//!             └─ may follow ──────▶ feeds: every history, frame by frame
+//!
+//! upstream ◀───── follow ─────────▶ ingest
 //! ```
 //!
 //! Always true:
@@ -14,6 +17,8 @@
 
 mod clients;
 mod endpoint;
+mod feeds;
+mod follow;
 mod ingest;
 mod logs;
 mod reads;
@@ -33,15 +38,18 @@ use tokio::sync::watch;
 use crate::error::OpenError;
 use crate::net::link::{self, LinkError};
 use crate::net::tls;
+use crate::remote::Ask;
 use crate::site::Site;
 use crate::store::{StoreLock, WriterOptions};
 use crate::trust::{Authority, Grants, Holder, TrustError};
 use crate::types::WallNs;
 use crate::wire::{ALPN_ENROLL, Close, Kind, Message, Right};
 
+pub use follow::UpstreamStatus;
 pub use status::{AgentStatus, ServerStatus, ask_status, status_of_folder};
 
 use clients::Clients;
+use follow::Follower;
 use logs::Logs;
 
 /// Connections at once; more are turned away.
@@ -62,6 +70,17 @@ pub struct ServeOptions {
     pub listen: SocketAddr,
     /// Bounds of each agent's store.
     pub writer: WriterOptions,
+    /// The server to follow.
+    pub upstream: Option<UpstreamOptions>,
+}
+
+/// A server to follow.
+#[derive(Clone, Debug)]
+pub struct UpstreamOptions {
+    /// HOST:PORT.
+    pub server: String,
+    /// The folder that `enroll` put the certificate into.
+    pub identity: PathBuf,
 }
 
 /// A server could not start.
@@ -91,6 +110,7 @@ struct Shared {
     grants: Grants,
     logs: Logs,
     clients: Clients,
+    follower: Option<Arc<Follower>>,
 }
 
 /// A server that listens.
@@ -114,11 +134,20 @@ impl Server {
                 listen: options.listen,
                 source,
             })?;
+        let upstream = options.upstream.clone();
+        let logs = Logs::new(
+            site,
+            options.writer.clone(),
+            upstream.as_ref().map(|upstream| upstream.server.clone()),
+        );
+        let follower = upstream
+            .map(|upstream| Follower::new(upstream.server, upstream.identity, &authority.fingerprint()));
         let shared = Arc::new(Shared {
             authority,
             grants,
-            logs: Logs::new(site, options.writer.clone()),
+            logs,
             clients: Clients::default(),
+            follower,
         });
         let status = status::Socket::bind(&options.store)?;
         Ok(Self {
@@ -137,6 +166,10 @@ impl Server {
     /// Serves until `stop` is true. Then everything taken in is durable.
     pub async fn run(self, mut stop: watch::Receiver<bool>) {
         let mut revoked = tokio::time::interval(REVOKED_INTERVAL);
+        let following = self.shared.follower.clone().map(|follower| {
+            let following = follower.run(Arc::clone(&self.shared), stop.clone());
+            tokio::spawn(following)
+        });
         loop {
             tokio::select! {
                 _ = stop.wait_for(|stop| *stop) => break,
@@ -150,6 +183,9 @@ impl Server {
         }
         let stopping = quinn::VarInt::from_u32(Close::Stopping.code());
         self.endpoint.close(stopping, b"the server is stopping");
+        if let Some(following) = following {
+            let _ = tokio::time::timeout(STOP_TIMEOUT, following).await;
+        }
         if !self.shared.logs.wait_idle(STOP_TIMEOUT).await {
             tracing::warn!("an agent's store was still busy at the end");
         }
@@ -256,9 +292,28 @@ async fn serve(shared: &Arc<Shared>, connection: &Connection) -> Result<(), Refu
     }
     let _client = shared.clients.register(&holder, connection);
     match holder.right {
-        Right::Append => ingest::serve(shared, connection, &holder.agent).await,
-        Right::Read => reads::serve(shared, connection, &holder.agent).await,
+        Right::Append => ingest::serve(shared, connection, &holder).await,
+        Right::Read => reads::serve(shared, connection, &holder).await,
+        Right::Follow => feeds::serve(shared, connection, &holder).await,
     }
+}
+
+/// What a connection begins with is not for who has the certificate.
+fn not_allowed(holder: &Holder, found: Kind, body: &[u8]) -> Refusal {
+    let asks_for_all = || reads::decode_ask(body).is_ok_and(|ask| ask == Ask::Histories);
+    let (wanted, to_do, more) = match found {
+        Kind::Ask if asks_for_all() => (Right::Follow, "follow", " --follow"),
+        Kind::Hello => (Right::Append, "ship", ""),
+        Kind::Ask => (Right::Read, "restore", " --restore"),
+        Kind::Follow => (Right::Follow, "follow", " --follow"),
+        _ => return Refusal::new(Close::Protocol, format!("{found:?} is no way to begin")),
+    };
+    let allowed = holder.right;
+    let why = format!(
+        "the certificate of {holder} may {allowed} and not {wanted}; to {to_do}, enroll with a token of \
+         `cdp-journal token --agent NAME{more}`"
+    );
+    Refusal::new(Close::NotAllowed, why)
 }
 
 fn revoked(holder: &Holder) -> Refusal {

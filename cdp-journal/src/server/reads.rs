@@ -11,15 +11,15 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{Refusal, Shared};
+use super::{Refusal, Shared, not_allowed};
 use crate::format::stored_group_bytes;
 use crate::index::CHUNK_BLOCKS;
 use crate::net::link;
 use crate::remote::{
     About, Ask, Fault, GROUPS_MAX, GroupAt, HEADS_MAX, Told, encode_item, encode_placed, encode_version,
 };
-use crate::site::AgentName;
 use crate::store::{Archive, LOG_DIR, StoreReader};
+use crate::trust::Holder;
 use crate::types::{SegmentId, Seq};
 use crate::view::{GROUP_STORED_BYTES_MAX, read_full};
 use crate::wire::{ANSWER_BYTES_MAX, Close, ITEM_BYTES, ITEMS_MAX, Kind, READ_BYTES_MAX};
@@ -32,7 +32,7 @@ type Message = (Kind, Vec<u8>);
 /// What a connection has open.
 struct Reader {
     shared: Arc<Shared>,
-    agent: AgentName,
+    holder: Holder,
     stores: Mutex<HashMap<Uuid, Arc<StoreReader>>>,
 }
 
@@ -40,11 +40,11 @@ struct Reader {
 pub(super) async fn serve(
     shared: &Arc<Shared>,
     connection: &Connection,
-    agent: &AgentName,
+    holder: &Holder,
 ) -> Result<(), Refusal> {
     let reader = Arc::new(Reader {
         shared: Arc::clone(shared),
-        agent: agent.clone(),
+        holder: holder.clone(),
         stores: Mutex::default(),
     });
     loop {
@@ -61,23 +61,15 @@ pub(super) async fn serve(
 
 async fn answer(reader: &Arc<Reader>, mut send: SendStream, mut receive: RecvStream) -> Result<(), Refusal> {
     let ask = match link::read_message(&mut receive).await? {
-        Some((Kind::Ask, body)) => serde_json::from_slice::<Ask>(&body).map_err(|error| {
-            Refusal::new(
-                Close::Protocol,
-                format!("a question that makes no sense: {error}"),
-            )
-        })?,
-        Some((Kind::Hello, _)) => {
-            let why = format!(
-                "the certificate for restores of {} may read and not append; to ship, enroll with a token of \
-                 `cdp-journal token --agent NAME`",
-                reader.agent
-            );
-            return Err(Refusal::new(Close::NotAllowed, why));
-        }
-        Some((found, _)) => return Err(Refusal::new(Close::Protocol, format!("{found:?} is no question"))),
+        Some((kind, body)) => match kind {
+            Kind::Ask => decode_ask(&body)?,
+            found => return Err(not_allowed(&reader.holder, found, &body)),
+        },
         None => return Ok(()),
     };
+    if ask == Ask::Histories {
+        return Err(not_allowed(&reader.holder, Kind::Follow, &[]));
+    }
     let (messages, mut queue) = mpsc::channel::<Message>(QUEUE_MESSAGES);
     let reader = Arc::clone(reader);
     let work = tokio::task::spawn_blocking(move || {
@@ -92,7 +84,14 @@ async fn answer(reader: &Arc<Reader>, mut send: SendStream, mut receive: RecvStr
     work.await.map_err(|error| Refusal::failed(&error))
 }
 
-fn encode<T: Serialize>(answer: &Result<T, Fault>) -> Vec<u8> {
+pub(super) fn decode_ask(body: &[u8]) -> Result<Ask, Refusal> {
+    serde_json::from_slice(body).map_err(|error| {
+        let why = format!("a question that makes no sense: {error}");
+        Refusal::new(Close::Protocol, why)
+    })
+}
+
+pub(super) fn encode<T: Serialize>(answer: &Result<T, Fault>) -> Vec<u8> {
     let body = serde_json::to_vec(answer).unwrap_or_default();
     if body.is_empty() || body.len() > ANSWER_BYTES_MAX {
         let why = format!("the answer has {} bytes, too many for one", body.len());
@@ -124,7 +123,7 @@ impl Reader {
             return Ok(Arc::clone(store));
         }
         // The agent's name comes from the certificate: no question reaches what belongs to another.
-        let dir = self.shared.logs.site.log_dir(&self.agent, log);
+        let dir = self.shared.logs.site.log_dir(&self.holder.agent, log);
         let store = Arc::new(StoreReader::open(&dir).map_err(|error| Fault::other(&error))?);
         self.stores.lock().insert(log, Arc::clone(&store));
         Ok(store)
@@ -133,7 +132,7 @@ impl Reader {
     fn answer(&self, ask: &Ask, out: &Out) -> Result<Vec<u8>, Fault> {
         match ask {
             Ask::Stores => {
-                let logs = self.shared.logs.site.logs_of(&self.agent);
+                let logs = self.shared.logs.site.logs_of(&self.holder.agent);
                 let logs = logs.map_err(|error| Fault::other(&error))?;
                 let told = logs.iter().map(|log| Told {
                     label: log.label(),
@@ -142,6 +141,9 @@ impl Reader {
                 });
                 ok(told.collect::<Vec<_>>())
             }
+            Ask::Histories => Err(Fault::Other {
+                why: "that is for servers that follow".to_owned(),
+            }),
             Ask::About { log } => {
                 let store = self.store(*log)?;
                 store.refresh()?;
@@ -233,7 +235,12 @@ impl Reader {
         let len = usize::try_from(bytes).ok().filter(|len| *len <= READ_BYTES_MAX);
         let len = len.ok_or_else(|| bad(format!("{bytes} bytes at once are too many")))?;
         let segment = Seq::new(segment).ok_or_else(|| bad("segment 0".to_owned()))?;
-        let dir = self.shared.logs.site.log_dir(&self.agent, log).join(LOG_DIR);
+        let dir = self
+            .shared
+            .logs
+            .site
+            .log_dir(&self.holder.agent, log)
+            .join(LOG_DIR);
         let path = dir.join(SegmentId(segment).file_name());
         let read = || {
             let mut bytes = vec![0; len];

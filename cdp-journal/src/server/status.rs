@@ -1,9 +1,11 @@
 //! How the server is doing: told over a socket in its folder while it runs, read from the folder else.
 
+use std::collections::BTreeSet;
 use std::io::{self, Read as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -11,11 +13,14 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 
+use super::follow::{Follower, UpstreamStatus};
+use super::logs::History;
 use super::{ServeError, Shared};
 use crate::error::OpenError;
 use crate::site::{Site, SiteLog};
 use crate::store::StoreReader;
-use crate::trust::hex;
+use crate::trust::{Holder, hex};
+use crate::types::Seq;
 use crate::wire::Right;
 
 const SOCKET: &str = "journal.sock";
@@ -32,31 +37,52 @@ pub struct ServerStatus {
     pub listen: Option<String>,
     /// Fingerprint of the authority.
     pub authority: Option<String>,
+    /// The server that this one follows.
+    #[serde(default)]
+    pub upstream: Option<UpstreamStatus>,
     /// Every history, the newest of each agent first.
     pub agents: Vec<AgentStatus>,
     /// Connections of restores.
     pub readers: Vec<ReaderStatus>,
+    /// Servers that follow this one.
+    #[serde(default)]
+    pub followers: Vec<FollowerStatus>,
 }
 
 /// One history.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct AgentStatus {
     /// The agent's name, with `~1` and so on for histories before its newest.
     pub agent: String,
     /// The id of the history.
     pub log: String,
-    /// Is the agent connected?
+    /// It comes from the server that this one follows.
+    #[serde(default)]
+    pub followed: bool,
+    /// Is the agent, or the server that this one follows, connected?
     pub connected: bool,
     /// From where.
     pub from: Option<String>,
     /// Last durable record.
     pub durable_seq: u64,
+    /// Last durable record of where it comes from, as that was told last; nothing if it was not.
+    #[serde(default)]
+    pub source_seq: Option<u64>,
+    /// Age of the oldest record there that is not known to be durable here; more by how long nothing was told.
+    #[serde(default)]
+    pub lag_seconds: Option<f64>,
+    /// Bytes of the log there that are not.
+    #[serde(default)]
+    pub backlog_bytes: Option<u64>,
     /// Bytes taken in by this connection.
     pub received_bytes: u64,
     /// Bytes of the log.
     pub log_bytes: u64,
     /// There is no room for more.
     pub full: bool,
+    /// Why it is not followed.
+    #[serde(default)]
+    pub why: Option<String>,
 }
 
 /// One connection of a restore.
@@ -68,46 +94,113 @@ pub struct ReaderStatus {
     pub from: String,
 }
 
+/// A server that follows this one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FollowerStatus {
+    /// What it is called here.
+    pub follower: String,
+    /// From where.
+    pub from: String,
+}
+
 pub(super) fn of_running(shared: &Shared, listen: Option<SocketAddr>) -> ServerStatus {
     let clients = shared.clients.list();
     let logs = shared.logs.site.logs().unwrap_or_else(|error| {
         tracing::error!("list the histories: {error}");
         Vec::new()
     });
-    let mut agents = Vec::new();
-    for log in logs {
-        let mut status = resting(&log);
-        let intake = shared
-            .logs
-            .intake(&log.agent)
-            .filter(|intake| intake.log == log.log);
-        if let Some(intake) = intake {
-            let of_agent = clients
-                .iter()
-                .find(|(holder, _)| holder.agent == log.agent && holder.right == Right::Append);
-            status.connected = true;
-            status.from = of_agent.map(|(_, from)| from.to_string());
-            status.durable_seq = intake.durable();
-            status.received_bytes = intake.received_bytes.load(Ordering::Relaxed);
-            status.full = intake.full.load(Ordering::Relaxed);
-        } else {
-            status.durable_seq = last_seq(&log);
+    let mut agents: Vec<_> = logs.iter().map(|log| of_log(shared, &clients, log)).collect();
+    let follower = shared.follower.as_ref();
+    // Those of which nothing is here yet.
+    for (agent, log) in follower.map_or_else(Vec::new, |follower| follower.listed()) {
+        let is_there = logs.iter().any(|there| there.agent == agent && there.log == log);
+        if let Ok(history) = shared.logs.history(&agent, log)
+            && !is_there
+        {
+            let mut status = AgentStatus {
+                agent: agent.to_string(),
+                log: log.to_string(),
+                ..AgentStatus::default()
+            };
+            add_standing(shared, &history, &mut status);
+            agents.push(status);
         }
-        agents.push(status);
     }
-    let readers = clients
-        .iter()
-        .filter(|(holder, _)| holder.right == Right::Read)
-        .map(|(holder, from)| ReaderStatus {
-            agent: holder.agent.to_string(),
-            from: from.to_string(),
-        });
+    let of_right = |right| {
+        let of_right = clients.iter().filter(move |(holder, _)| holder.right == right);
+        of_right.map(|(holder, from)| (holder.agent.to_string(), from))
+    };
+    let readers = of_right(Right::Read).map(|(agent, from)| ReaderStatus {
+        agent,
+        from: from.to_string(),
+    });
+    // Each has a connection for each history.
+    let followers: BTreeSet<_> = of_right(Right::Follow)
+        .map(|(follower, from)| FollowerStatus {
+            follower,
+            from: from.ip().to_string(),
+        })
+        .collect();
     ServerStatus {
         running: true,
         listen: listen.map(|listen| listen.to_string()),
         authority: Some(hex(&shared.authority.fingerprint())),
+        upstream: follower.map(|follower| follower.status()),
         agents,
         readers: readers.collect(),
+        followers: followers.into_iter().collect(),
+    }
+}
+
+fn of_log(shared: &Shared, clients: &[(Holder, SocketAddr)], log: &SiteLog) -> AgentStatus {
+    let mut status = resting(log);
+    let Ok(history) = shared.logs.history(&log.agent, log.log) else {
+        return status;
+    };
+    if let Some(intake) = history.intake() {
+        status.connected = true;
+        status.received_bytes = intake.received_bytes.load(Ordering::Relaxed);
+        status.full = intake.full.load(Ordering::Relaxed);
+    }
+    status.durable_seq = match history.durable() {
+        Some(durable) => Seq::number_of(durable),
+        None => last_seq(log),
+    };
+    add_standing(shared, &history, &mut status);
+    if status.connected {
+        let mut clients = clients.iter();
+        let is_agent = |holder: &Holder| holder.agent == log.agent && holder.right == Right::Append;
+        status.from = match shared.follower.as_ref().filter(|_| status.followed) {
+            Some(follower) => Some(follower.status().server),
+            None => clients
+                .find(|(holder, _)| is_agent(holder))
+                .map(|(_, from)| from.to_string()),
+        };
+    }
+    status
+}
+
+/// How far behind it is, and why.
+fn add_standing(shared: &Shared, history: &History, status: &mut AgentStatus) {
+    let is_followed = |follower: &&Arc<Follower>| status.followed || follower.has(history);
+    let standing = match shared.follower.as_ref().filter(is_followed) {
+        Some(follower) => {
+            status.followed = true;
+            let (standing, why) = follower.standing(history);
+            status.why = why;
+            standing
+        }
+        None => history.standing(),
+    };
+    if let Some(standing) = standing {
+        let told = Seq::number_of(standing.durable);
+        // Since it was told, more has come; unless there is less than here, which `why` says.
+        status.source_seq = Some(match status.why {
+            Some(_) => told,
+            None => told.max(Seq::number_of(history.durable().flatten())),
+        });
+        status.lag_seconds = Some(standing.lag_ns as f64 / 1e9);
+        status.backlog_bytes = Some(standing.backlog_bytes);
     }
 }
 
@@ -116,12 +209,9 @@ fn resting(log: &SiteLog) -> AgentStatus {
     AgentStatus {
         agent: log.label(),
         log: log.log.to_string(),
-        connected: false,
-        from: None,
-        durable_seq: 0,
-        received_bytes: 0,
+        followed: Site::upstream_of(&log.dir).is_ok_and(|upstream| upstream.is_some()),
         log_bytes: crate::ship::LogTail::bytes_after(&log.dir, None).unwrap_or(0),
-        full: false,
+        ..AgentStatus::default()
     }
 }
 

@@ -50,7 +50,7 @@ pub(crate) const INDEX_DIR: &str = "index";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct StoreIdentity {
     pub(crate) uuid: Uuid,
-    /// When this folder was made.
+    /// When this folder was made, or the one that it is a copy of.
     pub(crate) created: jiff::Timestamp,
 }
 
@@ -111,11 +111,11 @@ impl StoreFile {
     }
 
     /// Makes the file of a new store, durable before anything else is in the folder.
-    fn create(dir: &Path, uuid: Uuid) -> Result<Self, OpenError> {
+    fn create(dir: &Path, uuid: Uuid, created: jiff::Timestamp) -> Result<Self, OpenError> {
         let store = Self {
             format: STORE_FORMAT,
             uuid,
-            created: jiff::Timestamp::now().to_string(),
+            created: created.to_string(),
         };
         let path = dir.join(STORE_FILE);
         let text = serde_json::to_vec_pretty(&store).map_err(|error| OpenError::BadStoreFile {

@@ -108,18 +108,24 @@ pub struct StoreWriter {
 impl StoreWriter {
     /// Opens the store in `dir`, or makes one, and recovers it.
     pub fn open(dir: &Path, options: &WriterOptions) -> Result<(Self, Recovered), OpenError> {
-        Self::open_as(dir, None, options)
+        Self::open_as(dir, None, None, options)
     }
 
     /// Opens the copy of another store, or begins one. Records that it has lost can be had again from where it is a
-    /// copy of: it goes on after the last that is there.
-    pub fn open_copy(dir: &Path, of: Uuid, options: &WriterOptions) -> Result<(Self, Recovered), OpenError> {
-        Self::open_as(dir, Some(of), options)
+    /// copy of: it goes on after the last that is there. `created`: when the history was begun, if that was not now.
+    pub fn open_copy(
+        dir: &Path,
+        of: Uuid,
+        created: Option<jiff::Timestamp>,
+        options: &WriterOptions,
+    ) -> Result<(Self, Recovered), OpenError> {
+        Self::open_as(dir, Some(of), created, options)
     }
 
     fn open_as(
         dir: &Path,
         copy_of: Option<Uuid>,
+        begun: Option<jiff::Timestamp>,
         options: &WriterOptions,
     ) -> Result<(Self, Recovered), OpenError> {
         std::fs::create_dir_all(dir).map_err(OpenError::io("make", dir))?;
@@ -129,7 +135,10 @@ impl StoreWriter {
         let created = known.is_none();
         let store = match known {
             Some(store) => store,
-            None => StoreFile::create(dir, copy_of.unwrap_or_else(Uuid::new_v4))?,
+            None => {
+                let begun = begun.unwrap_or_else(jiff::Timestamp::now);
+                StoreFile::create(dir, copy_of.unwrap_or_else(Uuid::new_v4), begun)?
+            }
         };
         if let Some(other) = copy_of.filter(|uuid| *uuid != store.uuid) {
             return Err(OpenError::BadStoreFile {
@@ -190,6 +199,11 @@ impl StoreWriter {
     /// The store's own id.
     pub fn uuid(&self) -> Uuid {
         self.uuid
+    }
+
+    /// Bytes of all segments.
+    pub fn log_bytes(&self) -> u64 {
+        self.log.log_bytes()
     }
 
     /// The last frame of the log, as another log knows it.

@@ -208,6 +208,7 @@ fn purpose(right: Right) -> &'static str {
     match right {
         Right::Append => "an agent",
         Right::Read => "restores",
+        Right::Follow => "a server that follows",
     }
 }
 
@@ -215,6 +216,7 @@ fn program(right: Right) -> &'static str {
     match right {
         Right::Append => "cdp-agent",
         Right::Read => "cdp-restore",
+        Right::Follow => "cdp-journal",
     }
 }
 

@@ -1,8 +1,8 @@
 //! Who may do what with a journal server.
 //!
 //! A server has a certificate authority of its own, made on its first start. A one-time token turns into a
-//! certificate that allows one thing for one agent: to append to its history, or to read it. Whoever has a server's
-//! key can make certificates for it and no other.
+//! certificate that allows one thing: to append to the history of one agent, to read it, or, for another server, to
+//! follow the histories of all agents. Whoever has a server's key can make certificates for it and no other.
 //!
 //! | below `trust/`         | what                                                                          |
 //! |------------------------|-------------------------------------------------------------------------------|
@@ -12,7 +12,7 @@
 //! | `tokens/HASH.used`     | the same once it was used, so that a second use is told from an unknown token |
 //! | `names/NAME.json`      | how often NAME's certificates were revoked                                    |
 //!
-//! A certificate says whom it is for in a URI: `urn:cdp:append:NAME:GENERATION` or `urn:cdp:read:NAME:GENERATION`.
+//! A certificate says whom it is for in a URI: `urn:cdp:RIGHT:NAME:GENERATION`, RIGHT being `append`, `read` or `follow`.
 //! Revoking a NAME raises its generation; certificates of an earlier one are refused, and a new token makes one of
 //! the new. Files are replaced whole, so `token` and `revoke` work beside a server.
 
@@ -39,7 +39,7 @@ pub const SERVER_NAME: &str = "cdp-journal";
 /// Whom a certificate is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
-    /// The agent whose history it is.
+    /// The agent whose history it is, or what the following server is called.
     pub agent: AgentName,
     /// What may be done with it.
     pub right: Right,
@@ -59,6 +59,7 @@ impl Holder {
         let right = match parts.next()? {
             "append" => Right::Append,
             "read" => Right::Read,
+            "follow" => Right::Follow,
             _ => return None,
         };
         let agent = parts.next()?.parse().ok()?;
@@ -86,6 +87,7 @@ impl fmt::Display for Holder {
         match self.right {
             Right::Append => write!(f, "agent {}", self.agent),
             Right::Read => write!(f, "restores of {}", self.agent),
+            Right::Follow => write!(f, "follower {}", self.agent),
         }
     }
 }
@@ -145,7 +147,7 @@ mod tests {
 
     #[test]
     fn a_holder_is_read_as_it_was_written() {
-        for right in [Right::Append, Right::Read] {
+        for right in [Right::Append, Right::Read, Right::Follow] {
             let holder = Holder {
                 agent: "web-01.example".parse().unwrap(),
                 right,

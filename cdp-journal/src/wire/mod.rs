@@ -12,12 +12,14 @@
 //!
 //! | kind | from   | body                                                                             |
 //! |-----:|--------|----------------------------------------------------------------------------------|
-//! |    1 | client | `Enroll`: right wanted, 1 append or 2 read (1), secret (16), signing request, DER |
+//! |    1 | client | `Enroll`: right wanted, 1 append, 2 read or 3 follow (1), secret (16), signing request, DER |
 //! |    2 | server | `Enrolled`: bytes of the certificate (4), the certificate, the authority's, DER  |
 //! |   16 | sender | `Hello`: id of the log (16), its last durable Seq or 0 (8)                       |
 //! |   17 | holder | `Welcome`: first (8) and last (8) Seq of the last frame held, its id (16); or all zero |
 //! |   18 | sender | `Frame`: the Seq before it in the sender's log or 0 (8), the frame as in the log |
 //! |   19 | holder | `Ack`: last durable Seq or 0 (8), 1 if there is no room (1), zero (7)            |
+//! |   20 | sender | `Standing`: its last durable Seq or 0 (8), age of the oldest record that is not acknowledged, ns (8), bytes of its log after what is (8) |
+//! |   21 | holder | `Follow`: id of the log (16), the agent's name                                   |
 //! |   32 | reader | `Ask`: JSON, see [`crate::remote`]                                               |
 //! |   33 | server | `Answer`: JSON                                                                   |
 //! |   34 | server | `Items`: stretches of a view, 40 bytes each, see [`crate::remote`]               |
@@ -31,7 +33,12 @@
 //! **Shipping**: the sender opens a stream, says `Hello`, and is told by `Welcome` what is durable at the other end.
 //! If that is a frame of its own log, the sender opens a one-way stream and sends every frame after it, in order.
 //! `Ack`s come back on the first stream; an `Ack` covers everything up to its Seq. Nothing else is ever answered, and
-//! what the holder does not like closes the connection with a [`Close`] and a sentence that says why.
+//! what the holder does not like closes the connection with a [`Close`] and a sentence that says why. About once a second
+//! the sender says by `Standing` how far behind the holder is.
+//!
+//! **Following**: the same with the ends turned round. The holder connects, opens the stream and says `Follow`; the sender
+//! begins with `Hello`, and all goes on as above. A holder that has more than the sender waits for it. One connection for
+//! each log, so that none holds another up; which there are is a question ([`crate::remote`]).
 //!
 //! **Reading**: one stream for each question: `Ask`, then what the question asks for, then `Answer`.
 //!
@@ -48,6 +55,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::format::{FRAME_BYTES_MAX, bytes_at, u32_at, u64_at};
+use crate::site::{AgentName, NAME_BYTES_MAX};
 use crate::types::Seq;
 
 /// Names a connection that ships or reads.
@@ -88,6 +96,8 @@ pub enum Kind {
     Welcome = 17,
     Frame = 18,
     Ack = 19,
+    Standing = 20,
+    Follow = 21,
     Ask = 32,
     Answer = 33,
     Items = 34,
@@ -96,13 +106,15 @@ pub enum Kind {
     Progress = 37,
 }
 
-const KINDS: [Kind; 12] = [
+const KINDS: [Kind; 14] = [
     Kind::Enroll,
     Kind::Enrolled,
     Kind::Hello,
     Kind::Welcome,
     Kind::Frame,
     Kind::Ack,
+    Kind::Standing,
+    Kind::Follow,
     Kind::Ask,
     Kind::Answer,
     Kind::Items,
@@ -117,7 +129,8 @@ impl Kind {
         match self {
             Self::Enroll => 1 + SECRET_BYTES + CERTIFICATE_BYTES_MAX,
             Self::Enrolled => 4 + 2 * CERTIFICATE_BYTES_MAX,
-            Self::Hello | Self::Welcome | Self::Ack | Self::Progress => SHORT_BYTES_MAX,
+            Self::Hello | Self::Welcome | Self::Ack | Self::Standing | Self::Progress => SHORT_BYTES_MAX,
+            Self::Follow => 16 + NAME_BYTES_MAX,
             Self::Frame => 8 + FRAME_BYTES_MAX,
             Self::Ask => ASK_BYTES_MAX,
             Self::Answer => ANSWER_BYTES_MAX,
@@ -207,6 +220,8 @@ pub enum Right {
     Append = 1,
     /// To read it.
     Read = 2,
+    /// To get the histories of all agents, frame by frame: for another server.
+    Follow = 3,
 }
 
 impl fmt::Display for Right {
@@ -214,6 +229,7 @@ impl fmt::Display for Right {
         f.write_str(match self {
             Self::Append => "append",
             Self::Read => "read",
+            Self::Follow => "follow",
         })
     }
 }
@@ -238,6 +254,17 @@ impl FrameId {
             hash: bytes_at(blake3::hash(head).as_bytes(), 0),
         }
     }
+}
+
+/// How far behind a holder is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// The last record that is durable at the sender.
+    pub durable: Option<Seq>,
+    /// Age of the oldest record that is not known to be durable at the holder, in nanoseconds.
+    pub lag_ns: u64,
+    /// Bytes of the sender's log that are not.
+    pub backlog_bytes: u64,
 }
 
 /// A message of enrolling or shipping. (Those of reading are JSON or plain bytes.)
@@ -278,6 +305,15 @@ pub enum Message {
         /// The frame.
         frame: Vec<u8>,
     },
+    /// How far behind the holder is, as the sender sees it.
+    Standing(Standing),
+    /// Asks to be sent a log.
+    Follow {
+        /// Which.
+        log: Uuid,
+        /// Whose.
+        agent: AgentName,
+    },
     /// What is durable now.
     Ack {
         /// Everything up to here.
@@ -297,6 +333,8 @@ impl Message {
             Self::Welcome { .. } => Kind::Welcome,
             Self::Frame { .. } => Kind::Frame,
             Self::Ack { .. } => Kind::Ack,
+            Self::Standing(_) => Kind::Standing,
+            Self::Follow { .. } => Kind::Follow,
         }
     }
 
@@ -329,6 +367,13 @@ impl Message {
             Self::Ack { durable, full } => {
                 [&seq_bytes(*durable)[..], &[u8::from(*full), 0, 0, 0, 0, 0, 0, 0]].concat()
             }
+            Self::Standing(standing) => [
+                seq_bytes(standing.durable),
+                standing.lag_ns.to_le_bytes(),
+                standing.backlog_bytes.to_le_bytes(),
+            ]
+            .concat(),
+            Self::Follow { log, agent } => [&log.as_bytes()[..], agent.as_str().as_bytes()].concat(),
         };
         [&Header::encode(self.kind(), body.len())[..], &body].concat()
     }
@@ -351,6 +396,12 @@ impl Message {
                 durable: Seq::new(u64_at(body, 0)),
                 full: body[8] == 1,
             }),
+            Kind::Standing if body.len() == 24 => Some(Self::Standing(Standing {
+                durable: Seq::new(u64_at(body, 0)),
+                lag_ns: u64_at(body, 8),
+                backlog_bytes: u64_at(body, 16),
+            })),
+            Kind::Follow => Self::decode_follow(body),
             _ => None,
         };
         message.ok_or(WireError::Body(kind))
@@ -360,11 +411,19 @@ impl Message {
         let (right, rest) = body.split_at_checked(1)?;
         let (secret, request) = rest.split_at_checked(SECRET_BYTES)?;
         Some(Self::Enroll {
-            right: [Right::Append, Right::Read]
+            right: [Right::Append, Right::Read, Right::Follow]
                 .into_iter()
                 .find(|known| *known as u8 == right[0])?,
             secret: bytes_at(secret, 0),
             request: request.to_vec(),
+        })
+    }
+
+    fn decode_follow(body: &[u8]) -> Option<Self> {
+        let (log, agent) = body.split_at_checked(16)?;
+        Some(Self::Follow {
+            log: Uuid::from_bytes(bytes_at(log, 0)),
+            agent: std::str::from_utf8(agent).ok()?.parse().ok()?,
         })
     }
 

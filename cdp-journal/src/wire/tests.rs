@@ -62,6 +62,21 @@ fn wire_1_is_exactly_these_bytes() {
             },
             "130000001000000003000000000000000100000000000000",
         ),
+        (
+            Message::Standing(Standing {
+                durable: Some(seq(4)),
+                lag_ns: 5,
+                backlog_bytes: 6,
+            }),
+            "1400000018000000040000000000000005000000000000000600000000000000",
+        ),
+        (
+            Message::Follow {
+                log: Uuid::from_bytes([9; 16]),
+                agent: "web01".parse().unwrap(),
+            },
+            "1500000015000000090909090909090909090909090909097765623031",
+        ),
     ];
     for (message, golden) in messages {
         let bytes = message.encode();
@@ -136,6 +151,17 @@ fn any_message() -> impl Strategy<Value = Message> {
         prop_oneof![Just(None), held].prop_map(|held| Message::Welcome { held }),
         (any_seq(), any_bytes(1..300)).prop_map(|(previous, frame)| Message::Frame { previous, frame }),
         (any_seq(), any::<bool>()).prop_map(|(durable, full)| Message::Ack { durable, full }),
+        (any_seq(), any::<u64>(), any::<u64>()).prop_map(|(durable, lag_ns, backlog_bytes)| {
+            Message::Standing(Standing {
+                durable,
+                lag_ns,
+                backlog_bytes,
+            })
+        }),
+        (any::<[u8; 16]>(), "[a-z0-9][a-z0-9._-]{0,63}").prop_map(|(log, agent)| Message::Follow {
+            log: Uuid::from_bytes(log),
+            agent: agent.parse().unwrap(),
+        }),
     ]
 }
 

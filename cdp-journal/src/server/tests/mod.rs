@@ -1,11 +1,12 @@
 //! A server and its clients over loopback, each with folders of its own.
 
+mod follow;
 mod hostile;
 mod remote;
 mod ship;
 mod trust;
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,9 +59,12 @@ impl Running {
     }
 
     pub(super) fn start_with(dir: &Path, listen: Option<SocketAddr>, writer: WriterOptions) -> Self {
+        Self::start_on(Self::runtime(), dir, listen, writer)
+    }
+
+    pub(super) fn runtime() -> tokio::runtime::Runtime {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
-        let runtime = runtime.worker_threads(2).enable_all().build().unwrap();
-        Self::start_on(runtime, dir, listen, writer)
+        runtime.worker_threads(2).enable_all().build().unwrap()
     }
 
     pub(super) fn start_on(
@@ -69,11 +73,17 @@ impl Running {
         listen: Option<SocketAddr>,
         writer: WriterOptions,
     ) -> Self {
+        let listen = listen.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap());
         let options = ServeOptions {
             store: dir.to_owned(),
-            listen: listen.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap()),
+            listen,
             writer,
+            upstream: None,
         };
+        Self::serve(runtime, options)
+    }
+
+    pub(super) fn serve(runtime: tokio::runtime::Runtime, options: ServeOptions) -> Self {
         let (stop, stopped) = watch::channel(false);
         let (kill, killed) = tokio::sync::oneshot::channel();
         let (started, address) = std::sync::mpsc::channel();
@@ -99,12 +109,19 @@ impl Running {
     pub(super) fn stop(mut self) {
         self.stop.send(true).unwrap();
         self.thread.take().unwrap().join().unwrap();
+        self.wait_gone();
     }
 
     /// Ends without a word to anybody.
     pub(super) fn kill(mut self) {
         let _ = self.kill.lock().take().unwrap().send(());
         self.thread.take().unwrap().join().unwrap();
+        self.wait_gone();
+    }
+
+    /// Threads of a server that ends with its process may hold its socket for a moment longer than its runtime.
+    fn wait_gone(&self) {
+        wait_until("the address to be free", || UdpSocket::bind(self.address).is_ok());
     }
 }
 
@@ -113,6 +130,9 @@ impl Drop for Running {
         let _ = self.stop.send(true);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+            if !std::thread::panicking() {
+                self.wait_gone();
+            }
         }
     }
 }
@@ -235,6 +255,25 @@ impl Source {
         self.write(count, salt);
     }
 
+    /// Asserts that the server whose folder is `site` holds the very frames of this log.
+    pub(super) fn assert_copied(&self, site: &Path) {
+        let site = Site::open(site).unwrap().unwrap();
+        let copies = site.logs_of(&name("web01")).unwrap();
+        assert_eq!(copies.len(), 1, "{copies:?}");
+        let read = |dir: &Path| {
+            let mut tail = LogTail::open(dir).unwrap();
+            let mut frames = Vec::new();
+            while let Some(frame) = tail.next(self.last()).unwrap() {
+                frames.push((frame.previous, frame.last, frame.bytes));
+            }
+            frames
+        };
+        let (here, there) = (read(&self.dir), read(&copies[0].dir));
+        let lasts = |frames: &[(Option<Seq>, Seq, Vec<u8>)]| frames.last().map(|frame| frame.1);
+        assert_eq!(lasts(&there), lasts(&here));
+        assert!(here == there, "the copy has other frames");
+    }
+
     pub(super) fn last(&self) -> Option<Seq> {
         *self.durable.seq.lock()
     }
@@ -262,6 +301,19 @@ pub(super) fn name(name: &str) -> AgentName {
     name.parse().unwrap()
 }
 
+/// A token of the server whose folder is `site`.
+pub(super) fn token_of(site: &Path, agent: &str, right: Right, valid: Duration) -> Token {
+    let grants = Grants::open(site).unwrap();
+    let authority = Authority::open(grants.dir()).unwrap().unwrap();
+    let grant = TokenGrant {
+        agent: name(agent),
+        right,
+        valid_seconds: valid.as_secs(),
+        expires_ns: WallNs::now().saturating_add(PATIENCE).0,
+    };
+    grants.issue(&authority, &grant).unwrap()
+}
+
 impl Kit {
     pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -285,15 +337,7 @@ impl Kit {
     }
 
     pub(super) fn token(&self, agent: &str, right: Right, valid: Duration) -> Token {
-        let grants = Grants::open(&self.site()).unwrap();
-        let authority = Authority::open(grants.dir()).unwrap().unwrap();
-        let grant = TokenGrant {
-            agent: name(agent),
-            right,
-            valid_seconds: valid.as_secs(),
-            expires_ns: WallNs::now().saturating_add(PATIENCE).0,
-        };
-        grants.issue(&authority, &grant).unwrap()
+        token_of(&self.site(), agent, right, valid)
     }
 
     pub(super) fn enroll(&self, agent: &str, right: Right, identity: &Path) {
@@ -321,20 +365,6 @@ impl Kit {
 
     /// Asserts that the server holds the very frames of the agent's log.
     pub(super) fn assert_same(&self) {
-        let site = Site::open(&self.site()).unwrap().unwrap();
-        let copies = site.logs_of(&name("web01")).unwrap();
-        assert_eq!(copies.len(), 1, "{copies:?}");
-        let read = |dir: &Path| {
-            let mut tail = LogTail::open(dir).unwrap();
-            let mut frames = Vec::new();
-            while let Some(frame) = tail.next(self.source.last()).unwrap() {
-                frames.push((frame.previous, frame.last, frame.bytes));
-            }
-            frames
-        };
-        let (here, there) = (read(&self.source.dir), read(&copies[0].dir));
-        let lasts = |frames: &[(Option<Seq>, Seq, Vec<u8>)]| frames.last().map(|frame| frame.1);
-        assert_eq!(lasts(&there), lasts(&here));
-        assert!(here == there, "the copy has other frames");
+        self.source.assert_copied(&self.site());
     }
 }

@@ -7,7 +7,7 @@ use crate::store::{Archive, StoreReader};
 use crate::view::{ExtentKind, View};
 
 /// Compares two views of one moment.
-fn assert_same_view(here: &View, there: &View, older: Option<Seq>) {
+pub(super) fn assert_same_view(here: &View, there: &View, older: Option<Seq>) {
     assert_eq!(here.bytes(), there.bytes());
     let whole = 0..here.bytes();
     let extents = here.extents(whole.clone()).unwrap();

@@ -55,7 +55,7 @@ fn either_end_may_be_killed_at_any_time() {
     }
 }
 
-fn copy_folder(from: &Path, to: &Path) {
+pub(super) fn copy_folder(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -146,15 +146,7 @@ fn a_full_server_acknowledges_nothing_more_and_goes_on_when_there_is_room() {
 fn several_servers_are_kept_up_each_on_its_own() {
     let mut kit = Kit::new();
     let other = Running::start(&kit.dir.path().join("other"), None);
-    let grants = Grants::open(&kit.dir.path().join("other")).unwrap();
-    let authority = Authority::open(grants.dir()).unwrap().unwrap();
-    let grant = TokenGrant {
-        agent: name("web01"),
-        right: Right::Append,
-        valid_seconds: 3600,
-        expires_ns: WallNs::now().saturating_add(PATIENCE).0,
-    };
-    let token = grants.issue(&authority, &grant).unwrap();
+    let token = token_of(&kit.dir.path().join("other"), "web01", Right::Append, PATIENCE);
     let address = other.address.to_string();
     // Both certificates lie in one folder.
     crate::net::enroll(&address, &token, Right::Append, &kit.identity()).unwrap();

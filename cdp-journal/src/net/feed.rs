@@ -1,0 +1,456 @@
+//! One log on its way to one holder: of an agent to a server, or of a server to one that follows it.
+//!
+//! The log's writer never waits for it: all they share is the Seq that is durable.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use quinn::{Connection, RecvStream, SendStream};
+use tokio::sync::{Notify, mpsc};
+
+use super::link::{self, LinkError};
+use super::thread::on_own_thread;
+use super::throttle::Throttle;
+use crate::error::{OpenError, ReadError};
+use crate::ship::{Flight, LogTail, Sent, TailError, TailFrame};
+use crate::types::{Seq, WallNs};
+use crate::wire::{Kind, Message, Standing};
+
+/// Frames that are read ahead of the connection.
+const FRAMES_AHEAD: usize = 4;
+/// How often the reader of the log looks whether it is still wanted, and a holder that is ahead whether it still is.
+const DURABLE_WAIT: Duration = Duration::from_millis(100);
+/// Written at once where there is a limit.
+const PIECE_BYTES: usize = 16 << 10;
+/// How often the holder is told how far behind it is.
+pub(crate) const STANDING_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Tells what of a log is durable.
+pub trait DurableLog: Send + Sync + 'static {
+    /// The last durable record, as soon as that is later than `beyond`, or after `timeout`.
+    fn wait_durable_beyond(&self, beyond: Option<Seq>, timeout: Duration) -> Option<Seq>;
+
+    /// Bytes of the log by now. Only how it grows matters.
+    fn log_bytes(&self) -> u64;
+}
+
+/// What a holder is that has more of a history than the log that feeds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ahead {
+    /// Proof that the log was set back: it is where the history begins.
+    Diverged,
+    /// Expected to be caught up with: the log is a copy itself, and gets the rest again.
+    Awaited,
+}
+
+/// Why feeding ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum FeedError {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error("{0}")]
+    Tail(#[from] TailError),
+    #[error("{0}")]
+    Other(String),
+}
+
+impl FeedError {
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            Self::Link(error) => error.is_refusal(),
+            Self::Tail(TailError::Diverged { .. }) => true,
+            _ => false,
+        }
+    }
+
+    fn thread(error: std::io::Error) -> Self {
+        Self::Other(format!("reading the log: {error}"))
+    }
+}
+
+impl From<quinn::ConnectionError> for FeedError {
+    fn from(error: quinn::ConnectionError) -> Self {
+        LinkError::from(error).into()
+    }
+}
+
+impl From<OpenError> for FeedError {
+    fn from(error: OpenError) -> Self {
+        TailError::from(error).into()
+    }
+}
+
+impl From<ReadError> for FeedError {
+    fn from(error: ReadError) -> Self {
+        TailError::from(error).into()
+    }
+}
+
+/// How far a holder is. Kept from one connection to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    pub(crate) flight: Flight,
+    /// A connection is up, and the place in the log is found.
+    pub(crate) is_running: bool,
+    /// The holder has no room.
+    pub(crate) full: bool,
+    /// Something new was acknowledged since the last connection began.
+    pub(crate) is_useful: bool,
+    /// Bytes of the log that the holder had when it connected, less those acknowledged before.
+    held_bytes: i128,
+    /// Why the last connection ended, or was not made.
+    pub(crate) why: Option<String>,
+    pub(crate) is_refused: bool,
+}
+
+/// See the module's head.
+pub(crate) struct Feed {
+    /// Who holds the copy.
+    to: String,
+    store: PathBuf,
+    log: Arc<dyn DurableLog>,
+    throttle: Arc<Throttle>,
+    ahead: Ahead,
+    progress: Mutex<Progress>,
+    /// Signalled at every change of `progress`.
+    changed: Condvar,
+    /// There is room for one more frame.
+    room: Notify,
+}
+
+impl std::fmt::Debug for Feed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Feed")
+            .field("to", &self.to)
+            .field("store", &self.store)
+            .field("progress", &self.progress)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Feed {
+    /// Of the log of the store in `store` to `to`, as fast as `throttle` allows.
+    pub(crate) fn new(
+        to: String,
+        store: &Path,
+        log: Arc<dyn DurableLog>,
+        throttle: Arc<Throttle>,
+        ahead: Ahead,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            to,
+            store: store.to_owned(),
+            log,
+            throttle,
+            ahead,
+            progress: Mutex::default(),
+            changed: Condvar::new(),
+            room: Notify::new(),
+        })
+    }
+
+    /// Who holds the copy.
+    pub(crate) fn to(&self) -> &str {
+        &self.to
+    }
+
+    pub(crate) fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock()
+    }
+
+    /// The last record that is durable here.
+    pub(crate) fn durable(&self) -> Option<Seq> {
+        self.log.wait_durable_beyond(None, Duration::ZERO)
+    }
+
+    /// Bytes of the log by now.
+    pub(crate) fn log_bytes(&self) -> u64 {
+        self.log.log_bytes()
+    }
+
+    /// How far behind the holder is. Reads the log where memory does not tell.
+    pub(crate) fn standing(&self) -> Standing {
+        let durable = self.durable();
+        let mut standing = Standing {
+            durable,
+            ..Standing::default()
+        };
+        let (acked, end, oldest) = {
+            let flight = &self.progress.lock().flight;
+            (flight.acked_seq(), flight.acked_end(), flight.oldest_on_its_way())
+        };
+        if acked >= durable {
+            return standing;
+        }
+        let oldest = match oldest {
+            Some(oldest) => Some(oldest),
+            None => LogTail::wall_after(&self.store, end, durable).ok().flatten(),
+        };
+        let lag_ns = oldest.map_or(0, |oldest| WallNs::now().0.saturating_sub(oldest.0));
+        standing.lag_ns = u64::try_from(lag_ns).unwrap_or(0);
+        standing.backlog_bytes = LogTail::bytes_after(&self.store, end).unwrap_or(0);
+        standing
+    }
+
+    /// About how many bytes of the log the holder has still to get, without a look at the disk; `None` if it takes
+    /// nothing now.
+    pub(crate) fn backlog(&self) -> Option<u64> {
+        let progress = self.progress.lock();
+        let held = progress.held_bytes + i128::from(progress.flight.acked_bytes());
+        let backlog = i128::from(self.log.log_bytes()) - held;
+        (progress.is_running && !progress.full).then(|| u64::try_from(backlog).unwrap_or(0))
+    }
+
+    /// Waits until everything up to `seq` is durable there; false after `timeout`.
+    pub(crate) fn wait_acked(&self, seq: Option<Seq>, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let mut progress = self.progress.lock();
+        while progress.flight.acked_seq() < seq {
+            if self.changed.wait_until(&mut progress, deadline).timed_out() {
+                return progress.flight.acked_seq() >= seq;
+            }
+        }
+        true
+    }
+
+    /// Takes note of why a connection ended, or was not made.
+    pub(crate) fn note(&self, error: &FeedError) {
+        let why = error.to_string();
+        let mut progress = self.progress.lock();
+        (progress.is_running, progress.full) = (false, false);
+        progress.is_refused = error.is_refusal();
+        if progress.why.as_ref() != Some(&why) {
+            tracing::warn!(to = %self.to, "not connected: {why}");
+            progress.why = Some(why);
+        }
+        self.changed.notify_all();
+    }
+
+    /// Sends over `connection` what the holder lacks, until it is cut. The holder speaks on `receive`, and is spoken to on
+    /// `send`.
+    pub(crate) async fn run(
+        self: &Arc<Self>,
+        connection: &Connection,
+        mut send: SendStream,
+        mut receive: RecvStream,
+    ) -> Result<(), FeedError> {
+        let ended = self.send_all(connection, &mut send, &mut receive).await;
+        match ended {
+            Err(FeedError::Link(error)) => Err(link::why_ended(connection, error).await.into()),
+            ended => ended,
+        }
+    }
+
+    async fn send_all(
+        self: &Arc<Self>,
+        connection: &Connection,
+        send: &mut SendStream,
+        receive: &mut RecvStream,
+    ) -> Result<(), FeedError> {
+        let tail = self.begin(send, receive).await?;
+        let frames = connection.open_uni().await?;
+        let (sender, receiver) = mpsc::channel(FRAMES_AHEAD);
+        let log = Arc::clone(&self.log);
+        let reader = on_own_thread("cdp-tail", move || read_ahead(tail, &*log, &sender));
+        tokio::select! {
+            ended = self.take_acks(receive) => ended,
+            ended = self.send_frames(receiver, frames, connection) => ended,
+            ended = self.tell_standing(send) => ended,
+            ended = reader => ended.map_err(FeedError::thread)?,
+        }
+    }
+
+    /// Finds the place in the log that the holder has reached.
+    async fn begin(
+        self: &Arc<Self>,
+        send: &mut SendStream,
+        receive: &mut RecvStream,
+    ) -> Result<LogTail, FeedError> {
+        let mut tail = LogTail::open(&self.store)?;
+        let mut durable = self.durable();
+        let hello = Message::Hello {
+            log: tail.store(),
+            durable,
+        };
+        send.write_all(&hello.encode()).await.map_err(LinkError::from)?;
+        let Message::Welcome { held } = link::expect(receive, Kind::Welcome).await? else {
+            return Err(LinkError::closed("no welcome").into());
+        };
+        let held_last = held.map(|held| held.last);
+        let mut told = Instant::now();
+        while self.ahead == Ahead::Awaited && durable < held_last {
+            tokio::time::sleep(DURABLE_WAIT).await;
+            durable = self.durable();
+            if told.elapsed() >= STANDING_INTERVAL {
+                told = Instant::now();
+                let standing = Standing {
+                    durable,
+                    ..Standing::default()
+                };
+                send_standing(send, standing).await?;
+            }
+        }
+        let skip = move || tail.skip_to(held.as_ref(), durable).map(|()| tail);
+        let tail = on_own_thread("cdp-tail", skip)
+            .await
+            .map_err(FeedError::thread)??;
+        let end = held.and_then(|_| tail.position());
+        let missing = LogTail::bytes_after(&self.store, end)?;
+        let log_bytes = self.log.log_bytes();
+        let mut progress = self.progress.lock();
+        progress.held_bytes =
+            i128::from(log_bytes) - i128::from(missing) - i128::from(progress.flight.acked_bytes());
+        progress.flight.restart(held_last, end);
+        (progress.is_running, progress.is_useful) = (true, false);
+        (progress.is_refused, progress.why) = (false, None);
+        self.changed.notify_all();
+        drop(progress);
+        tracing::info!(to = %self.to, held = Seq::number_of(held_last), "connected");
+        Ok(tail)
+    }
+
+    async fn send_frames(
+        &self,
+        mut frames: mpsc::Receiver<TailFrame>,
+        mut stream: SendStream,
+        connection: &Connection,
+    ) -> Result<(), FeedError> {
+        let mut charge = Charge::default();
+        while let Some(frame) = frames.recv().await {
+            while !self.progress.lock().flight.has_room() {
+                self.room.notified().await;
+            }
+            let sent = Sent {
+                last: frame.last,
+                wall: frame.wall,
+                bytes: frame.bytes.len() as u64,
+                end: frame.end(),
+            };
+            self.progress.lock().flight.sent(sent);
+            let message = Message::Frame {
+                previous: frame.previous,
+                frame: frame.bytes,
+            };
+            let message = message.encode();
+            let piece_bytes = match self.throttle.limit() {
+                Some(_) => PIECE_BYTES,
+                None => message.len(),
+            };
+            for piece in message.chunks(piece_bytes) {
+                self.wait_for_turn().await;
+                stream.write_all(piece).await.map_err(LinkError::from)?;
+                // Bytes of datagrams that have left for the other end.
+                let sent_bytes = connection.stats().udp_tx.bytes;
+                self.throttle.charge(charge.due(piece.len() as u64, sent_bytes));
+            }
+        }
+        // The reader has ended, and says why.
+        std::future::pending().await
+    }
+
+    async fn wait_for_turn(&self) {
+        loop {
+            let wait = self.throttle.wait();
+            if wait.is_zero() {
+                return;
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    async fn take_acks(&self, stream: &mut RecvStream) -> Result<(), FeedError> {
+        loop {
+            let Message::Ack { durable, full } = link::expect(stream, Kind::Ack).await? else {
+                return Err(LinkError::closed("no acknowledgement").into());
+            };
+            let mut progress = self.progress.lock();
+            let before = progress.flight.acked_seq();
+            progress
+                .flight
+                .acked(durable, Instant::now(), self.log.log_bytes())
+                .map_err(|error| FeedError::Other(error.to_string()))?;
+            progress.is_useful |= progress.flight.acked_seq() > before;
+            if full && !progress.full {
+                tracing::warn!(to = %self.to, "the server is full: it takes nothing more for now");
+            }
+            progress.full = full;
+            self.changed.notify_all();
+            drop(progress);
+            self.room.notify_one();
+        }
+    }
+
+    async fn tell_standing(self: &Arc<Self>, stream: &mut SendStream) -> Result<(), FeedError> {
+        let mut due = tokio::time::interval(STANDING_INTERVAL);
+        due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            due.tick().await;
+            let feed = Arc::clone(self);
+            let standing = on_own_thread("cdp-standing", move || feed.standing());
+            send_standing(stream, standing.await.map_err(FeedError::thread)?).await?;
+        }
+    }
+}
+
+async fn send_standing(stream: &mut SendStream, standing: Standing) -> Result<(), FeedError> {
+    let message = Message::Standing(standing).encode();
+    Ok(stream.write_all(&message).await.map_err(LinkError::from)?)
+}
+
+/// Reads what becomes durable, until nobody takes it any more.
+fn read_ahead(
+    mut tail: LogTail,
+    log: &dyn DurableLog,
+    frames: &mpsc::Sender<TailFrame>,
+) -> Result<(), FeedError> {
+    let mut durable = None;
+    loop {
+        while let Some(frame) = tail.next(durable)? {
+            if frames.blocking_send(frame).is_err() {
+                return Ok(());
+            }
+        }
+        if frames.is_closed() {
+            return Ok(());
+        }
+        durable = log.wait_durable_beyond(durable, DURABLE_WAIT);
+    }
+}
+
+/// What a connection counts against a limit: what was written to it or, where that is more, what has left the host for it,
+/// headers and all that was sent again included.
+#[derive(Debug, Default)]
+struct Charge {
+    written: u64,
+    charged: u64,
+}
+
+impl Charge {
+    /// What is due after a piece was written, of a connection that has sent `sent` bytes so far.
+    fn due(&mut self, piece: u64, sent: u64) -> u64 {
+        self.written += piece;
+        let due = self.written.max(sent).saturating_sub(self.charged);
+        self.charged += due;
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_left_the_host_is_charged_once() {
+        let mut charge = Charge::default();
+        assert_eq!(charge.due(1000, 0), 1000, "still in a buffer");
+        assert_eq!(charge.due(1000, 1500), 1000);
+        assert_eq!(
+            charge.due(1000, 3300),
+            1300,
+            "headers, and what was lost on the way"
+        );
+        assert_eq!(charge.due(1000, 3300), 700);
+    }
+}
