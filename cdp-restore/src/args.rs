@@ -376,6 +376,10 @@ pub(crate) struct LayerBounds {
 /// Writes after `--since` up to and including `--until` count. Ranges that touch are told as one. Who
 /// wrote is the process that handed the write to the device: for data that the kernel wrote back from its
 /// page cache, that is a kernel thread.
+///
+/// Then which files were changed, where the volume holds file systems that the kernel mounts at both moments: both are
+/// mounted for that, read-only under a layer that is thrown away, which takes root. Files are compared by what is in
+/// them; only what can differ is read.
 #[derive(Debug, Args)]
 #[command(after_help = help_with_when!(
     "  cdp-restore diff --from /var/lib/cdp pg --since -10m --until -5m
@@ -392,6 +396,11 @@ pub(crate) struct Diff {
     /// The later moment
     #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
     pub(crate) until: When,
+    /// Leave out which files were changed: mount nothing
+    #[arg(long)]
+    pub(crate) no_files: bool,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -403,7 +412,11 @@ pub(crate) struct Diff {
 /// in the order in which it was written. Bytes that one write wrote are found wherever they lie in it; bytes that came
 /// in two writes, or that the file system stores in two places, are not. Who wrote is the process that handed the write
 /// to the device: for data that the kernel wrote back from its page cache, that is a kernel thread. Bytes are gone with
-/// the first record after which they are not at that place any more; to which file they belonged is not known.
+/// the first record after which they are not at that place any more.
+///
+/// Which file they were in is told where the volume holds a file system that the kernel mounts: some moments at which
+/// the bytes were there are mounted for that, read-only under a layer that is thrown away, which takes root. It is the
+/// file's name at that moment, and none where the bytes were part of no file (of the file system's journal, say).
 #[derive(Debug, Args)]
 #[command(after_help = help_with_when!(
     "  cdp-restore find --from /var/lib/cdp pg --bytes 'DROP TABLE orders'
@@ -426,6 +439,11 @@ pub(crate) struct Find {
     /// Stop after so many hits
     #[arg(long, value_name = "N", default_value = "10000")]
     pub(crate) hits_max: usize,
+    /// Leave out which files the bytes were in: mount nothing
+    #[arg(long)]
+    pub(crate) no_files: bool,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
     #[command(flatten)]
     pub(crate) threads: Threads,
     /// Print JSON
