@@ -2,8 +2,8 @@
 //!
 //! A moment at which the bytes of a hit were there tells it, once the file system had noted on the disk whose they are.
 //! So the last such moment is asked first, and then, for what had been deleted by then, one soon after they were
-//! written: after the first barrier that followed, with which a file system makes durable what it has noted, or the
-//! second, for the first may have been on its way. One moment serves all hits whose bytes were there at it.
+//! written: after the first barrier that followed, with which a file system makes durable what it has noted, or one of the
+//! next two, for the first may have been on its way. One moment serves all hits whose bytes were there at it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -63,7 +63,12 @@ impl FileSearch<'_> {
         }
         let interrupt = Interrupt::catch().context("catch Ctrl-C")?;
         let mut asked = BTreeSet::new();
-        for soonest in [Soonest::Written, Soonest::Noted(1), Soonest::Noted(2)] {
+        for soonest in [
+            Soonest::Written,
+            Soonest::Noted(1),
+            Soonest::Noted(2),
+            Soonest::Noted(3),
+        ] {
             let mut missing: Vec<(Seq, Seq, usize)> = Vec::new();
             for (index, sighting) in sightings.iter().enumerate() {
                 if owners.files[index].is_none() {
