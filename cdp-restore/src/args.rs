@@ -300,13 +300,16 @@ pub(crate) struct Umount {
 /// Serve a block volume, as it was at a moment, to NBD clients: qemu, nbdcopy, nbd-client.
 ///
 /// Prints the address that clients take on stdout once it is ready, and serves until SIGTERM or Ctrl-C. A socket file
-/// is for its owner only. HOST must be this one (127.0.0.1): every user of it can read the volume there then, and
-/// nothing is encrypted.
+/// is for its owner only. Without --tls-certificates HOST must be this one (127.0.0.1): every user of it can read the
+/// volume there then, and nothing is encrypted. With it, only clients that show a certificate are served, and all is
+/// encrypted (TLS 1.3).
 #[derive(Debug, Args)]
 #[command(after_help = help_with_when!(
     "  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen unix:/run/pg.sock
   nbdcopy 'nbd+unix:///pg?socket=/run/pg.sock' pg.img
-  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen 127.0.0.1:10809 --rw"
+  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen 127.0.0.1:10809 --rw
+  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen 0.0.0.0:10809 --tls-certificates /etc/pki/nbd
+  nbdcopy 'nbds://dr1:10809/pg?tls-certificates=/home/ann/.pki/nbd' pg.img"
 ))]
 pub(crate) struct Nbd {
     #[command(flatten)]
@@ -319,6 +322,10 @@ pub(crate) struct Nbd {
     /// Where clients come in
     #[arg(long, value_name = "unix:PATH|HOST:PORT")]
     pub(crate) listen: Listen,
+    /// Serve under TLS alone, and only clients with a certificate: a folder with ca-cert.pem, whose certificates clients
+    /// must show, server-cert.pem and server-key.pem, as nbdkit and qemu-nbd take it
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_certificates: Option<PathBuf>,
     /// Let clients write, to a layer that is thrown away at the end; the history never changes
     #[arg(long)]
     pub(crate) rw: bool,
