@@ -300,13 +300,16 @@ pub(crate) struct Umount {
 /// Serve a block volume, as it was at a moment, to NBD clients: qemu, nbdcopy, nbd-client.
 ///
 /// Prints the address that clients take on stdout once it is ready, and serves until SIGTERM or Ctrl-C. A socket file
-/// is for its owner only. HOST must be this one (127.0.0.1): every user of it can read the volume there then, and
-/// nothing is encrypted.
+/// is for its owner only. Without --tls-certificates HOST must be this one (127.0.0.1): every user of it can read the
+/// volume there then, and nothing is encrypted. With it, only clients that show a certificate are served, and all is
+/// encrypted (TLS 1.3).
 #[derive(Debug, Args)]
 #[command(after_help = help_with_when!(
     "  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen unix:/run/pg.sock
   nbdcopy 'nbd+unix:///pg?socket=/run/pg.sock' pg.img
-  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen 127.0.0.1:10809 --rw"
+  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen 127.0.0.1:10809 --rw
+  cdp-restore nbd --from /var/lib/cdp pg --at -90s --listen 0.0.0.0:10809 --tls-certificates /etc/pki/nbd
+  nbdcopy 'nbds://dr1:10809/pg?tls-certificates=/home/ann/.pki/nbd' pg.img"
 ))]
 pub(crate) struct Nbd {
     #[command(flatten)]
@@ -319,6 +322,10 @@ pub(crate) struct Nbd {
     /// Where clients come in
     #[arg(long, value_name = "unix:PATH|HOST:PORT")]
     pub(crate) listen: Listen,
+    /// Serve under TLS alone, and only clients with a certificate: a folder with ca-cert.pem, whose certificates clients
+    /// must show, server-cert.pem and server-key.pem, as nbdkit and qemu-nbd take it
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_certificates: Option<PathBuf>,
     /// Let clients write, to a layer that is thrown away at the end; the history never changes
     #[arg(long)]
     pub(crate) rw: bool,
@@ -376,6 +383,10 @@ pub(crate) struct LayerBounds {
 /// Writes after `--since` up to and including `--until` count. Ranges that touch are told as one. Who
 /// wrote is the process that handed the write to the device: for data that the kernel wrote back from its
 /// page cache, that is a kernel thread.
+///
+/// Then which files were changed, where the volume holds file systems that the kernel mounts at both moments: both are
+/// mounted for that, read-only under a layer that is thrown away, which takes root. Files are compared by what is in
+/// them; only what can differ is read.
 #[derive(Debug, Args)]
 #[command(after_help = help_with_when!(
     "  cdp-restore diff --from /var/lib/cdp pg --since -10m --until -5m
@@ -392,6 +403,11 @@ pub(crate) struct Diff {
     /// The later moment
     #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
     pub(crate) until: When,
+    /// Leave out which files were changed: mount nothing
+    #[arg(long)]
+    pub(crate) no_files: bool,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -403,7 +419,11 @@ pub(crate) struct Diff {
 /// in the order in which it was written. Bytes that one write wrote are found wherever they lie in it; bytes that came
 /// in two writes, or that the file system stores in two places, are not. Who wrote is the process that handed the write
 /// to the device: for data that the kernel wrote back from its page cache, that is a kernel thread. Bytes are gone with
-/// the first record after which they are not at that place any more; to which file they belonged is not known.
+/// the first record after which they are not at that place any more.
+///
+/// Which file they were in is told where the volume holds a file system that the kernel mounts: some moments at which
+/// the bytes were there are mounted for that, read-only under a layer that is thrown away, which takes root. It is the
+/// file's name at that moment, and none where the bytes were part of no file (of the file system's journal, say).
 #[derive(Debug, Args)]
 #[command(after_help = help_with_when!(
     "  cdp-restore find --from /var/lib/cdp pg --bytes 'DROP TABLE orders'
@@ -426,6 +446,11 @@ pub(crate) struct Find {
     /// Stop after so many hits
     #[arg(long, value_name = "N", default_value = "10000")]
     pub(crate) hits_max: usize,
+    /// Leave out which files the bytes were in: mount nothing
+    #[arg(long)]
+    pub(crate) no_files: bool,
+    #[command(flatten)]
+    pub(crate) layer: LayerBounds,
     #[command(flatten)]
     pub(crate) threads: Threads,
     /// Print JSON

@@ -52,6 +52,7 @@ pub(crate) struct Differences {
     bytes: u64,
     /// What must be there, by offset; `None` if that is too much to keep.
     kept: Option<Vec<(u64, Piece)>>,
+    stranger: Option<u64>,
 }
 
 /// What is found so far.
@@ -68,13 +69,18 @@ impl Differences {
         self.bytes
     }
 
-    /// First byte that differs.
-    pub(crate) fn first(&self) -> Option<u64> {
-        self.ranges.first().map(|range| range.start)
+    /// First byte that differs where nothing was expected to.
+    pub(crate) fn stranger(&self) -> Option<u64> {
+        self.stranger
     }
 
-    /// Finds out where the device differs within `ranges`, which are in order.
-    pub(crate) fn find(both: &Both<'_>, ranges: &[Range<u64>]) -> Result<Self, CopyError> {
+    /// Finds out where the device differs within `ranges`, which are in order; within `expected`, in order too, that is
+    /// no wonder.
+    pub(crate) fn find(
+        both: &Both<'_>,
+        ranges: &[Range<u64>],
+        expected: &[Range<u64>],
+    ) -> Result<Self, CopyError> {
         let found = Mutex::new(Found {
             differences: Differences {
                 kept: Some(Vec::new()),
@@ -84,7 +90,8 @@ impl Differences {
             gap_bytes: 0,
         });
         both.compare(ranges, &|range, wanted| {
-            found.lock().add(range, wanted);
+            let stranger = first_outside(&range, expected);
+            found.lock().add(range, wanted, stranger);
             Ok(())
         })?;
         let mut found = found.into_inner();
@@ -136,8 +143,12 @@ impl Differences {
 }
 
 impl Found {
-    fn add(&mut self, range: Range<u64>, wanted: Option<&[u8]>) {
+    fn add(&mut self, range: Range<u64>, wanted: Option<&[u8]>, stranger: Option<u64>) {
         let found = &mut self.differences;
+        found.stranger = match (found.stranger, stranger) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        };
         let len = range.end - range.start;
         found.bytes += len;
         self.kept_bytes += PIECE_COST_BYTES + wanted.map_or(0, <[u8]>::len);
@@ -168,6 +179,19 @@ impl Found {
             is_close
         });
     }
+}
+
+/// The first byte of a range that is in none of some others, which are in order.
+fn first_outside(range: &Range<u64>, others: &[Range<u64>]) -> Option<u64> {
+    let mut at = range.start;
+    let mut others = &others[others.partition_point(|other| other.end <= at)..];
+    while at < range.end {
+        match others.split_first() {
+            Some((other, rest)) if other.start <= at => (at, others) = (other.end, rest),
+            _ => return Some(at),
+        }
+    }
+    None
 }
 
 impl Piece {
@@ -270,5 +294,29 @@ impl Sink for Compare<'_> {
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         self.compare(offset, len, None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lies_beside_an_expected_range_is_a_stranger() {
+        let others = [10..20, 20..30, 40..50];
+        for (range, outside) in [
+            (10..30, None),
+            (12..13, None),
+            (19..21, None),
+            (45..50, None),
+            (0..5, Some(0)),
+            (5..15, Some(5)),
+            (15..31, Some(30)),
+            (29..45, Some(30)),
+            (49..60, Some(50)),
+            (50..60, Some(50)),
+        ] {
+            assert_eq!(first_outside(&range, &others), outside, "{range:?}");
+        }
     }
 }

@@ -14,6 +14,7 @@ use crate::report::{Report, StdoutClosed};
 
 mod agent;
 mod args;
+mod changed_files;
 mod changes;
 mod cmd;
 mod differences;
@@ -23,6 +24,8 @@ mod exit;
 mod interrupt;
 mod mount;
 mod nbd;
+mod owners;
+mod placement;
 #[cfg(test)]
 mod random;
 mod report;
@@ -31,6 +34,7 @@ mod source;
 mod target;
 mod time;
 mod units;
+mod walk;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

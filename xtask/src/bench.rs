@@ -9,6 +9,7 @@ mod bytes;
 mod latency;
 mod measure;
 mod report;
+mod restore;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -24,6 +25,7 @@ use crate::{demo, sh};
 
 use measure::{Bench, Side};
 use report::Report;
+use restore::RestoreEffort;
 
 /// How to measure.
 #[derive(clap::Args, Default)]
@@ -40,6 +42,9 @@ pub(crate) struct BenchArgs {
     /// Only the bytes of log that a database's writes become; writes no file
     #[arg(long, conflicts_with = "latency")]
     bytes: bool,
+    /// Only how long `rewind` and `mount` take; writes no file
+    #[arg(long, conflicts_with_all = ["latency", "bytes"])]
+    restore: bool,
     /// How often both sides take turns (5; with --quick 2)
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
@@ -108,9 +113,10 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     use_binaries_in(&workspace.target().join("release"));
     catch_interrupts();
     let scene = Scene::new(1)?;
-    let measured = match args.bytes {
-        true => measure_bytes(&scene, Effort::of(args)),
-        false => measure_all(&scene, Effort::of(args), args.latency).and_then(|report| report.markdown()),
+    let measured = match (args.bytes, args.restore) {
+        (true, _) => measure_bytes(&scene, Effort::of(args)),
+        (_, true) => restore::measure(&scene, restore_effort(args)),
+        _ => measure_all(&scene, Effort::of(args), args.latency).and_then(|report| report.markdown()),
     };
     if measured.is_err() {
         scene.show_logs();
@@ -119,7 +125,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     let text = measured?;
     cleared?;
     println!("{text}");
-    if !args.quick && !args.latency && !args.bytes {
+    if !args.quick && !args.latency && !args.bytes && !args.restore {
         let path = workspace.root.join(&args.to);
         let folder = path.parent().context("a folder for the table")?;
         std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
@@ -141,10 +147,22 @@ fn again(args: &BenchArgs) -> Vec<String> {
     if args.bytes {
         again.push("--bytes".to_owned());
     }
+    if args.restore {
+        again.push("--restore".to_owned());
+    }
     if let Some(rounds) = args.rounds {
         again.extend(["--rounds".to_owned(), rounds.to_string()]);
     }
     again
+}
+
+fn restore_effort(args: &BenchArgs) -> RestoreEffort {
+    let mib: u64 = if args.quick { 512 } else { 4096 };
+    RestoreEffort {
+        rounds: Effort::of(args).rounds,
+        volume_bytes: mib << 20,
+        long_writes: if args.quick { 100_000 } else { 1_000_000 },
+    }
 }
 
 fn measure_all(scene: &Scene, effort: Effort, is_latency_only: bool) -> Result<Report> {

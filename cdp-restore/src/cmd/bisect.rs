@@ -4,20 +4,19 @@
 //! of the two that remain. Each moment is mounted as by `mount --rw`, and unmounted again. What a check says counts only
 //! if all that it asked for could be read.
 
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
 use cdp_journal::Seq;
-use cdp_journal::format::{Body, PlacedRecord, RecordFlags};
+use cdp_journal::format::{Body, PlacedRecord, Record, RecordFlags};
 use cdp_journal::history::{History, VolumeInfo};
 use cdp_journal::store::Archive;
 use cdp_journal::when::When;
 use serde::Serialize;
 
-use super::mount::Mounting;
+use super::peek::{Peek, Peeking};
 use super::{open_block_volume, resolve};
-use crate::args::{Bisect, Mount};
+use crate::args::Bisect;
 use crate::exit::UsageError;
 use crate::interrupt::Interrupt;
 use crate::mount::Unmountable;
@@ -157,9 +156,7 @@ impl Search<'_> {
     /// Mounts a moment and runs the check on it.
     fn is_good(&mut self, seq: Seq) -> anyhow::Result<bool> {
         self.interrupt.check().context("nothing is left mounted")?;
-        let folder = tempfile::Builder::new().prefix("cdp-bisect-").tempdir();
-        let folder = folder.context("make a folder to mount at")?;
-        let Some(mounted) = self.mount(seq, folder.path())? else {
+        let Some(mounted) = self.mount(seq)? else {
             self.report
                 .note(format!("seq:{seq} cannot be mounted, which counts as bad"));
             return Ok(false);
@@ -167,14 +164,14 @@ impl Search<'_> {
         let (program, arguments) = self.args.command.split_first().context("no check was given")?;
         let status = Command::new(program)
             .args(arguments)
-            .env(MOUNT_VARIABLE, folder.path())
+            .env(MOUNT_VARIABLE, mounted.dir())
             .env(AT_VARIABLE, format!("seq:{seq}"))
             .stdin(Stdio::null())
             // What it prints is not our result.
             .stdout(std::io::stderr())
             .status();
         self.runs += 1;
-        let trouble = mounted.unmount()?;
+        let trouble = mounted.close()?;
         if !trouble.is_empty() {
             bail!(
                 "seq:{seq}: {trouble}; so the check was not shown all of it, and what it says does not count"
@@ -190,20 +187,11 @@ impl Search<'_> {
 
     /// Mounts a moment; `None` if there is nothing in it that can be mounted. Everything else that goes wrong says
     /// nothing of the moment, and is an error.
-    fn mount(&self, seq: Seq, dir: &Path) -> anyhow::Result<Option<Mounted>> {
-        let args = Mount {
-            source: self.args.source.clone(),
-            volume: self.args.volume.clone(),
-            at: When::Seq(seq),
-            dir: dir.to_owned(),
-            rw: true,
-            raw: false,
-            layer: self.args.layer.clone(),
-            json: false,
-            serve_in: None,
-        };
-        match Mounting::set_up(&args, args.arguments(), self.report) {
-            Ok(mounting) => Ok(Some(Mounted(Some(mounting)))),
+    fn mount(&self, seq: Seq) -> anyhow::Result<Option<Peek>> {
+        let args = self.args;
+        let peeking = Peeking::new(&args.source, &args.volume, &args.layer, self.report).writable();
+        match peeking.at(When::Seq(seq)) {
+            Ok(peek) => Ok(Some(peek)),
             Err(error) if error.is::<Unmountable>() => {
                 tracing::info!("seq:{seq} cannot be mounted: {error:#}");
                 Ok(None)
@@ -249,12 +237,16 @@ fn candidate(placed: &PlacedRecord, volume: &VolumeInfo) -> Option<Candidate> {
         record.body,
         Body::Write { .. } | Body::Zero { .. } | Body::Discard { .. } | Body::Barrier
     );
-    let durable = [RecordFlags::PREFLUSH, RecordFlags::FUA];
-    let is_barrier = record.body == Body::Barrier || durable.iter().any(|flag| record.flags.contains(*flag));
     (record.volume == Some(volume.id) && is_change).then_some(Candidate {
         seq: record.seq,
-        is_barrier,
+        is_barrier: is_barrier(record),
     })
+}
+
+/// Did somebody wait until everything up to this record was durable?
+pub(super) fn is_barrier(record: &Record) -> bool {
+    let durable = [RecordFlags::PREFLUSH, RecordFlags::FUA];
+    record.body == Body::Barrier || durable.iter().any(|flag| record.flags.contains(*flag))
 }
 
 fn written(placed: &PlacedRecord) -> Option<Written> {
@@ -270,25 +262,6 @@ fn written(placed: &PlacedRecord) -> Option<Written> {
         pid: record.origin.pid,
         comm: record.origin.command(),
     })
-}
-
-/// A moment that is mounted; unmounted when it goes.
-struct Mounted(Option<Mounting>);
-
-impl Mounted {
-    /// Unmounts it; what its serving process had to say.
-    fn unmount(mut self) -> anyhow::Result<String> {
-        self.0.take().map_or(Ok(String::new()), Mounting::take_down)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        if let Some(mounting) = self.0.take() {
-            // There is another error to tell.
-            let _ = mounting.take_down();
-        }
-    }
 }
 
 impl Outcome {

@@ -2,15 +2,25 @@
 //!
 //! The records between the two moments tell all of it. Where a gap lies between them, what was lost is told
 //! by the read-back that ended the gap: such ranges are listed with fewer writes than there were, or none.
+//!
+//! Which files were changed is asked of both moments, mounted, where they can be.
 
+use anyhow::Context;
+use cdp_journal::Seq;
 use cdp_journal::format::{Body, PlacedRecord};
 use cdp_journal::history::{Gap, History};
+use cdp_journal::view::View;
+use cdp_journal::when::When;
 use serde::Serialize;
 
+use super::peek::{Peek, Peeking};
 use super::{Instant, open_volume, require_block, resolve, table};
 use crate::args::Diff;
+use crate::changed_files::{ChangedFile, ChangedFiles, Comparison, FILES_MAX, Side};
 use crate::changes::{Changes, Kind, Range};
 use crate::exit::UsageError;
+use crate::interrupt::Interrupt;
+use crate::placement::Placement;
 use crate::report::Report;
 use crate::time::Time;
 use crate::units::{Bytes, Elapsed, count};
@@ -27,6 +37,12 @@ struct Outcome {
     ranges: Vec<JsonRange>,
     /// Gaps between the two moments: what was written in them is known only by its result.
     gaps: Vec<JsonGap>,
+    /// What differs in the file systems on it, by path; nothing where that cannot be told.
+    files: Option<Vec<ChangedFile>>,
+    /// Why it cannot.
+    files_unknown: Option<String>,
+    /// There are more than were told.
+    files_truncated: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -81,22 +97,30 @@ pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
             note(&mut changes, placed);
         }
     }
-    let (bytes_before, bytes_after) = (
-        store.view(volume.id, since.seq)?.bytes(),
-        store.view(volume.id, until.seq)?.bytes(),
+    let (before, after) = (
+        store.view(volume.id, since.seq)?,
+        store.view(volume.id, until.seq)?,
     );
+    let files = match args.no_files {
+        true => Err("--no-files was given".to_owned()),
+        false => changed_files(args, report, &before, &after)?,
+    };
+    let (files, files_truncated, files_unknown) = match files {
+        Ok(found) => (Some(found.files), found.truncated, None),
+        Err(why) => (None, false, Some(why)),
+    };
     let gaps = gaps_between(store.history(volume.id)?.as_ref(), since, until);
     let outcome = Outcome {
         volume: volume.name,
         since: Moment {
             at: since.at,
             seq: since.seq.get(),
-            bytes: bytes_before,
+            bytes: before.bytes(),
         },
         until: Moment {
             at: until.at,
             seq: until.seq.get(),
-            bytes: bytes_after,
+            bytes: after.bytes(),
         },
         changed_bytes: changes.bytes(),
         writes: changes.writes(),
@@ -105,6 +129,9 @@ pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
             .map(|(offset, range)| JsonRange::new(offset, range))
             .collect(),
         gaps,
+        files,
+        files_unknown,
+        files_truncated,
     };
     for gap in &outcome.gaps {
         report.warn(format!(
@@ -112,11 +139,92 @@ pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
             gap.cause, gap.from
         ));
     }
+    if let Some(why) = outcome.files_unknown.as_ref().filter(|_| !args.no_files) {
+        report.note(format!("which files were changed is not told: {why}"));
+    }
+    if files_truncated {
+        report.warn(format!(
+            "only the first {FILES_MAX} of the changed files are told"
+        ));
+    }
     if args.json {
         report.json(&outcome)
     } else {
         report.out(text(&outcome, since, until))
     }
+}
+
+/// Which files differ; or why that cannot be told.
+fn changed_files(
+    args: &Diff,
+    report: &Report,
+    before: &View,
+    after: &View,
+) -> anyhow::Result<Result<ChangedFiles, String>> {
+    let changed = changed_ranges(before, after)?;
+    if changed.is_empty() {
+        return Ok(Ok(ChangedFiles::default()));
+    }
+    let interrupt = Interrupt::catch().context("catch Ctrl-C")?;
+    let peeking = Peeking::new(&args.source, &args.volume, &args.layer, report);
+    let mount = |seq: Seq| -> anyhow::Result<Result<Peek, String>> {
+        interrupt.check().context("nothing is left mounted")?;
+        peeking.try_at(When::Seq(seq))
+    };
+    let before = match mount(before.seq())? {
+        Ok(before) => before,
+        Err(why) => return Ok(Err(why)),
+    };
+    let after = match mount(after.seq())? {
+        Ok(after) => after,
+        Err(why) => return Ok(Err(why)),
+    };
+    let found = compare([&before, &after], &changed, &interrupt);
+    after.settle(before.settle(found)).map(Ok)
+}
+
+/// Where two views may differ: by what the index says, for the records of a stretch of time do not tell what was
+/// corrected later. Bytes that only one of them has count.
+fn changed_ranges(before: &View, after: &View) -> anyhow::Result<Vec<std::ops::Range<u64>>> {
+    let common = before.bytes().min(after.bytes());
+    let mut changed = after.changed_since(Some(before.seq()), 0..common)?;
+    let longest = before.bytes().max(after.bytes());
+    changed.extend((common < longest).then_some(common..longest));
+    Ok(changed)
+}
+
+/// Compares what is mounted, file system by file system.
+fn compare(
+    peeks: [&Peek; 2],
+    changed: &[std::ops::Range<u64>],
+    interrupt: &Interrupt,
+) -> anyhow::Result<ChangedFiles> {
+    let parts = peeks.map(Peek::parts);
+    let mut numbers: Vec<_> = parts.iter().flatten().map(|part| part.number).collect();
+    numbers.sort_unstable();
+    numbers.dedup();
+    let mut found = ChangedFiles::default();
+    for number in numbers {
+        // Of a partition that is there on one side only, all is added or removed.
+        let side = |side: usize| -> anyhow::Result<_> {
+            let Some(part) = parts[side].iter().find(|part| part.number == number) else {
+                return Ok(None);
+            };
+            let placement = Placement::of(&part.dir, &part.kind, part.offset)
+                .with_context(|| format!("find out where the files of the {} lie", part.kind))?;
+            let root = &part.dir;
+            Ok(Some(Side { root, placement }))
+        };
+        let comparison = Comparison {
+            sides: [side(0)?, side(1)?],
+            changed,
+            interrupt,
+        };
+        let prefix = parts.iter().flatten().find(|part| part.number == number);
+        let prefix = prefix.map_or_else(String::new, |part| part.prefix());
+        comparison.find(&prefix, &mut found).context("compare files")?;
+    }
+    Ok(found)
 }
 
 /// Adds what a record changed.
@@ -231,5 +339,26 @@ fn text(outcome: &Outcome, since: Instant, until: Instant) -> String {
     let rows = outcome.ranges.iter().map(JsonRange::row);
     text.push('\n');
     text.push_str(&table(&std::iter::once(title).chain(rows).collect::<Vec<_>>()));
+    if let Some(files) = &outcome.files {
+        text.push_str(&format!("\n{} changed\n", count(files.len() as u64, "file")));
+        text.push_str(&table(&files.iter().map(row_of).collect::<Vec<_>>()));
+    }
     text
+}
+
+/// A file that is not as it was.
+fn row_of(file: &ChangedFile) -> Vec<String> {
+    let bytes = match (file.bytes_before, file.bytes_after) {
+        (Some(before), Some(after)) if before != after => format!("{} to {}", Bytes(before), Bytes(after)),
+        (before, after) => after
+            .or(before)
+            .map_or_else(String::new, |bytes| Bytes(bytes).to_string()),
+    };
+    let what: Vec<_> = file.what.iter().map(|aspect| aspect.as_str()).collect();
+    vec![
+        file.change.as_str().to_owned(),
+        what.join("+"),
+        bytes,
+        file.path.clone(),
+    ]
 }

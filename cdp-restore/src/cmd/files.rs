@@ -16,9 +16,9 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, bail};
 use serde::Serialize;
 
-use super::mount::Mounting;
-use super::{Damaged, refuse_own_files};
-use crate::args::{Files, Mount};
+use super::peek::Peeking;
+use super::refuse_own_files;
+use crate::args::Files;
 use crate::interrupt::Interrupt;
 use crate::report::Report;
 use crate::units::{Bytes, count};
@@ -90,34 +90,13 @@ fn inside(path: &Path) -> anyhow::Result<PathBuf> {
 /// Mounts the moment, copies, unmounts.
 fn by_mount(args: &Files, paths: &[PathBuf], to: &Path, report: &Report) -> anyhow::Result<()> {
     let interrupt = Interrupt::catch().context("catch Ctrl-C")?;
-    let folder = tempfile::Builder::new().prefix("cdp-files-").tempdir();
-    let folder = folder.context("make a folder to mount at")?;
-    let mount = Mount {
-        source: args.source.clone(),
-        volume: args.volume.clone(),
-        at: args.at.clone(),
-        dir: folder.path().to_owned(),
-        rw: false,
-        raw: false,
-        layer: args.layer.clone(),
-        json: false,
-        serve_in: None,
-    };
-    let mounting = Mounting::set_up(&mount, mount.arguments(), report)?;
+    let peeking = Peeking::new(&args.source, &args.volume, &args.layer, report);
+    let peek = peeking.at(args.at.clone())?;
     let copied = interrupt
         .check()
         .map_err(anyhow::Error::from)
-        .and_then(|()| copy(folder.path(), paths, to));
-    let trouble = mounting.take_down()?;
-    // What failed and was not missed, the kernel has read ahead.
-    if trouble.is_empty() || copied.is_ok() {
-        return copied;
-    }
-    let why = format!("not all of it could be read: {trouble}");
-    match trouble.contains("damaged at byte") {
-        true => Err(Damaged(why).into()),
-        false => bail!(why),
-    }
+        .and_then(|()| copy(peek.dir(), paths, to));
+    peek.settle(copied)
 }
 
 /// Copies with everything that belongs to a file.

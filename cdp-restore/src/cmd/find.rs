@@ -6,12 +6,15 @@
 use std::collections::BTreeMap;
 
 use cdp_journal::format::{Body, PlacedRecord};
+use cdp_journal::history::VolumeInfo;
 use cdp_journal::store::Archive;
 use cdp_journal::view::View;
 use cdp_journal::when::When;
 use cdp_journal::{ReadError, Seq, VolumeId};
 use serde::Serialize;
 
+use super::find_files::{FileSearch, Sighting};
+use super::peek::Peeking;
 use super::{open_block_volume, table};
 use crate::args::Find;
 use crate::exit::UsageError;
@@ -30,6 +33,8 @@ struct Outcome {
     hits: Vec<JsonHit>,
     /// There are more than were asked for.
     truncated: bool,
+    /// Why the files of some hits are not known, beside that their bytes may be part of none.
+    files_unknown: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -47,6 +52,8 @@ struct JsonHit {
     gone_seq: Option<u64>,
     /// Are they there at the end of what was searched?
     still_there: bool,
+    /// Which file they were in, if that is known.
+    file: Option<String>,
 }
 
 pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
@@ -87,8 +94,15 @@ pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
             }
         },
     )?;
-    let hits = found.finish(until)?;
+    let mut hits = found.finish(until)?;
     drop(progress);
+    let files_unknown = match args.no_files {
+        true => None,
+        false => name_files(args, report, &*store, &volume, until, &mut hits)?,
+    };
+    if let Some(why) = &files_unknown {
+        report.note(format!("which files hits were in is not all told: {why}"));
+    }
     let outcome = Outcome {
         volume: volume.name,
         pattern_bytes: args.bytes.0.len(),
@@ -96,6 +110,7 @@ pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
         searched_bytes: searched.bytes,
         hits,
         truncated,
+        files_unknown,
     };
     if truncated {
         report.warn(format!(
@@ -107,6 +122,40 @@ pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
         return report.json(&outcome);
     }
     report.out(text(&outcome))
+}
+
+/// Finds the files of the hits; why they are not all known, if so.
+fn name_files(
+    args: &Find,
+    report: &Report,
+    store: &dyn Archive,
+    volume: &VolumeInfo,
+    until: Option<Seq>,
+    hits: &mut [JsonHit],
+) -> anyhow::Result<Option<String>> {
+    let peeking = Peeking::new(&args.source, &args.volume, &args.layer, report);
+    let sighting = |hit: &JsonHit| {
+        let first = Seq::new(hit.seq)?;
+        let before_gone = hit.gone_seq.and_then(|gone| Seq::new(gone.saturating_sub(1)));
+        let last = before_gone.or(until.filter(|_| hit.still_there)).unwrap_or(first);
+        let (offset, wall) = (hit.offset, hit.at.0);
+        Some(Sighting {
+            offset,
+            first,
+            wall,
+            last: last.max(first),
+        })
+    };
+    let search = FileSearch {
+        store,
+        volume,
+        peeking,
+    };
+    let owners = search.find(&hits.iter().filter_map(sighting).collect::<Vec<_>>())?;
+    for (hit, file) in hits.iter_mut().zip(owners.files) {
+        hit.file = file;
+    }
+    Ok(owners.unknown)
 }
 
 /// The last record that belongs to a moment, exact or not.
@@ -200,6 +249,7 @@ impl JsonHit {
             gone_at: None,
             gone_seq: None,
             still_there: false,
+            file: None,
         }
     }
 
@@ -215,7 +265,8 @@ impl JsonHit {
             _ if self.still_there => "still there".to_owned(),
             _ => "not known when".to_owned(),
         };
-        vec![self.at.to_string(), seq, self.offset.to_string(), by, gone]
+        let file = self.file.clone().unwrap_or_default();
+        vec![self.at.to_string(), seq, self.offset.to_string(), by, gone, file]
     }
 }
 
@@ -230,7 +281,7 @@ fn text(outcome: &Outcome) -> String {
     if outcome.hits.is_empty() {
         return text;
     }
-    let title = ["TIME", "SEQ", "OFFSET", "BY", "GONE"]
+    let title = ["TIME", "SEQ", "OFFSET", "BY", "GONE", "FILE"]
         .map(str::to_owned)
         .to_vec();
     let rows = outcome.hits.iter().map(JsonHit::row);

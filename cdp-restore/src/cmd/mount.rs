@@ -15,6 +15,7 @@ use anyhow::{Context, bail};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::peek::PeekPart;
 use super::{open_moment, refuse_own_files};
 use crate::args::{Mount, Umount};
 use crate::disk::{Disk, complaints_in};
@@ -137,6 +138,18 @@ impl Mounting {
                 }
             }),
         }
+    }
+
+    /// The file systems that are mounted.
+    pub(super) fn parts(&self) -> Vec<PeekPart> {
+        let parts = self.ready.parts.iter().zip(&self.mounted);
+        let parts = parts.map(|(part, dir)| PeekPart {
+            number: part.number,
+            dir: dir.clone(),
+            kind: part.file_system.clone(),
+            offset: part.offset,
+        });
+        parts.collect()
     }
 
     /// Undoes it; which requests failed meanwhile: nothing, if all that was asked for could be read.

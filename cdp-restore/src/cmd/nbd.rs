@@ -11,7 +11,7 @@ use signal_hook::low_level::pipe;
 use super::open_moment;
 use crate::args::Nbd;
 use crate::disk::Disk;
-use crate::nbd::{Export, Server};
+use crate::nbd::{Credentials, Export, Server};
 use crate::report::Report;
 use crate::time::Time;
 use crate::units::Bytes;
@@ -28,6 +28,8 @@ struct Ready<'a> {
 }
 
 pub(crate) fn run(args: &Nbd, report: &Report) -> anyhow::Result<()> {
+    let credentials = args.tls_certificates.as_deref().map(Credentials::read);
+    let credentials = credentials.transpose()?;
     let moment = open_moment(&args.source, &args.volume, &args.at, "nbd")?;
     let layer = match args.rw {
         true => Some(args.layer.make(&args.source.from, moment.view.bytes())?),
@@ -44,7 +46,7 @@ pub(crate) fn run(args: &Nbd, report: &Report) -> anyhow::Result<()> {
         let raise = raise.try_clone().context("double a socket")?;
         pipe::register(*signal, raise).context("catch SIGTERM")?;
     }
-    let server = Server::bind(&args.listen)?;
+    let server = Server::bind(&args.listen, credentials)?;
     let uri = server.uri(&volume.name);
     if args.json {
         report.json(&Ready {

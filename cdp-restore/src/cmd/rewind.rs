@@ -13,6 +13,7 @@
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::thread;
 use std::time::Instant as Clock;
 
 use anyhow::{Context, bail};
@@ -73,11 +74,11 @@ enum Proof {
     Written { sampled_blocks: u64 },
 }
 
-/// How what differs is found.
+/// What is compared to find what differs.
 struct Plan {
     ranges: Vec<Range<u64>>,
-    /// Blocks of the rest that were compared; `None`: there is no rest.
-    sampled_blocks: Option<u64>,
+    /// Blocks of the rest, compared along with them, where the history vouches for it; `None`: there is no rest.
+    samples: Option<Vec<Range<u64>>>,
 }
 
 /// What is brought back, and what it is done to.
@@ -130,7 +131,7 @@ pub(crate) fn run(args: &Rewind, report: &Report) -> anyhow::Result<()> {
     };
     let plan = job.plan(head)?;
     tracing::info!("what to compare is known after {}", Elapsed(started.elapsed()));
-    let differences = job.find(&plan)?;
+    let (plan, differences) = job.find(plan)?;
     tracing::info!("what differs is known after {}", Elapsed(started.elapsed()));
     let proof = if args.dry_run {
         Proof::None
@@ -172,8 +173,24 @@ struct Before {
 }
 
 impl Plan {
+    /// All of a view.
+    fn everything(view: &View) -> Self {
+        Plan {
+            ranges: std::iter::once(0..view.bytes()).collect(),
+            samples: None,
+        }
+    }
+
     fn bytes(&self) -> u64 {
         self.ranges.iter().map(|range| range.end - range.start).sum()
+    }
+
+    /// All that is to be read, in order.
+    fn all(&self) -> Vec<Range<u64>> {
+        let samples = self.samples.iter().flatten();
+        let mut all: Vec<_> = self.ranges.iter().chain(samples).cloned().collect();
+        all.sort_unstable_by_key(|range| range.start);
+        all
     }
 }
 
@@ -200,15 +217,14 @@ impl Job<'_> {
             return Ok(None);
         };
         let agent = Agent::of(folder);
-        if let Err(error) = agent.sync() {
-            let error = anyhow::Error::new(error);
-            self.report.warn(format!(
-                "what {to} holds now was not named and cannot be brought back exactly{head}: {error:#}"
-            ));
-            return Ok(None);
-        }
-        self.moment.store.refresh()?;
         if self.args.dry_run {
+            if let Err(error) = agent.sync() {
+                let error = anyhow::Error::new(error);
+                self.report
+                    .warn(format!("what {to} holds now is not known{head}: {error:#}"));
+                return Ok(None);
+            }
+            self.moment.store.refresh()?;
             let seq = self.moment.store.head().map(|head| head.seq);
             return Ok(seq.map(|seq| Before { seq, undo: None }));
         }
@@ -216,7 +232,24 @@ impl Job<'_> {
             "{BOOKMARK}-{}",
             jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S%.3fZ")
         );
-        match agent.bookmark(&label) {
+        // At once, for each waits until the log's disk has what was written so far.
+        let (synced, named) = thread::scope(|scope| {
+            let synced = scope.spawn(|| agent.sync());
+            let named = agent.bookmark(&label);
+            let synced = synced.join();
+            (
+                synced.unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                named,
+            )
+        });
+        if let Err(error) = synced {
+            let error = anyhow::Error::new(error);
+            self.report.warn(format!(
+                "what {to} holds now cannot be brought back exactly{head}: {error:#}"
+            ));
+            return Ok(None);
+        }
+        match named {
             Ok(seq) => {
                 self.moment.store.refresh()?;
                 let undo = Some(format!("bookmark:{label}"));
@@ -231,12 +264,8 @@ impl Job<'_> {
 
     /// What must be compared. `head` is where the history of this very device has got to, if it has.
     fn plan(&self, head: Option<Seq>) -> anyhow::Result<Plan> {
-        let everything = Plan {
-            ranges: std::iter::once(0..self.view().bytes()).collect(),
-            sampled_blocks: None,
-        };
         let Some(head) = head.filter(|_| !self.args.compare_all) else {
-            return Ok(everything);
+            return Ok(Plan::everything(self.view()));
         };
         let (store, volume) = (&self.moment.store, &self.moment.volume);
         let is_exact = match store.resolve(volume.id, &When::Seq(head)) {
@@ -250,7 +279,7 @@ impl Job<'_> {
                 "the history of {} is not exact up to now, or its size has changed: all of it is compared",
                 volume.name
             ));
-            return Ok(everything);
+            return Ok(Plan::everything(self.view()));
         }
         let mut ranges: Vec<Range<u64>> = Vec::new();
         let mut at = 0;
@@ -259,19 +288,8 @@ impl Job<'_> {
             at = window.end;
             ranges.extend(now.changed_since(Some(self.moment.instant.seq), window)?);
         }
-        match self.first_stranger(&ranges)? {
-            Ok(sampled_blocks) => Ok(Plan {
-                ranges,
-                sampled_blocks: Some(sampled_blocks),
-            }),
-            Err(offset) => {
-                self.report.warn(format!(
-                    "{} holds at byte {offset} what its history does not know: all of it is compared",
-                    self.args.to.display()
-                ));
-                Ok(everything)
-            }
-        }
+        let samples = Some(self.samples(&ranges));
+        Ok(Plan { ranges, samples })
     }
 
     fn was_resized(&self, head: Seq) -> anyhow::Result<bool> {
@@ -280,8 +298,8 @@ impl Job<'_> {
         Ok(history.is_none_or(|history| history.resizes.iter().any(|resize| since(resize.seq))))
     }
 
-    /// Compares blocks here and there outside of `changed`: how many, or the first byte of one that differs.
-    fn first_stranger(&self, changed: &[Range<u64>]) -> anyhow::Result<Result<u64, u64>> {
+    /// Blocks here and there outside of `changed`.
+    fn samples(&self, changed: &[Range<u64>]) -> Vec<Range<u64>> {
         let blocks = self.view().bytes() / BLOCK_BYTES;
         // Other blocks each time: which ones must not be known to whoever wrote past the agent.
         let phase = u64::from(jiff::Timestamp::now().subsec_nanosecond().unsigned_abs());
@@ -292,17 +310,11 @@ impl Job<'_> {
                 .get(after)
                 .is_none_or(|changed| changed.start >= range.end)
         };
-        let samples: Vec<_> = (0..SAMPLES.min(blocks))
+        (0..SAMPLES.min(blocks))
             .map(|index| (index * step + phase % step) * BLOCK_BYTES)
             .map(|offset| offset..offset + BLOCK_BYTES)
             .filter(is_unchanged)
-            .collect();
-        let differences = Differences::find(&self.both(&|_| ()), &samples)
-            .map_err(|error| self.failed(error, "nothing was written"))?;
-        Ok(match differences.first() {
-            None => Ok(samples.len() as u64),
-            Some(offset) => Err(offset),
-        })
+            .collect()
     }
 
     fn both<'a>(&'a self, progress: &'a (dyn Fn(u64) + Sync)) -> Both<'a> {
@@ -315,11 +327,23 @@ impl Job<'_> {
         }
     }
 
-    fn find(&self, plan: &Plan) -> anyhow::Result<Differences> {
-        let progress = self.report.progress("comparing", plan.bytes());
+    /// Finds what differs; with the plan that it took.
+    fn find(&self, plan: Plan) -> anyhow::Result<(Plan, Differences)> {
+        let all = plan.all();
+        let bytes = all.iter().map(|range| range.end - range.start).sum();
+        let progress = self.report.progress("comparing", bytes);
         let advance = |bytes| progress.advance(bytes);
-        Differences::find(&self.both(&advance), &plan.ranges)
-            .map_err(|error| self.failed(error, "nothing was written"))
+        let found = Differences::find(&self.both(&advance), &all, &plan.ranges)
+            .map_err(|error| self.failed(error, "nothing was written"))?;
+        drop(progress);
+        let Some(offset) = found.stranger() else {
+            return Ok((plan, found));
+        };
+        self.report.warn(format!(
+            "{} holds at byte {offset} what its history does not know: all of it is compared",
+            self.args.to.display()
+        ));
+        self.find(Plan::everything(self.view()))
     }
 
     fn write_and_prove(&self, plan: &Plan, differences: &Differences) -> anyhow::Result<Proof> {
@@ -336,7 +360,8 @@ impl Job<'_> {
         self.device.flush()?;
         tracing::info!("flushed in {}", Elapsed(written.elapsed()));
         progress.stage("proving");
-        if let Some(sampled_blocks) = plan.sampled_blocks {
+        if let Some(samples) = &plan.samples {
+            let sampled_blocks = samples.len() as u64;
             progress.set(0);
             let left = "it is written, and not proven";
             let unproven = differences

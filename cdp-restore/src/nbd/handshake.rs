@@ -24,15 +24,38 @@ pub(super) struct Agreed {
     pub(super) block_status: bool,
 }
 
+/// How safe a connection is, and has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Security {
+    /// There is no TLS here.
+    Plain,
+    /// Nothing is told before it is under TLS.
+    Required,
+    /// It is under TLS.
+    Established,
+}
+
+/// How a handshake ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shaken {
+    /// Requests come next.
+    Agreed(Agreed),
+    /// TLS comes next, and then the options anew.
+    StartTls,
+    /// The client has left, or was left, in good order.
+    Left,
+}
+
 /// Where a handshake stands after an option.
 enum Next {
     Option,
     Transmission,
+    StartTls,
     End,
 }
 
-/// Shakes hands. `None`: the client has left, or was left, in good order.
-pub(super) fn shake<S: Read + Write>(stream: &mut S, export: &Export<'_>) -> io::Result<Option<Agreed>> {
+/// Begins a handshake. Does the client want the zeroes after `EXPORT_NAME`?
+pub(super) fn greet<S: Read + Write>(stream: &mut S) -> io::Result<bool> {
     let mut hello = Vec::with_capacity(18);
     hello.extend_from_slice(&MAGIC.to_be_bytes());
     hello.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
@@ -44,17 +67,29 @@ pub(super) fn shake<S: Read + Write>(stream: &mut S, export: &Export<'_>) -> io:
     if flags & !u32::from(FIXED_NEWSTYLE | NO_ZEROES) != 0 {
         return Err(not_the_protocol("unknown flags"));
     }
+    Ok(flags & u32::from(NO_ZEROES) == 0)
+}
+
+/// Goes through the client's options.
+pub(super) fn agree<S: Read + Write>(
+    stream: &mut S,
+    export: &Export<'_>,
+    zeroes: bool,
+    security: Security,
+) -> io::Result<Shaken> {
     let mut handshake = Handshake {
         stream,
         export,
-        zeroes: flags & u32::from(NO_ZEROES) == 0,
+        zeroes,
+        security,
         agreed: Agreed::default(),
     };
     for _ in 0..OPTIONS_MAX {
         match handshake.next_option()? {
             Next::Option => {}
-            Next::Transmission => return Ok(Some(handshake.agreed)),
-            Next::End => return Ok(None),
+            Next::Transmission => return Ok(Shaken::Agreed(handshake.agreed)),
+            Next::StartTls => return Ok(Shaken::StartTls),
+            Next::End => return Ok(Shaken::Left),
         }
     }
     Err(not_the_protocol("too many options"))
@@ -69,6 +104,7 @@ struct Handshake<'a, S> {
     export: &'a Export<'a>,
     /// The client wants the zeroes after `EXPORT_NAME`.
     zeroes: bool,
+    security: Security,
     agreed: Agreed,
 }
 
@@ -82,6 +118,9 @@ impl<S: Read + Write> Handshake<'_, S> {
         }
         let mut data = vec![0; len as usize];
         self.stream.read_exact(&mut data)?;
+        if self.security == Security::Required {
+            return self.before_tls(number, &data);
+        }
         match number {
             option::EXPORT_NAME => return self.export_name(&data),
             option::ABORT => {
@@ -101,8 +140,30 @@ impl<S: Read + Write> Handshake<'_, S> {
             }
             option::STRUCTURED_REPLY => self.reply(number, answer::ERR_INVALID, b"no data belongs here")?,
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta_context(number, &data)?,
+            option::STARTTLS if self.security == Security::Established => {
+                self.reply(number, answer::ERR_INVALID, b"there is TLS already")?;
+            }
             // STARTTLS among them.
             _ => self.reply(number, answer::ERR_UNSUP, b"not offered")?,
+        }
+        Ok(Next::Option)
+    }
+
+    /// An option of a client that may not know yet what there is.
+    fn before_tls(&mut self, number: u32, data: &[u8]) -> io::Result<Next> {
+        match number {
+            option::STARTTLS if data.is_empty() => {
+                self.reply(number, answer::ACK, &[])?;
+                return Ok(Next::StartTls);
+            }
+            option::STARTTLS => self.reply(number, answer::ERR_INVALID, b"no data belongs here")?,
+            option::ABORT => {
+                self.reply(number, answer::ACK, &[])?;
+                return Ok(Next::End);
+            }
+            // The old way has no answer but to leave.
+            option::EXPORT_NAME => return Err(not_the_protocol("no TLS")),
+            _ => self.reply(number, answer::ERR_TLS_REQD, b"only under TLS")?,
         }
         Ok(Next::Option)
     }

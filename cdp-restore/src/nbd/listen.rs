@@ -17,8 +17,10 @@ use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::Mode;
 
+use super::handshake::{Security, Shaken, agree, greet};
+use super::tls::{Credentials, Secured};
 use super::transmit::Connection;
-use super::{CONNECTIONS_MAX, Export, handshake};
+use super::{CONNECTIONS_MAX, Export};
 
 /// A client that has not shaken hands by then makes room for others.
 const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(30);
@@ -54,6 +56,8 @@ impl FromStr for Listen {
 #[derive(Debug)]
 pub(crate) struct Server {
     listener: Listener,
+    /// With them, clients are served under TLS alone.
+    credentials: Option<Credentials>,
 }
 
 #[derive(Debug)]
@@ -81,12 +85,15 @@ enum Stream {
 
 impl Server {
     /// Listens; nobody is served yet.
-    pub(crate) fn bind(listen: &Listen) -> anyhow::Result<Self> {
+    pub(crate) fn bind(listen: &Listen, credentials: Option<Credentials>) -> anyhow::Result<Self> {
         let listener = match listen {
             Listen::Unix(path) => bind_unix(path)?,
-            Listen::Tcp(address) => bind_tcp(address)?,
+            Listen::Tcp(address) => bind_tcp(address, credentials.is_some())?,
         };
-        let server = Server { listener };
+        let server = Server {
+            listener,
+            credentials,
+        };
         match &server.listener {
             Listener::Unix(listener, _) => listener.set_nonblocking(true)?,
             Listener::Tcp(listener, _) => listener.set_nonblocking(true)?,
@@ -96,9 +103,10 @@ impl Server {
 
     /// The address as NBD clients take it.
     pub(crate) fn uri(&self, export: &str) -> String {
+        let nbd = if self.credentials.is_some() { "nbds" } else { "nbd" };
         match &self.listener {
-            Listener::Unix(_, file) => format!("nbd+unix:///{export}?socket={}", Escaped(&file.0)),
-            Listener::Tcp(_, address) => format!("nbd://{address}/{export}"),
+            Listener::Unix(_, file) => format!("{nbd}+unix:///{export}?socket={}", Escaped(&file.0)),
+            Listener::Tcp(_, address) => format!("{nbd}://{address}/{export}"),
         }
     }
 
@@ -129,9 +137,9 @@ impl Server {
                 }
                 let Ok(ours) = stream.try_clone() else { continue };
                 connected.fetch_add(1, Ordering::SeqCst);
-                let connected = &connected;
+                let (connected, credentials) = (&connected, self.credentials.as_ref());
                 let serve = move || {
-                    if let Err(error) = converse(&stream, export) {
+                    if let Err(error) = converse(&stream, export, credentials) {
                         tracing::info!("a client was left: {error}");
                     }
                     connected.fetch_sub(1, Ordering::SeqCst);
@@ -185,12 +193,32 @@ impl Server {
 }
 
 /// Shakes hands and serves one client.
-fn converse(stream: &Stream, export: &Export<'_>) -> io::Result<()> {
+fn converse(stream: &Stream, export: &Export<'_>, credentials: Option<&Credentials>) -> io::Result<()> {
     let until = Instant::now() + HANDSHAKE_TIME_MAX;
-    let agreed = handshake::shake(&mut Hurried { stream, until }, export)?;
-    stream.set_timeouts(None)?;
-    if let Some(agreed) = agreed {
-        Connection::new(export, agreed, stream, stream).serve();
+    let mut hurried = Hurried {
+        stream,
+        until: Some(until),
+    };
+    let zeroes = greet(&mut &hurried)?;
+    let security = match credentials {
+        Some(_) => Security::Required,
+        None => Security::Plain,
+    };
+    match (agree(&mut &hurried, export, zeroes, security)?, credentials) {
+        (Shaken::Agreed(agreed), _) => {
+            hurried.set_unhurried()?;
+            Connection::new(export, agreed, stream, stream).serve();
+        }
+        (Shaken::StartTls, Some(credentials)) => {
+            let mut secured = Secured::accept(credentials, hurried)?;
+            let shaken = agree(&mut &secured, export, zeroes, Security::Established)?;
+            if let Shaken::Agreed(agreed) = shaken {
+                secured.set_unhurried()?;
+                let secured = &secured;
+                Connection::new(export, agreed, secured, secured).serve();
+            }
+        }
+        (Shaken::StartTls, None) | (Shaken::Left, _) => {}
     }
     // The other handle of it, which is kept to end it from outside, must not keep the client waiting.
     stream.shutdown();
@@ -216,15 +244,16 @@ fn bind_unix(path: &Path) -> anyhow::Result<Listener> {
     Ok(Listener::Unix(listener, SocketFile(path)))
 }
 
-fn bind_tcp(address: &str) -> anyhow::Result<Listener> {
+fn bind_tcp(address: &str, is_secured: bool) -> anyhow::Result<Listener> {
     let addresses: Vec<SocketAddr> = address
         .to_socket_addrs()
         .with_context(|| format!("look up {address}"))?
         .collect();
-    if let Some(open) = addresses.iter().find(|address| !address.ip().is_loopback()) {
+    let open = addresses.iter().find(|address| !address.ip().is_loopback());
+    if let Some(open) = open.filter(|_| !is_secured) {
         bail!(
-            "{address} is {open}, which others can reach, and this build has no TLS for NBD; listen on unix:PATH or on \
-             127.0.0.1, and let other hosts in by a tunnel (ssh -L)"
+            "{address} is {open}, which others can reach; give --tls-certificates DIR, or listen on unix:PATH or on \
+             127.0.0.1"
         );
     }
     let listener = TcpListener::bind(&addresses[..]).with_context(|| format!("listen at {address}"))?;
@@ -285,14 +314,23 @@ impl Write for &Stream {
 }
 
 /// A connection that ends at a time, also if something comes every now and then.
-struct Hurried<'a> {
+pub(super) struct Hurried<'a> {
     stream: &'a Stream,
-    until: Instant,
+    until: Option<Instant>,
 }
 
 impl<'a> Hurried<'a> {
+    /// From now on it may take its time.
+    pub(super) fn set_unhurried(&mut self) -> io::Result<()> {
+        self.until = None;
+        self.stream.set_timeouts(None)
+    }
+
     fn in_time(&self) -> io::Result<&'a Stream> {
-        let left = self.until.saturating_duration_since(Instant::now());
+        let Some(until) = self.until else {
+            return Ok(self.stream);
+        };
+        let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
@@ -301,13 +339,13 @@ impl<'a> Hurried<'a> {
     }
 }
 
-impl Read for Hurried<'_> {
+impl Read for &Hurried<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         Read::read(&mut self.in_time()?, buf)
     }
 }
 
-impl Write for Hurried<'_> {
+impl Write for &Hurried<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         Write::write(&mut self.in_time()?, bytes)
     }
@@ -356,12 +394,12 @@ mod tests {
         let stream = Stream::Unix(ours);
         let mut hurried = Hurried {
             stream: &stream,
-            until: Instant::now() + HANDSHAKE_TIME_MAX,
+            until: Some(Instant::now() + HANDSHAKE_TIME_MAX),
         };
         let mut byte = [0];
-        hurried.read_exact(&mut byte).unwrap();
-        hurried.until = Instant::now();
-        let error = hurried.read_exact(&mut byte).unwrap_err();
+        (&hurried).read_exact(&mut byte).unwrap();
+        hurried.until = Some(Instant::now());
+        let error = (&hurried).read_exact(&mut byte).unwrap_err();
         assert_eq!(
             error.kind(),
             io::ErrorKind::TimedOut,

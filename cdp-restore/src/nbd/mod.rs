@@ -1,7 +1,7 @@
 //! A disk for NBD clients: qemu, nbdcopy, the kernel's own, and other hosts' through a tunnel.
 //!
 //! Written to the protocol's own document (NetworkBlockDevice/nbd, doc/proto.md): fixed newstyle handshake,
-//! structured replies, `base:allocation`. TLS and extended headers are not offered.
+//! structured replies, `base:allocation`, TLS. Extended headers are not offered.
 //!
 //! Always true:
 //! - N1: memory is bounded whatever clients send: [`CONNECTIONS_MAX`] connections, [`WORKERS`] buffers of
@@ -9,7 +9,8 @@
 //! - N2: a request that makes no sense is answered with an error; bytes that are not the protocol end the connection,
 //!   and only it.
 //! - N3: a byte that does not match its checksum is answered with `EIO` and named on stderr, never sent.
-//! - N4: a client that does not read its answers keeps nobody waiting but itself.
+//! - N4: where there are certificates, a client is told nothing before it has shown one of its own under TLS.
+//! - N5: a client that does not read its answers keeps nobody waiting but itself.
 
 use crate::disk::{Complaints, Disk, DiskError};
 use crate::report::Report;
@@ -17,9 +18,11 @@ use crate::report::Report;
 mod handshake;
 mod listen;
 mod proto;
+mod tls;
 mod transmit;
 
 pub(crate) use listen::{Listen, Server};
+pub(crate) use tls::Credentials;
 
 /// Clients at once. One more is turned away.
 pub(crate) const CONNECTIONS_MAX: usize = 16;

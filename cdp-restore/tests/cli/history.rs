@@ -120,6 +120,36 @@ fn diff_tells_what_was_written_when_and_by_whom() {
 }
 
 #[test]
+fn diff_says_why_no_files_are_told_and_tells_the_rest() {
+    let store = Store::known();
+    let diff = |more: &[&str]| {
+        let arguments = [&["pg", "--since", "seq:4", "--until", "seq:9", "--json"], more].concat();
+        store.run("diff", &arguments).exits(0)
+    };
+    let ran = diff(&[]);
+    let value = ran.json();
+    assert_eq!(
+        (&value["files"], &value["changed_bytes"]),
+        (&Value::Null, &json!(8192))
+    );
+    let why = value["files_unknown"].as_str().unwrap();
+    assert!(
+        why.contains("no file system to mount") || why.contains("only root"),
+        "{why}"
+    );
+    assert!(ran.stderr.contains(why), "{ran:?}");
+    let ran = diff(&["--no-files"]);
+    assert_eq!(ran.stderr, "");
+    assert_eq!(ran.json()["files"], Value::Null);
+    // Nothing changed, so no file did, whatever lies there.
+    let value = store
+        .run("diff", &["pg", "--since", "seq:9", "--until", "seq:9", "--json"])
+        .exits(0)
+        .json();
+    assert_eq!(value["files"], json!([]));
+}
+
+#[test]
 fn diff_leaves_out_the_earlier_moment_and_takes_in_the_later() {
     let store = Store::known();
     let writes = |since: &str, until: &str| {
@@ -173,7 +203,18 @@ fn diff_refuses_moments_that_are_not_exact_or_swapped() {
 fn a_reader_that_goes_away_is_not_an_error() {
     let store = Store::noisy(64, "/dev/no-such-device");
     for arguments in [
-        store.arguments("diff", &["pg", "--since", "seq:3", "--until", "latest", "--json"]),
+        store.arguments(
+            "diff",
+            &[
+                "pg",
+                "--since",
+                "seq:3",
+                "--until",
+                "latest",
+                "--no-files",
+                "--json",
+            ],
+        ),
         store.arguments("points", &["pg"]),
         vec!["completions".to_owned(), "bash".to_owned()],
     ] {

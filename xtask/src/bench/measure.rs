@@ -364,7 +364,7 @@ pub(super) fn cost_so_far(agent: &Agent) -> Result<AgentCost> {
     })
 }
 
-fn forget_caches() -> Result<()> {
+pub(super) fn forget_caches() -> Result<()> {
     cmd("sync").timeout(COPY_TIMEOUT).run()?.success()?;
     std::fs::write("/proc/sys/vm/drop_caches", "3").context("forget the page cache")
 }

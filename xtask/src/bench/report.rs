@@ -243,11 +243,11 @@ fn described(load: Load) -> (&'static str, &'static str, Option<f64>) {
     }
 }
 
-fn verdict(met: bool) -> &'static str {
+pub(super) fn verdict(met: bool) -> &'static str {
     if met { "met" } else { "**missed**" }
 }
 
-fn median(values: &[f64]) -> f64 {
+pub(super) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {
@@ -257,7 +257,7 @@ fn median(values: &[f64]) -> f64 {
     }
 }
 
-fn spread(values: &[f64]) -> String {
+pub(super) fn spread(values: &[f64]) -> String {
     let least = values.iter().copied().fold(f64::INFINITY, f64::min);
     let most = values.iter().copied().fold(0.0, f64::max);
     format!("{:.0} ({least:.0} to {most:.0})", median(values))

@@ -13,6 +13,7 @@ use crate::program::{programs_for, run, tool};
 use crate::store::{BLOCK_BYTES, Store, VOLUME_BYTES, known_image, noise};
 
 mod client;
+mod tls;
 
 use client::{
     BLOCK_STATUS, Client, FLUSH, READ, Server, TRIM, WRITE, WRITE_ZEROES, option, option_answer, request,
@@ -448,7 +449,7 @@ fn it_listens_only_where_nobody_else_can_come_in() {
     let store = Store::known();
     let listen = |listen: &str| store.run("nbd", &["pg", "--at", "latest", "--listen", listen]);
     for open in ["0.0.0.0:0", "[::]:0", "192.0.2.1:10809"] {
-        listen(open).exits(1).says(&["no TLS", "unix:PATH"]);
+        listen(open).exits(1).says(&["--tls-certificates", "unix:PATH"]);
     }
     let file = store.beside("file");
     fs::write(&file, "mine").unwrap();
