@@ -116,6 +116,8 @@ impl Agent {
         let pipeline = Pipeline::start(&shared, capture, encoding, log, index)?;
         let found = taken.iter().map(|volume| (volume.id, volume.device.clone()));
         let devices_shared: Devices = Arc::new(Mutex::new(found.collect()));
+        // Before the first run: what is read without a limit cannot be taken back.
+        shared.pace.set(config.rate_readback.clone());
         let readback = ReadBack {
             shared: Arc::clone(&shared),
             index: pipeline.index.clone(),
