@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use cdp_ebpf::DiskFilter;
 use cdp_ebpf::map::{DIRTY_WORDS_PER_DISK, DISKS_MAX, RANGES_MAX, SectorRange};
-use cdp_journal::format::{Body, GapCause, VolumeKind};
+use cdp_journal::format::{Body, GapCause, VOLUME_BYTES_MAX, VolumeKind};
 use cdp_journal::ship::Rate;
 use cdp_journal::store::{StoreWriter, VolumeState, WriterOptions};
 use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
@@ -222,6 +222,12 @@ impl Agent {
 
     /// Protects a volume from now on.
     fn protect(&mut self, volume: &VolumeConfig, device: BlockDevice) -> anyhow::Result<()> {
+        ensure!(
+            device.bytes <= VOLUME_BYTES_MAX,
+            "{} has {} bytes: a volume has {VOLUME_BYTES_MAX} (1 PiB) at most",
+            device.path.display(),
+            device.bytes
+        );
         let slot = match self.slots.get(&device.disk) {
             Some(&slot) => slot,
             None => {

@@ -146,6 +146,8 @@ pub(crate) use segment::{Envelope, SegmentHeader, SegmentHeaderError};
 pub const FORMAT: u32 = 1;
 /// Data of one record at most; longer bios become several records of one time.
 pub const RECORD_DATA_BYTES_MAX: usize = 1 << 20;
+/// A volume at most (1 PiB): what is zeroed in one record costs the index an entry for each 4 GiB.
+pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
 /// Data of one frame at most.
 pub const FRAME_DATA_BYTES_MAX: usize = 2 << 20;
 /// Records in one frame at most.

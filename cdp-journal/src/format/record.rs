@@ -4,7 +4,10 @@ use std::fmt;
 
 use uuid::Uuid;
 
-use super::{RECORD_DATA_BYTES_MAX, RECORD_ENTRY_BYTES, TAIL_BYTES_MAX, bytes_at, u16_at, u32_at, u64_at};
+use super::{
+    RECORD_DATA_BYTES_MAX, RECORD_ENTRY_BYTES, TAIL_BYTES_MAX, VOLUME_BYTES_MAX, bytes_at, u16_at, u32_at,
+    u64_at,
+};
 use crate::types::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 
 /// Who did it. For writeback that is the kernel's flusher, not who dirtied the page.
@@ -284,6 +287,9 @@ impl Body {
             Self::Resize { bytes } | Self::Volume { bytes, .. } if !bytes.is_multiple_of(SECTOR_BYTES) => {
                 Some("the size is not a multiple of 512")
             }
+            Self::Resize { bytes } | Self::Volume { bytes, .. } if *bytes > VOLUME_BYTES_MAX => {
+                Some("a volume of more than 1 PiB")
+            }
             Self::Volume { name, .. } if name.len() > u16::MAX as usize => Some("the name is too long"),
             Self::GapOpen {
                 cause: GapCause::Seeding,
@@ -311,8 +317,8 @@ fn range_fault(offset: u64, len: u64) -> Option<&'static str> {
         Some("an empty range")
     } else if !offset.is_multiple_of(SECTOR_BYTES) || !len.is_multiple_of(SECTOR_BYTES) {
         Some("not a multiple of 512")
-    } else if offset.checked_add(len).is_none_or(|end| end > i64::MAX as u64) {
-        Some("beyond the largest offset")
+    } else if offset.checked_add(len).is_none_or(|end| end > VOLUME_BYTES_MAX) {
+        Some("beyond the largest volume, 1 PiB")
     } else {
         None
     }

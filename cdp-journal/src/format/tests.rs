@@ -453,3 +453,32 @@ fn what_is_not_a_record_is_refused() {
     }
     assert!(frame.is_empty());
 }
+
+/// A record of a huge range would cost the index as much memory: one beyond the largest volume is no record. Found by
+/// frames meant to do harm.
+#[test]
+fn a_range_beyond_the_largest_volume_is_refused() {
+    use super::{Body, VOLUME_BYTES_MAX};
+    let most = VOLUME_BYTES_MAX;
+    for (bytes, is_good) in [(most, true), (most + 512, false), (1 << 62, false)] {
+        let bodies = [
+            Body::Zero {
+                offset: 0,
+                len: bytes,
+            },
+            Body::Discard {
+                offset: bytes - 512,
+                len: 512,
+            },
+            Body::ReadBackZero {
+                offset: 0,
+                len: bytes,
+                as_of: None,
+            },
+            Body::Resize { bytes },
+        ];
+        for body in bodies {
+            assert_eq!(body.fault().is_none(), is_good, "{body:?}");
+        }
+    }
+}
