@@ -424,6 +424,15 @@ mod tests {
         Sectors { start, end }
     }
 
+    /// A bio of one chunk.
+    fn whole(address: u64) -> WholeBio {
+        WholeBio {
+            address,
+            first: true,
+            last: true,
+        }
+    }
+
     #[test]
     fn a_merged_request_ends_all_its_writes() {
         let mut flight = InFlight::default();
@@ -574,16 +583,11 @@ mod tests {
     #[test]
     fn the_address_of_a_bio_whose_end_was_not_seen_may_be_another_ones() {
         let mut flight = InFlight::default();
-        let whole = WholeBio {
-            address: 7,
-            first: true,
-            last: true,
-        };
-        flight.queued(range(0, 8), seq(1), Some(whole));
+        flight.queued(range(0, 8), seq(1), Some(whole(7)));
         assert_eq!(flight.bio_ended(7, range(64, 72)).strangers, vec![range(64, 72)]);
         assert!(flight.any(range(0, 8), Some(seq(1))), "nobody saw it end");
-        flight.queued(range(16, 24), seq(2), Some(whole));
-        flight.queued(range(32, 40), seq(3), Some(whole));
+        flight.queued(range(16, 24), seq(2), Some(whole(7)));
+        flight.queued(range(32, 40), seq(3), Some(whole(7)));
         assert_eq!(flight.bio_ended(7, range(32, 40)).writes, vec![seq(3)]);
         let overdue = flight.give_up(Some(seq(3)), false);
         assert_eq!(overdue, vec![(range(0, 8), seq(1)), (range(16, 24), seq(2))]);

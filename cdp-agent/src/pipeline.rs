@@ -472,14 +472,15 @@ impl Capture {
             recorder.seal_if_older(clock::boot_ns(), age_max);
             drop(recorder);
             self.forward(shared, to_encode)?;
-            if stopping && empty {
+            // What was queued before the stop is recorded; others may never stop writing.
+            if stopping {
                 let mut recorder = shared.recorder.lock();
                 recorder.note(clock::boot_ns(), None, Body::Stop);
                 recorder.seal_if_older(clock::boot_ns(), Duration::ZERO);
                 drop(recorder);
                 return self.forward(shared, to_encode);
             }
-            if empty && !stopping {
+            if empty {
                 let nap = if events > 0 {
                     NAP_BUSY.min(shared.commit_interval() / 4)
                 } else {

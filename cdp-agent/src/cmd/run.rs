@@ -159,13 +159,14 @@ async fn blocking(work: impl FnOnce() -> Answer + Send + 'static) -> anyhow::Res
 
 fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
     let deadline = Instant::now() + timeout;
+    let left = || deadline.saturating_duration_since(Instant::now());
     let now = clock::boot_ns();
     let Some(last) = shared.drained() else {
         return Answer::Failed {
             why: "the agent is stopping".into(),
         };
     };
-    if !shared.wait_ended(last, timeout) {
+    if !shared.wait_ended(last, left()) {
         return Answer::Failed {
             why: format!(
                 "writes of before the call are still on their way to the disk after {} ms",
@@ -173,7 +174,7 @@ fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
             ),
         };
     }
-    if !shared.wait_clear(timeout) {
+    if !shared.wait_clear(left()) {
         return Answer::Failed {
             why: format!(
                 "blocks that changed while they were written are not compared with the device after {} ms",
@@ -191,7 +192,7 @@ fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
         // So that the time of the call is known to be covered, too.
         Some(recorder.note(now, None, Body::Tick))
     };
-    if !shared.wait_durable(seq, timeout) {
+    if !shared.wait_durable(seq, left()) {
         return Answer::Failed {
             why: format!("not durable after {} ms", timeout.as_millis()),
         };

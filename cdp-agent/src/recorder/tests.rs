@@ -700,6 +700,83 @@ fn a_write_whose_end_was_not_seen_is_waited_for_until_it_was_compared() {
     assert!(recorder.is_clear(&mark));
 }
 
+/// What is compared before a write has landed is compared in vain: a lost completion ends none of those in flight.
+#[test]
+fn a_lost_completion_ends_no_write() {
+    let mut recorder = protected();
+    write(&mut recorder, 0, 20 * SECOND);
+    let lost = Losses {
+        dropped: [0; 4],
+        lost_completions: 1,
+    };
+    let at = BootNs(21 * SECOND);
+    recorder.losses(
+        SLOT,
+        lost,
+        Some(at),
+        at,
+        1,
+        std::slice::from_ref(&(REGION..2 * REGION)),
+    );
+    recorder.drained_to(1, at);
+    assert!(!recorder.have_ended(recorder.last_seq()));
+    assert!(recorder.take_suspects().is_none());
+}
+
+/// A gap that is open may have begun after the first event that was skipped.
+#[test]
+fn skipped_events_reach_back_before_an_open_gap() {
+    let mut recorder = protected();
+    let looked = recorder.last_seq();
+    write(&mut recorder, 0, 20 * SECOND);
+    complete(&mut recorder, 0, 4096, false, 20 * SECOND);
+    lose(&mut recorder, 1, 21 * SECOND, 21 * SECOND, 1, 1);
+    recorder.drained_to(1, BootNs(21 * SECOND));
+    recorder.everything_unknown(looked, BootNs(22 * SECOND));
+    let gaps: Vec<Body> = records(&mut recorder)
+        .into_iter()
+        .skip(1)
+        .map(|(_, body)| body)
+        .collect();
+    let gap = |last_exact| Body::GapOpen {
+        cause: GapCause::RingOverflow,
+        last_exact,
+    };
+    assert_eq!(gaps, [gap(looked.map(Seq::next)), gap(looked)]);
+}
+
+/// What was lost may be what ended later; what had ended before it is a stranger's.
+#[test]
+fn a_stranger_that_ended_before_a_loss_is_not_what_was_lost() {
+    for (ended_at, is_strangers) in [(20 * SECOND, true), (22 * SECOND, false)] {
+        let mut recorder = protected();
+        let State::Exact { seq: exact_from, .. } = state(&recorder) else {
+            panic!("it is not exact");
+        };
+        lose(&mut recorder, 1, 21 * SECOND, 23 * SECOND, 1, 1);
+        complete(&mut recorder, 64, 4096, false, ended_at);
+        recorder.drained_to(1, BootNs(23 * SECOND));
+        let Some((_, Body::GapOpen { last_exact, .. })) = records(&mut recorder).pop() else {
+            panic!("no gap");
+        };
+        assert_eq!(last_exact < Some(exact_from), is_strangers, "ended at {ended_at}");
+    }
+}
+
+/// The end of a write that had been given up: the notes for the next agent may call it settled by then.
+#[test]
+fn a_write_that_comes_into_doubt_late_is_told() {
+    let mut recorder = protected();
+    write(&mut recorder, 0, 20 * SECOND);
+    let last = recorder.last_seq();
+    recorder.give_up(DISK, last);
+    assert_eq!(recorder.take_reopened(), last);
+    write(&mut recorder, 64, 21 * SECOND);
+    assert_eq!(recorder.take_reopened(), None);
+    complete(&mut recorder, 0, 4096, false, 22 * SECOND);
+    assert_eq!(recorder.take_reopened(), last);
+}
+
 #[test]
 fn quiet_time_is_covered_ever_more_seldom() {
     let mut recorder = protected();
