@@ -65,8 +65,9 @@ impl Recorder {
         }
     }
 
-    /// What the probe's counters say was lost since the last call, read before the ring is drained. `ring_position`: when the ring has been emptied
-    /// to here, everything queued before this call has been seen. `marks`: regions of the disk (in bytes).
+    /// What the probe's counters say was lost since the last call, read before the ring is drained. `ring_position`:
+    /// when the ring has been emptied to here, everything queued before this call has been seen. `marks`: regions of
+    /// the disk (in bytes).
     pub(crate) fn losses(
         &mut self,
         slot: Slot,
@@ -161,7 +162,7 @@ impl Recorder {
     fn place_gap(&mut self, i: usize, pending: PendingGap, at: BootNs) {
         self.doubt_in_flight(i);
         self.volumes[i].pending = None;
-        let last_exact = self.last_seq_before(pending.at);
+        let last_exact = self.last_exact_before(i, pending);
         self.open_gap(i, pending.cause, last_exact, at);
     }
 
@@ -209,6 +210,16 @@ impl Recorder {
         before.checked_sub(1).map(|last| self.recent[last].1)
     }
 
+    /// The last record before a loss. Where that is too long ago to tell, all of the exact stretch is in doubt; none
+    /// before it, which ended with everything known that had been lost.
+    fn last_exact_before(&self, i: usize, pending: PendingGap) -> Option<Seq> {
+        let before_stretch = match self.volumes[i].state {
+            State::Exact { seq, .. } => seq.prev(),
+            State::Seeding | State::Resyncing(_) => None,
+        };
+        self.last_seq_before(pending.at).or(before_stretch)
+    }
+
     /// When a record was made. Of one that is older than what is kept: the oldest time that is kept, or `now`.
     pub(super) fn time_of(&self, seq: Option<Seq>, now: BootNs) -> BootNs {
         let up_to = self.recent.partition_point(|&(_, other)| Some(other) <= seq);
@@ -223,7 +234,7 @@ impl Recorder {
             self.doubt_in_flight(i);
         }
         let last_exact = pending.map_or(last_exact, |pending| {
-            last_exact.min(self.last_seq_before(pending.at))
+            last_exact.min(self.last_exact_before(i, pending))
         });
         let volume = &mut self.volumes[i];
         volume.last_cause = cause;

@@ -228,6 +228,19 @@ fn a_loss_behind_all_records_opens_its_gap_when_the_ring_is_empty() {
     assert_eq!(records[1].1, expected);
 }
 
+/// Too long ago to tell where: none of the stretch counts, but what was exact before it still does.
+#[test]
+fn a_loss_without_a_place_takes_back_no_more_than_the_stretch_it_is_in() {
+    let mut recorder = protected();
+    let State::Exact { seq: from, .. } = state(&recorder) else {
+        panic!("not exact")
+    };
+    lose(&mut recorder, 1, 0, 22 * SECOND, 1000, 0);
+    recorder.drained_to(1000, BootNs(22 * SECOND));
+    assert!(from.prev().is_some());
+    assert_eq!(gaps_from(&mut recorder), [from.prev()]);
+}
+
 /// A bio is one unit: when a later chunk was dropped, its first chunks are not exact either.
 #[test]
 fn the_chunks_of_a_torn_bio_never_count_as_exact() {

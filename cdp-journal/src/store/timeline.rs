@@ -299,18 +299,15 @@ impl<'a, 'b> Scribe<'a, 'b> {
         Ok(())
     }
 
-    /// The gap that is open turns out to have begun earlier: right after `last_exact`.
+    /// The gap that is open turns out to have begun earlier: right after `last_exact`; `None`: before everything.
     fn reach_back(&mut self, last_exact: Option<Seq>) -> Result<(), ReadError> {
-        let Some(last_exact) = last_exact else {
-            return Ok(());
-        };
-        while let Some(exact) = self.history.exact.pop_if(|exact| exact.to_seq > last_exact) {
-            if exact.from_seq > last_exact {
+        while let Some(exact) = self.history.exact.pop_if(|exact| Some(exact.to_seq) > last_exact) {
+            let Some(last_exact) = last_exact.filter(|last| *last >= exact.from_seq) else {
                 // Nothing is left of the stretch: the gaps on both sides of it are one.
                 let cause = self.history.gaps.pop().map_or(GapCause::Seeding, |gap| gap.cause);
                 self.take_back(from_point(&exact), cause);
                 continue;
-            }
+            };
             let end = self.timeline.point(last_exact)?;
             self.history.exact.push(ExactInterval {
                 to: end.wall,

@@ -239,6 +239,25 @@ fn a_gap_that_began_earlier_than_was_said_takes_moments_back() {
     assert_eq!(stretches(dir.path()), (vec![], vec![(Some(2), None)]));
 }
 
+/// Nobody knows since when: no moment is called exact any more, also when a gap was open already.
+#[test]
+fn a_gap_that_began_before_everything_takes_all_moments_back() {
+    for is_open in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path());
+        store_with_a_gap(&mut writer);
+        let cause = GapCause::RingOverflow;
+        if is_open {
+            let last_exact = Seq::new(9);
+            writer.push(Body::GapOpen { cause, last_exact }, &[]);
+        }
+        let last_exact = None;
+        writer.push(Body::GapOpen { cause, last_exact }, &[]);
+        writer.sync();
+        assert_eq!(stretches(dir.path()), (vec![], vec![(Some(2), None)]));
+    }
+}
+
 #[test]
 fn history_tells_where_it_is_exact_and_why_not_elsewhere() {
     let dir = tempfile::tempdir().unwrap();

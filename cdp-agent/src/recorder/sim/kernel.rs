@@ -367,6 +367,8 @@ impl Kernel {
             }
             self.on_its_way[sector as usize] += 1;
             self.issued[sector as usize] = content;
+            // If the device holds something else in the end, it took this one otherwise.
+            self.has_failed[sector as usize] = false;
         }
         if !self.is_watched {
             bio.unseen_since_ns = Some(u64::MAX);

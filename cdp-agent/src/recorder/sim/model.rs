@@ -194,14 +194,13 @@ impl Model {
                     }
                 }
                 // It may reach back into stretches that were closed before.
-                if let Some(last_exact) = last_exact.map(cdp_journal::Seq::get) {
-                    while let Some(exact) = self.exact.pop_if(|exact| exact.to_seq > Some(last_exact)) {
-                        if exact.from_seq <= last_exact {
-                            self.exact.push(Exact {
-                                to_seq: Some(last_exact),
-                                ..exact
-                            });
-                        }
+                while let Some(exact) = self
+                    .exact
+                    .pop_if(|exact| exact.to_seq > Some(last_exact.map_or(0, cdp_journal::Seq::get)))
+                {
+                    let to_seq = last_exact.map(cdp_journal::Seq::get);
+                    if to_seq >= Some(exact.from_seq) {
+                        self.exact.push(Exact { to_seq, ..exact });
                     }
                 }
                 self.check_all = true;
