@@ -12,7 +12,8 @@ use super::encode::{Extent, GroupEncoder, Scratch, compress};
 use super::{
     Body, CODEC_LZ4, CODEC_PLAIN, DeltaCache, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX,
     FRAME_DATA_BYTES_MAX, FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX,
-    Frame, FrameError, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, Origin, Record, RecordFlags, TAIL_BYTES_MAX,
+    FRAME_ZEROED_BYTES_MAX, Frame, FrameError, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, Origin, Record,
+    RecordFlags, TAIL_BYTES_MAX,
 };
 use crate::types::{BLOCK_BYTES, BootNs, Seq, UNIT_BYTES, VolumeId};
 
@@ -78,6 +79,7 @@ pub struct FrameBuilder {
     /// What the data is, record by record.
     extents: Vec<Extent>,
     raw_bytes: usize,
+    zeroed_bytes: u64,
     boot_ns: Option<(BootNs, BootNs)>,
 }
 
@@ -92,6 +94,7 @@ impl FrameBuilder {
             data: Vec::new(),
             extents: Vec::new(),
             raw_bytes: 0,
+            zeroed_bytes: 0,
             boot_ns: None,
         }
     }
@@ -123,6 +126,7 @@ impl FrameBuilder {
         if self.record_count == FRAME_RECORDS_MAX
             || self.raw_bytes as u64 + expected > FRAME_DATA_BYTES_MAX as u64
             || self.tails.len() + tail.len() > FRAME_TAIL_BYTES_MAX
+            || self.zeroed_bytes + body.zeroed_bytes() > FRAME_ZEROED_BYTES_MAX
         {
             return Err(PushError::Full);
         }
@@ -135,6 +139,7 @@ impl FrameBuilder {
             });
             self.push_data(data);
         }
+        self.zeroed_bytes += body.zeroed_bytes();
         let record = Record {
             seq: self.next_seq(),
             boot_ns,
@@ -326,5 +331,42 @@ impl SealedFrame {
     /// Does any of its records carry data?
     pub fn has_data(&self) -> bool {
         self.has_data
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::FRAME_ZEROED_BYTES_MAX;
+
+    /// Many ranges as large as the largest volume would cost the index more memory than there is.
+    #[test]
+    fn the_zeroes_of_a_frame_have_a_bound() {
+        let mut frame = FrameBuilder::new(Seq::FIRST);
+        let zero = |frame: &mut FrameBuilder, len| {
+            let body = Body::Discard { offset: 0, len };
+            frame.push(
+                BootNs(1),
+                VolumeId::new(1),
+                Origin::default(),
+                RecordFlags::default(),
+                body,
+                &[],
+            )
+        };
+        zero(&mut frame, FRAME_ZEROED_BYTES_MAX - 512).unwrap();
+        assert_eq!(zero(&mut frame, 1024), Err(PushError::Full));
+        zero(&mut frame, 512).unwrap();
+        for (more, is_good) in [(0, true), (512, false)] {
+            let mut frame = FrameBuilder::new(Seq::FIRST);
+            zero(&mut frame, FRAME_ZEROED_BYTES_MAX).unwrap();
+            // As somebody who does not keep to it would.
+            frame.zeroed_bytes = 0;
+            if more > 0 {
+                zero(&mut frame, more).unwrap();
+            }
+            let sealed = frame.seal(Uuid::nil(), 0).unwrap();
+            assert_eq!(Frame::parse(sealed.bytes()).is_ok(), is_good);
+        }
     }
 }

@@ -8,9 +8,9 @@ use super::build::parts;
 use super::group::{Group, GroupHeader, decode_group};
 use super::{
     CODEC_LZ4, CODEC_PLAIN, FORM_DIRECTORY, FORM_PLAIN, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX,
-    FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, GROUP_BYTES_MAX,
-    GROUP_CONTENT_BYTES_MAX, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, RECORD_ENTRY_BYTES, Record, bytes_at,
-    i64_at, u32_at, u64_at,
+    FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, FRAME_ZEROED_BYTES_MAX,
+    GROUP_BYTES_MAX, GROUP_CONTENT_BYTES_MAX, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, RECORD_ENTRY_BYTES,
+    Record, bytes_at, i64_at, u32_at, u64_at,
 };
 use crate::types::{BootNs, Seq, WallNs};
 
@@ -265,10 +265,15 @@ impl Frame {
         let mut places = Places::new(&groups);
         let mut records = Vec::with_capacity(header.record_count);
         let mut placed_parts = Vec::with_capacity(header.record_count);
+        let mut zeroed_bytes = 0;
         for (index, entry) in entries.chunks_exact(RECORD_ENTRY_BYTES).enumerate() {
             let (tail, rest) = tails.split_at_checked(Record::tail_bytes_of(entry))?;
             tails = rest;
             let record = Record::decode(header.first_seq.plus(index as u64), entry, tail)?;
+            zeroed_bytes += record.body.zeroed_bytes();
+            if zeroed_bytes > FRAME_ZEROED_BYTES_MAX {
+                return None;
+            }
             let first_part = placed_parts.len();
             for (offset, len) in parts(record.body.data_offset(), record.body.data_bytes()) {
                 let (group, in_group) = places.next(len)?;

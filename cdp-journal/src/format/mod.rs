@@ -148,6 +148,8 @@ pub const FORMAT: u32 = 1;
 pub const RECORD_DATA_BYTES_MAX: usize = 1 << 20;
 /// A volume at most (1 PiB): what is zeroed in one record costs the index an entry for each 4 GiB.
 pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
+/// Zeroed without data by all records of one frame together, at most (1 PiB), for the same reason.
+pub const FRAME_ZEROED_BYTES_MAX: u64 = VOLUME_BYTES_MAX;
 /// Data of one frame at most.
 pub const FRAME_DATA_BYTES_MAX: usize = 2 << 20;
 /// Records in one frame at most.
@@ -190,6 +192,7 @@ pub(crate) const FRAME_GROUPS_MAX: usize = 2 * FRAME_DATA_BYTES_MAX / GROUP_BYTE
 const _: () = assert!(GROUP_BYTES_MAX as u64 == crate::UNIT_BYTES); // a unit lies in one group
 const _: () = assert!(GROUP_CONTENT_BYTES_MAX / 512 <= i16::MAX as usize); // as the index tells a place in it
 const _: () = assert!(FRAME_DATA_BYTES_MAX >= RECORD_DATA_BYTES_MAX); // every record fits a frame
+const _: () = assert!(FRAME_ZEROED_BYTES_MAX >= VOLUME_BYTES_MAX); // also one that zeroes the largest volume
 const _: () = assert!(FRAME_GROUPS_MAX <= u16::MAX as usize);
 const _: () = assert!(FRAME_HEADER_BYTES.is_multiple_of(FRAME_ALIGN_BYTES));
 const _: () = assert!(ENVELOPE_BYTES.is_multiple_of(FRAME_ALIGN_BYTES));

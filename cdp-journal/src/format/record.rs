@@ -264,6 +264,14 @@ impl Body {
         }
     }
 
+    /// Bytes that become zeroes without data.
+    pub(crate) fn zeroed_bytes(&self) -> u64 {
+        match self {
+            Self::Zero { len, .. } | Self::Discard { len, .. } | Self::ReadBackZero { len, .. } => *len,
+            _ => 0,
+        }
+    }
+
     /// Device range the data lies at.
     pub(crate) fn data_offset(&self) -> u64 {
         match self {
