@@ -55,19 +55,19 @@ impl Recorder {
             }
             let Some(bytes) = volume.clip(range) else { continue };
             self.reopened = self.reopened.into_iter().chain([since]).min();
+            let to_compare = volume.outside_dirty(&bytes);
             // What is read back there hides from the compare how the write ended.
-            if volume.is_dirty(&bytes) || volume.is_being_read(&bytes) {
+            if to_compare.first() != Some(&bytes) || volume.is_being_read(&bytes) {
                 volume.doubt_since(Some(since));
                 self.reach_back(i, at);
             }
-            let volume = &mut self.volumes[i];
-            if volume.is_dirty(&bytes) {
-                continue;
-            }
-            if !volume.suspects.raise(&bytes, since) {
-                volume.mark(bytes);
-                volume.doubt_since(Some(since));
-                self.open_gap(i, GapCause::ChangedInFlight, self.last_seq, at);
+            for bytes in to_compare {
+                let volume = &mut self.volumes[i];
+                if !volume.suspects.raise(&bytes, since) {
+                    volume.mark(bytes);
+                    volume.doubt_since(Some(since));
+                    self.open_gap(i, GapCause::ChangedInFlight, self.last_seq, at);
+                }
             }
         }
     }

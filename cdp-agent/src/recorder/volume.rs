@@ -138,10 +138,21 @@ impl VolumeRun {
         self.suspects.oldest().into_iter().chain(self.in_doubt).min()
     }
 
-    /// Will all of this be read back and compared, after every write that came up to now?
-    pub(super) fn is_dirty(&self, bytes: &Range<u64>) -> bool {
-        self.regions_of(bytes)
-            .all(|region| self.dirty.contains(region) && !self.blank.contains(region))
+    /// What of this will not be read back and compared anyway, after every write that came up to now.
+    pub(super) fn outside_dirty(&self, bytes: &Range<u64>) -> Vec<Range<u64>> {
+        let mut outside: Vec<Range<u64>> = Vec::new();
+        for region in self.regions_of(bytes) {
+            if self.dirty.contains(region) && !self.blank.contains(region) {
+                continue;
+            }
+            let start = bytes.start.max(region * self.region_bytes);
+            let end = bytes.end.min((region + 1) * self.region_bytes);
+            match outside.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => outside.push(start..end),
+            }
+        }
+        outside
     }
 
     /// Is any of this being read back?
