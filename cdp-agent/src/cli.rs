@@ -167,7 +167,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) encode_queue_bytes: Option<u64>,
     /// Memory for the last content of written blocks, of which then only what differs is stored; 0 for none
-    /// [default: 256 MiB]
+    /// [default: 192 MiB]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) delta_cache_bytes: Option<u64>,
     /// Stop appending when the store holds this much [default: no bound but the file system]

@@ -8,9 +8,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use quinn::Connection;
 
-use super::revoked;
+use super::{Refusal, revoked};
 use crate::net::link;
 use crate::trust::Holder;
+use crate::wire::Close;
+
+/// Connections with one agent's certificates of one right: one that is stolen, or a client that never closes any,
+/// leaves room for the others.
+pub(super) const CONNECTIONS_EACH_MAX: usize = 64;
 
 /// The connections that showed a certificate.
 #[derive(Debug, Default)]
@@ -39,17 +44,26 @@ impl Drop for Registered {
 }
 
 impl Clients {
-    pub(super) fn register(&self, holder: &Holder, connection: &Connection) -> Registered {
+    /// Puts a connection on the list, if its holder has not too many.
+    pub(super) fn register(&self, holder: &Holder, connection: &Connection) -> Result<Registered, Refusal> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut connected = self.connected.lock();
+        let is_same = |other: &Holder| (&other.agent, other.right) == (&holder.agent, holder.right);
+        let others = connected.values().filter(|client| is_same(&client.holder));
+        if others.count() >= CONNECTIONS_EACH_MAX {
+            let why =
+                format!("{CONNECTIONS_EACH_MAX} connections of {holder} are open: close one, or try later");
+            return Err(Refusal::new(Close::Failed, why));
+        }
         let client = Client {
             holder: holder.clone(),
             connection: connection.clone(),
         };
-        self.connected.lock().insert(id, client);
-        Registered {
+        connected.insert(id, client);
+        Ok(Registered {
             id,
             connected: Arc::clone(&self.connected),
-        }
+        })
     }
 
     /// Closes the connections whose certificates were revoked.

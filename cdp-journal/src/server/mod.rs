@@ -290,7 +290,7 @@ async fn serve(shared: &Arc<Shared>, connection: &Connection) -> Result<(), Refu
     {
         return Err(revoked(&holder));
     }
-    let _client = shared.clients.register(&holder, connection);
+    let _client = shared.clients.register(&holder, connection)?;
     match holder.right {
         Right::Append => ingest::serve(shared, connection, &holder).await,
         Right::Read => reads::serve(shared, connection, &holder).await,

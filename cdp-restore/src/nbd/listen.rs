@@ -24,6 +24,11 @@ use super::{CONNECTIONS_MAX, Export};
 
 /// A client that has not shaken hands by then makes room for others.
 const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(30);
+/// For so long nobody is accepted, when there was no descriptor for a client.
+const ACCEPT_PAUSE: rustix::time::Timespec = rustix::time::Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 
 /// What `--listen` names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,6 +133,10 @@ impl Server {
                     Err(error) => {
                         // It may have gone already; a want of descriptors passes as others leave.
                         tracing::info!("a client could not be accepted: {error}");
+                        if error.kind() != io::ErrorKind::WouldBlock {
+                            // It is still waiting, and would be tried without end.
+                            let _ = poll(&mut [PollFd::new(&stop, PollFlags::IN)], Some(&ACCEPT_PAUSE));
+                        }
                         continue;
                     }
                 };

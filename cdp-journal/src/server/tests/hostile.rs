@@ -9,6 +9,7 @@ use super::*;
 use crate::net::Identities;
 use crate::net::link::{Link, LinkError, read_message};
 use crate::net::tls;
+use crate::server::clients::CONNECTIONS_EACH_MAX;
 use crate::wire::fuzz::{Noise, bad_frame, deadline, good_frames};
 use crate::wire::{HEADER_BYTES, Header, Kind, Message};
 
@@ -302,4 +303,34 @@ fn frames_meant_to_do_harm_leave_the_server_unharmed() {
         let _ = std::fs::remove_dir_all(&dir);
     }
     eprintln!("{cases} cases");
+}
+
+/// Who never closes a connection keeps nobody else out.
+#[test]
+fn one_certificate_does_not_get_all_connections() {
+    let mut kit = Kit::new();
+    let reader = kit.dir.path().join("reader");
+    kit.enroll("web01", Right::Read, &reader);
+    let identities = Identities::load(&reader, Right::Read).unwrap();
+    runtime().block_on(async {
+        let address = kit.address.to_string();
+        let mut links = Vec::new();
+        for _ in 0..=CONNECTIONS_EACH_MAX {
+            links.push(Link::connect(&address, identities.tls().unwrap()).await.unwrap());
+        }
+        let mut closed = tokio::task::JoinSet::new();
+        for connection in links.iter().map(|link| link.connection.clone()) {
+            closed.spawn(async move { LinkError::from(connection.closed().await).to_string() });
+        }
+        let first = tokio::time::timeout(PATIENCE, closed.join_next()).await.unwrap();
+        let why = first.unwrap().unwrap();
+        assert!(why.contains("64 connections of"), "{why}");
+        let open = links
+            .iter()
+            .filter(|link| link.connection.close_reason().is_none());
+        assert_eq!(open.count(), CONNECTIONS_EACH_MAX);
+        // Others do not notice.
+        kit.source.write_now(1, 1);
+        kit.shipped();
+    });
 }
