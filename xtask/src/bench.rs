@@ -39,11 +39,14 @@ pub(crate) struct BenchArgs {
     /// Only the times of single writes while the engine resyncs or its store is full; writes no file
     #[arg(long)]
     latency: bool,
-    /// Only the bytes of log that a database's writes become; writes no file
+    /// Only what is written at a held rate; writes no file
     #[arg(long, conflicts_with = "latency")]
+    held: bool,
+    /// Only the bytes of log that a database's writes become; writes no file
+    #[arg(long, conflicts_with_all = ["latency", "held"])]
     bytes: bool,
     /// Only how long `rewind` and `mount` take; writes no file
-    #[arg(long, conflicts_with_all = ["latency", "bytes"])]
+    #[arg(long, conflicts_with_all = ["latency", "held", "bytes"])]
     restore: bool,
     /// How often both sides take turns (5; with --quick 2)
     #[arg(long, value_name = "N")]
@@ -116,7 +119,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     let measured = match (args.bytes, args.restore) {
         (true, _) => measure_bytes(&scene, Effort::of(args)),
         (_, true) => restore::measure(&scene, restore_effort(args)),
-        _ => measure_all(&scene, Effort::of(args), args.latency).and_then(|report| report.markdown()),
+        _ => measure(&scene, args).and_then(|report| report.markdown()),
     };
     if measured.is_err() {
         scene.show_logs();
@@ -125,7 +128,8 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     let text = measured?;
     cleared?;
     println!("{text}");
-    if !args.quick && !args.latency && !args.bytes && !args.restore {
+    let is_part = args.latency || args.held || args.bytes || args.restore;
+    if !args.quick && !is_part {
         let path = workspace.root.join(&args.to);
         let folder = path.parent().context("a folder for the table")?;
         std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
@@ -138,17 +142,16 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
 fn again(args: &BenchArgs) -> Vec<String> {
     let mut again = vec!["bench".to_owned(), "--prepared".to_owned(), "--to".to_owned()];
     again.push(args.to.display().to_string());
-    if args.quick {
-        again.push("--quick".to_owned());
-    }
-    if args.latency {
-        again.push("--latency".to_owned());
-    }
-    if args.bytes {
-        again.push("--bytes".to_owned());
-    }
-    if args.restore {
-        again.push("--restore".to_owned());
+    for (is_given, flag) in [
+        (args.quick, "--quick"),
+        (args.latency, "--latency"),
+        (args.held, "--held"),
+        (args.bytes, "--bytes"),
+        (args.restore, "--restore"),
+    ] {
+        if is_given {
+            again.push(flag.to_owned());
+        }
     }
     if let Some(rounds) = args.rounds {
         again.extend(["--rounds".to_owned(), rounds.to_string()]);
@@ -165,13 +168,27 @@ fn restore_effort(args: &BenchArgs) -> RestoreEffort {
     }
 }
 
-fn measure_all(scene: &Scene, effort: Effort, is_latency_only: bool) -> Result<Report> {
+fn measure(scene: &Scene, args: &BenchArgs) -> Result<Report> {
+    let effort = Effort::of(args);
     let mut bench = Bench::set_up(scene, effort)?;
     let mut report = Report::new(effort);
-    if !is_latency_only {
+    let is_all = !args.latency && !args.held;
+    if is_all {
         measure_loads(&mut bench, effort, &mut report)?;
     }
-    measure_latencies(&bench, effort, &mut report)?;
+    if is_all || args.held {
+        measure_held(&mut bench, &mut report)?;
+    }
+    if is_all {
+        for _ in 0..effort.copies {
+            let copies = bench.image_and_copy()?;
+            sh::say(copies.to_string());
+            report.add_copies(copies);
+        }
+    }
+    if is_all || args.latency {
+        measure_latencies(&bench, effort, &mut report)?;
+    }
     Ok(report)
 }
 
@@ -212,15 +229,14 @@ fn measure_loads(bench: &mut Bench<'_>, effort: Effort, report: &mut Report) -> 
             }
         }
     }
+    Ok(())
+}
+
+fn measure_held(bench: &mut Bench<'_>, report: &mut Report) -> Result<()> {
     for load in measure::HeldLoad::ALL {
         let figures = bench.hold(load).with_context(|| format!("{load:?}"))?;
         sh::say(format!("{load:?}: {figures}"));
         report.add_held(load, figures);
-    }
-    for _ in 0..effort.copies {
-        let copies = bench.image_and_copy()?;
-        sh::say(copies.to_string());
-        report.add_copies(copies);
     }
     Ok(())
 }

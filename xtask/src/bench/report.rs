@@ -93,6 +93,9 @@ impl Report {
     }
 
     fn write_loads(&self, page: &mut String) -> Result<()> {
+        if self.figures.is_empty() {
+            return Ok(());
+        }
         page.push_str(
             "\n| load | unprotected | protected | ratio | target | | agent CPU s per GiB | dropped writes |\n\
              |---|---:|---:|---:|---:|---|---:|---:|\n",
@@ -124,6 +127,9 @@ impl Report {
     }
 
     fn write_held(&self, page: &mut String) -> Result<()> {
+        if self.held.is_empty() {
+            return Ok(());
+        }
         let seconds = self.effort.sustained.as_secs();
         writeln!(
             page,
@@ -151,6 +157,9 @@ impl Report {
     }
 
     fn write_latencies(&self, page: &mut String) -> Result<()> {
+        if self.latencies.is_empty() {
+            return Ok(());
+        }
         writeln!(
             page,
             "\nWhat one write takes while the engine is in trouble: 4 KiB random writes, direct, depth 1, 2000 each \
@@ -200,10 +209,10 @@ impl Report {
         let all = protected
             .flat_map(|(_, figures)| figures)
             .chain(self.held.values());
-        let peak = all
-            .map(|figures| figures.agent.peak_memory_bytes)
-            .max()
-            .unwrap_or(0);
+        let peak = all.map(|figures| figures.agent.peak_memory_bytes).max();
+        if images.is_empty() && peak.is_none() {
+            return Ok(());
+        }
         writeln!(page, "\n| what | figure | target | |\n|---|---:|---:|---|")?;
         let others = [
             (
@@ -213,6 +222,9 @@ impl Report {
             ("`cp`, which is not on disk", speeds(|copies| copies.copy)),
         ];
         for (other, copies) in others {
+            if images.is_empty() {
+                break;
+            }
             let ratio = median(&images) / median(&copies);
             writeln!(
                 page,
@@ -222,6 +234,7 @@ impl Report {
                 verdict(ratio >= IMAGE_RATIO_MIN),
             )?;
         }
+        let Some(peak) = peak else { return Ok(()) };
         writeln!(
             page,
             "| the agent's largest memory (resident, any of the runs above) | {} MiB | below {} MiB | {} |",
@@ -323,19 +336,44 @@ mod tests {
         }
     }
 
-    /// Goal: the table tells medians, the ratio and a miss. Method: figures with a known outcome.
-    #[test]
-    fn a_ratio_below_its_target_is_told_as_missed() {
+    fn report() -> Report {
         let secs = Duration::from_secs;
-        let effort = Effort {
+        Report::new(Effort {
             rounds: 3,
             fio: secs(1),
             pgbench: secs(1),
             sustained: secs(1),
             latency: secs(1),
             copies: 1,
+        })
+    }
+
+    /// Goal: what was not measured is not in the page. Method: a run of latencies alone.
+    #[test]
+    fn what_was_not_measured_is_left_out() {
+        let mut report = report();
+        let latency = Latency {
+            p50_us: 50.0,
+            p99_us: 100.0,
+            lasted: true,
         };
-        let mut report = Report::new(effort);
+        report.add_latency(Plight::Unprotected, latency);
+        let page = report.markdown().expect("a page");
+        assert!(
+            !page.contains("NaN") && !page.contains("Held for") && !page.contains("memory (resident"),
+            "{page}"
+        );
+        assert_eq!(
+            page.matches("|---").count(),
+            page.matches("| lasted to the end").count() * 6,
+            "{page}"
+        );
+    }
+
+    /// Goal: the table tells medians, the ratio and a miss. Method: figures with a known outcome.
+    #[test]
+    fn a_ratio_below_its_target_is_told_as_missed() {
+        let mut report = report();
         for (without, with) in [(100.0, 80.0), (900.0, 85.0), (90.0, 10.0)] {
             report.add(Load::Random1, Side::Unprotected, figures(without));
             report.add(Load::Random1, Side::Protected, figures(with));
