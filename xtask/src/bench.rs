@@ -10,6 +10,7 @@ mod latency;
 mod measure;
 mod report;
 mod restore;
+mod ship;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -48,6 +49,9 @@ pub(crate) struct BenchArgs {
     /// Only how long `rewind` and `mount` take; writes no file
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes"])]
     restore: bool,
+    /// Only a server's lag, what travels to it, and how fast it takes in; writes no file
+    #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore"])]
+    ship: bool,
     /// How often both sides take turns (5; with --quick 2)
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
@@ -119,6 +123,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     let measured = match (args.bytes, args.restore) {
         (true, _) => measure_bytes(&scene, Effort::of(args)),
         (_, true) => restore::measure(&scene, restore_effort(args)),
+        _ if args.ship => measure_ship(&scene, Effort::of(args)),
         _ => measure(&scene, args).and_then(|report| report.markdown()),
     };
     if measured.is_err() {
@@ -128,7 +133,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     let text = measured?;
     cleared?;
     println!("{text}");
-    let is_part = args.latency || args.held || args.bytes || args.restore;
+    let is_part = args.latency || args.held || args.bytes || args.restore || args.ship;
     if !args.quick && !is_part {
         let path = workspace.root.join(&args.to);
         let folder = path.parent().context("a folder for the table")?;
@@ -148,6 +153,7 @@ fn again(args: &BenchArgs) -> Vec<String> {
         (args.held, "--held"),
         (args.bytes, "--bytes"),
         (args.restore, "--restore"),
+        (args.ship, "--ship"),
     ] {
         if is_given {
             again.push(flag.to_owned());
@@ -205,6 +211,16 @@ fn measure_bytes(scene: &Scene, effort: Effort) -> Result<String> {
         bail!("the bytes of a database cannot be measured: PostgreSQL is missing");
     }
     Ok(bytes::table(&runs, effort.sustained))
+}
+
+fn measure_ship(scene: &Scene, effort: Effort) -> Result<String> {
+    let bench = Bench::set_up(scene, effort)?;
+    let shipped = bench.ship(effort.sustained)?;
+    let mut ingests = Vec::new();
+    for _ in 0..effort.copies {
+        ingests.push(bench.ingest()?);
+    }
+    Ok(ship::table(shipped.as_ref(), &ingests, effort.sustained))
 }
 
 fn measure_loads(bench: &mut Bench<'_>, effort: Effort, report: &mut Report) -> Result<()> {
