@@ -2,9 +2,13 @@
 
 use anyhow::Result;
 
+use crate::fuzz::FuzzArgs;
 use crate::test::TestArgs;
 use crate::workspace::Workspace;
-use crate::{ebpf, sh, test};
+use crate::{ebpf, fuzz, sh, test};
+
+/// Each target.
+const FUZZ_SECONDS: u32 = 30;
 
 /// All checks, the quick ones first; stops at the first that fails.
 ///
@@ -34,5 +38,6 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
         sh::run(&mut doc)
     })?;
     sh::step("the committed probe", || ebpf::verify(workspace))?;
-    test::run(workspace, &TestArgs::default())
+    test::run(workspace, &TestArgs::default())?;
+    sh::step("fuzzing", || fuzz::run(workspace, &FuzzArgs::all(FUZZ_SECONDS)))
 }

@@ -5,6 +5,7 @@ mod bench;
 mod ci;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod rocksdb;
 mod setup;
 mod sh;
@@ -44,7 +45,9 @@ enum Task {
     Bench(bench::BenchArgs),
     /// Run every test; what needs root or BTF is skipped by name where they are missing
     Test(test::TestArgs),
-    /// Format, clippy, documentation, the probe's object and every test
+    /// Look for bytes that harm the decoders, with libFuzzer
+    Fuzz(fuzz::FuzzArgs),
+    /// Format, clippy, documentation, the probe's object, every test, and a minute of fuzzing
     Ci,
     /// The probe's object
     #[command(subcommand)]
@@ -82,6 +85,7 @@ fn run() -> Result<()> {
         Task::Demo(args) => demo::run(&workspace, &args),
         Task::Bench(args) => bench::run(&workspace, &args),
         Task::Test(args) => test::run(&workspace, &args),
+        Task::Fuzz(args) => fuzz::run(&workspace, &args),
         Task::Ci => ci::run(&workspace),
         Task::Ebpf(EbpfTask::Build) => ebpf::build(&workspace),
         Task::Ebpf(EbpfTask::Verify) => ebpf::verify(&workspace),

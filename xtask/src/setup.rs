@@ -25,7 +25,7 @@ const fn package(name: &'static str, program: Option<&'static str>, why: &'stati
 const PACKAGES: [Package; 17] = [
     package("clang", Some("clang"), "headers for RocksDB's bindings"),
     package("libclang-dev", None, "RocksDB's bindings are made by libclang"),
-    package("g++", Some("c++"), "compiles RocksDB"),
+    package("g++", Some("c++"), "compiles RocksDB and libFuzzer"),
     package("pkg-config", Some("pkg-config"), "finds C libraries"),
     package("e2fsprogs", Some("mkfs.ext4"), "ext4 in tests and the demo"),
     package("xfsprogs", Some("mkfs.xfs"), "xfs in tests"),
