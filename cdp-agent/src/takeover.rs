@@ -16,7 +16,7 @@ use crate::capture::{self, Probe, WatchedDisk};
 use crate::clock;
 use crate::config::Config;
 use crate::device::BlockDevice;
-use crate::recorder::{NewVolume, Recorder};
+use crate::recorder::{FLIGHT_TIME_MAX, NewVolume, Recorder};
 
 /// The probe of this agent: taken up where it is still loaded, and loaded otherwise. True if it was taken up.
 pub(crate) fn open_probe(
@@ -156,9 +156,15 @@ pub(crate) fn hand_to(
         return Ok(());
     };
     let reader = StoreReader::open(store)?;
+    let flight_ns_max = FLIGHT_TIME_MAX.as_nanos() as u64;
+    let (mut long_ago, mut is_long_ago) = (None, true);
     for frame in reader.records(first..=last) {
         for placed in frame?.records {
             let record = placed.record;
+            is_long_ago &= record.boot_ns.0.saturating_add(flight_ns_max) < now.0;
+            if is_long_ago {
+                long_ago = Some(record.seq);
+            }
             let (Body::Write { offset, len } | Body::Zero { offset, len } | Body::Discard { offset, len }) =
                 record.body
             else {
@@ -169,5 +175,6 @@ pub(crate) fn hand_to(
             }
         }
     }
+    recorder.recorded_long_ago(long_ago);
     Ok(())
 }

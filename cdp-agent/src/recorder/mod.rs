@@ -319,6 +319,12 @@ impl Recorder {
         self.suspect(number, range, at);
     }
 
+    /// Of those, the ones up to `last` were recorded longer than [`FLIGHT_TIME_MAX`] ago: they are given up as soon as the
+    /// ring has been emptied once. Or agents that live for a short time each would hand on ever more of them.
+    pub(crate) fn recorded_long_ago(&mut self, last: Option<Seq>) {
+        self.overdue.push_back(last);
+    }
+
     /// No write before this Seq is in flight, or in doubt.
     pub(crate) fn unsettled(&self) -> Seq {
         let in_flight = self

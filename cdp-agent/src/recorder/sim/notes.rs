@@ -131,6 +131,11 @@ impl Agent {
                 recorder.recorded_before(volume_id(), &bytes, seq);
             }
         }
+        if let Some(first) = self.notes.unsettled {
+            let long_ago_ns = now.0.saturating_sub(FLIGHT_TIME_MAX.as_nanos() as u64);
+            let long_ago = model.last_of_row_before(first, long_ago_ns);
+            recorder.recorded_long_ago(long_ago.and_then(Seq::new));
+        }
         let mut notes = self.notes.clone();
         notes.forget_after(last);
         notes.next_unsettled = None;

@@ -282,3 +282,21 @@ fn a_suspect_that_reaches_into_a_dirty_region_is_in_doubt() {
         assert_eq!(recorder.take_suspects().unwrap().ranges, [to_compare]);
     }
 }
+
+/// Agents that are killed every few seconds hand on no more than the last of them recorded.
+#[test]
+fn what_an_agent_recorded_long_ago_is_not_waited_for_again() {
+    let mut recorder = protected();
+    let [old, young] = [100, 101].map(|seq| Seq::new(seq).unwrap());
+    recorder.recorded_before(volume_id(), &(0..4096), old);
+    recorder.recorded_before(volume_id(), &(8192..12288), young);
+    recorder.recorded_long_ago(Some(old));
+    assert_eq!(recorder.unsettled(), old);
+    recorder.drained_to(1, BootNs(20 * SECOND));
+    assert_eq!(recorder.oldest_in_flight(DISK), Some(young));
+    let suspicion = recorder.take_suspects().unwrap();
+    assert_eq!(suspicion.ranges, [0..4096, 8192..12288]);
+    assert_eq!(recorder.unsettled(), old, "it is not compared yet");
+    recorder.suspects_done(volume_id(), true);
+    assert_eq!(recorder.unsettled(), young);
+}
