@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cdp_journal::server::Offers;
 use cdp_journal::site::AgentName;
 use cdp_journal::trust::Token;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -95,6 +96,9 @@ pub(crate) struct ServeArgs {
     /// A TOML file with these settings
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// Content that an agent reads back and this server has is not sent again; among whose it is looked for [default: own]
+    #[arg(long, value_enum)]
+    pub(crate) offers: Option<Offers>,
     /// Each agent's store is full when it holds this much [default: no bound but the file system]
     #[arg(long, value_name = "BYTES")]
     pub(crate) store_bytes_max: Option<u64>,

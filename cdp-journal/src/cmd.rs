@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail};
 use cdp_journal::WallNs;
 use cdp_journal::net::TargetState;
 use cdp_journal::server::{
-    AgentStatus, ServeOptions, Server, ServerStatus, UpstreamOptions, ask_status, status_of_folder,
+    AgentStatus, Offers, ServeOptions, Server, ServerStatus, UpstreamOptions, ask_status, status_of_folder,
 };
 use cdp_journal::site::Site;
 use cdp_journal::store::WriterOptions;
@@ -29,6 +29,7 @@ struct File {
     upstream: Option<String>,
     identity: Option<std::path::PathBuf>,
     store_bytes_max: Option<u64>,
+    offers: Option<Offers>,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -57,6 +58,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
             ..WriterOptions::default()
         },
         upstream: upstream.transpose()?,
+        offers: args.offers.or(file.offers).unwrap_or_default(),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -216,6 +218,9 @@ fn print_agent(out: &mut impl std::io::Write, agent: &AgentStatus) -> std::io::R
         agent.durable_seq,
         agent.log_bytes as f64 / MIB
     )?;
+    if agent.saved_bytes > 0 {
+        write!(out, ", {:.1} MiB of it were here", agent.saved_bytes as f64 / MIB)?;
+    }
     // Of an agent that is away nobody knows more than how long it has been.
     let (lag, backlog) = (agent.lag_seconds, agent.backlog_bytes);
     if let (Some(lag), Some(backlog)) = (lag, backlog)

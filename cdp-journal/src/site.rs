@@ -5,6 +5,7 @@
 //! | `server.json`           | format number, when it was made; without it a folder is not a server's    |
 //! | `lock`                  | locked by `cdp-journal serve`                                             |
 //! | `trust/`                | the authority's key and certificate, tokens, revocations; see [`crate::trust`] |
+//! | `units/`                | which content is here, as a hint; may be deleted while no server runs     |
 //! | `journal.sock`          | answers `cdp-journal status`                                              |
 //! | `agents/NAME/UUID/`     | a [`store`](mod@crate::store), the copy of the agent's store with that id  |
 //! | `agents/NAME/UUID/upstream.json` | the history comes from another server: through which; see [`Upstream`] |

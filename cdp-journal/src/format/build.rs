@@ -12,8 +12,8 @@ use super::encode::{Extent, GroupEncoder, Scratch, compress};
 use super::{
     Body, CODEC_LZ4, CODEC_PLAIN, DeltaCache, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX,
     FRAME_DATA_BYTES_MAX, FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX,
-    FRAME_ZEROED_BYTES_MAX, Frame, FrameError, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, Origin, Record,
-    RecordFlags, TAIL_BYTES_MAX,
+    FRAME_ZEROED_BYTES_MAX, Frame, FrameError, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, Origin, PackedUnit,
+    Record, RecordFlags, TAIL_BYTES_MAX,
 };
 use crate::types::{BLOCK_BYTES, BootNs, Seq, UNIT_BYTES, VolumeId};
 
@@ -293,19 +293,34 @@ pub struct SealedFrame {
 impl SealedFrame {
     /// Takes bytes for a frame after checking every byte of them.
     pub fn check(bytes: Vec<u8>) -> Result<Self, FrameError> {
+        Self::check_units(bytes, false).map(|(frame, _)| frame)
+    }
+
+    /// The same; gives its packed units too, and where in the frame the group of each begins, if `are_wanted`.
+    pub(crate) fn check_units(
+        bytes: Vec<u8>,
+        are_wanted: bool,
+    ) -> Result<(Self, Vec<(PackedUnit, usize)>), FrameError> {
         let frame = Frame::parse(&bytes)?;
         if bytes.len() != frame.header.frame_bytes {
             return Err(FrameError::Short);
         }
         frame.check_groups(&bytes)?;
-        Ok(Self {
+        let units = match are_wanted {
+            true => frame.packed_units(&bytes),
+            false => Vec::new(),
+        };
+        let place = |unit: &PackedUnit| frame.groups[usize::from(unit.group)].offset_in_frame;
+        let units = units.into_iter().map(|unit| (unit, place(&unit))).collect();
+        let sealed = Self {
             start: 0,
             head_bytes: frame.header.prefix_bytes(),
             first_seq: frame.header.first_seq,
             last_seq: frame.header.last_seq(),
             has_data: !frame.groups.is_empty(),
             bytes,
-        })
+        };
+        Ok((sealed, units))
     }
 
     /// All of it.

@@ -7,10 +7,11 @@ use super::bases::{DeltaCache, Home};
 use super::delta::{self, Block};
 use super::group::{Add, Delta, Directory};
 use super::{
-    CODEC_LZ4, CODEC_PLAIN, DELTA_DEPTH_MAX, FORM_DIRECTORY, FORM_PLAIN, GROUP_BYTES_MAX, GROUP_HEADER_BYTES,
+    ALONE_BYTES_MIN, CODEC_LZ4, CODEC_PLAIN, DELTA_DEPTH_MAX, FORM_DIRECTORY, FORM_PLAIN, GROUP_BYTES_MAX,
+    GROUP_HEADER_BYTES,
 };
 use crate::format::build::parts;
-use crate::types::{BLOCK_BYTES, SECTOR_BYTES, Seq};
+use crate::types::{BLOCK_BYTES, SECTOR_BYTES, Seq, UNIT_BYTES};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 /// What is tried of a group before all of it is compressed.
@@ -100,6 +101,8 @@ pub(super) struct GroupEncoder<'a> {
     cache: &'a mut DeltaCache,
     scratch: &'a mut Scratch,
     open: Directory,
+    /// The open group is for the unit in it alone.
+    open_is_alone: bool,
     /// Where the data of the open group begins.
     open_from: usize,
     behind: Vec<Behind>,
@@ -127,6 +130,7 @@ impl<'a> GroupEncoder<'a> {
             cache,
             scratch,
             open: Directory::new(),
+            open_is_alone: false,
             open_from: data_at,
             behind: Vec::new(),
             number: 0,
@@ -171,12 +175,14 @@ impl<'a> GroupEncoder<'a> {
             };
             self.scratch.adds.push(add);
         }
-        if self.open.fits(&self.scratch.adds) {
+        let is_alone = !extent.is_captured && is_alone(&self.scratch.adds);
+        if !is_alone && !self.open_is_alone && self.open.fits(&self.scratch.adds) {
             self.place(extent, offset, patches_from);
         } else {
             self.close();
             self.scratch.patches.drain(..patches_from);
             self.place(extent, offset, 0);
+            self.open_is_alone = is_alone;
         }
         self.next = from + len;
     }
@@ -295,6 +301,17 @@ impl<'a> GroupEncoder<'a> {
         self.open_from = plain.end;
         self.behind.clear();
     }
+}
+
+/// Does what was read back get a group of its own? A whole unit does that is not nearly all zeroes.
+fn is_alone(adds: &[Add]) -> bool {
+    let bytes = adds.iter().map(|add| match add {
+        Add::Bytes(bytes) => (*bytes, *bytes),
+        Add::Zero(bytes) => (0, *bytes),
+        Add::Delta(_, patch_bytes) => (*patch_bytes, BLOCK),
+    });
+    let (taken, told) = bytes.fold((0, 0), |sum, add| (sum.0 + add.0, sum.1 + add.1));
+    told == UNIT_BYTES as usize && taken >= ALONE_BYTES_MIN
 }
 
 /// How to store a block. Of a base in the same frame, `group` is where the base's group begins.

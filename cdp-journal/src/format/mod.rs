@@ -122,6 +122,9 @@
 //!
 //! Data that was read back, and pieces of blocks, are never deltas: what mends history must not rest on it.
 //!
+//! A whole unit that was read back, of which `ALONE_BYTES_MIN` or more are not zero, gets a group of its own, so that the
+//! same content is stored as the same bytes wherever it lies in a frame: see `packed.rs`. A reader does not rely on it.
+//!
 //! Golden bytes: `frame_1_is_exactly_these_bytes`, `directories_1_are_exactly_these_bytes`,
 //! `segment_1_is_exactly_these_bytes`.
 
@@ -131,6 +134,7 @@ mod delta;
 mod encode;
 mod frame;
 mod group;
+mod packed;
 mod record;
 mod segment;
 
@@ -139,6 +143,8 @@ pub use build::{FrameBuilder, PushError, SealedFrame};
 pub(crate) use delta::{Block, apply as apply_patch};
 pub use frame::{Frame, FrameError, FrameHeader, GroupRef, Part, PlacedRecord};
 pub(crate) use group::{Delta, Group, Piece, Stored, decode_group, stored_group_bytes};
+pub(crate) use packed::refill;
+pub use packed::{FRAME_UNITS_MAX, PackedUnit, RefillError, UnitHash};
 pub use record::{Body, GapCause, Origin, Record, RecordFlags, VolumeKind};
 pub(crate) use segment::{Envelope, SegmentHeader, SegmentHeaderError};
 
@@ -184,9 +190,13 @@ pub(crate) const CODEC_LZ4: u8 = 1;
 pub(crate) const FORM_PLAIN: u8 = 0;
 pub(crate) const FORM_DIRECTORY: u8 = 1;
 
+/// Bytes that a whole unit that was read back must take to get a group of its own.
+pub(crate) const ALONE_BYTES_MIN: usize = 16 << 10;
+
 /// Groups of one frame at most. A group that is closed and the one after it hold nearly more than one group's worth
 /// together (what a directory tells is never less than it takes, and the directory itself is small), so there are hardly
-/// twice as many as would fit exactly.
+/// twice as many as would fit exactly. A unit with a group of its own is a group's worth by itself: it and the group that
+/// it closes early are no more than two for what it holds.
 pub(crate) const FRAME_GROUPS_MAX: usize = 2 * FRAME_DATA_BYTES_MAX / GROUP_BYTES_MAX + 8;
 
 const _: () = assert!(GROUP_BYTES_MAX as u64 == crate::UNIT_BYTES); // a unit lies in one group

@@ -13,10 +13,11 @@ use tokio::sync::{Notify, mpsc};
 use super::link::{self, LinkError};
 use super::thread::on_own_thread;
 use super::throttle::Throttle;
+use super::turns::Turns;
 use crate::error::{OpenError, ReadError};
-use crate::ship::{Flight, LogTail, Sent, TailError, TailFrame};
+use crate::ship::{Flight, LogTail, Offerable, Sent, TailError};
 use crate::types::{Seq, WallNs};
-use crate::wire::{Kind, Message, Standing};
+use crate::wire::{ALPN, Kind, Message, Standing, WireError};
 
 /// Frames that are read ahead of the connection.
 const FRAMES_AHEAD: usize = 4;
@@ -24,6 +25,8 @@ const FRAMES_AHEAD: usize = 4;
 const DURABLE_WAIT: Duration = Duration::from_millis(100);
 /// Written at once where there is a limit.
 const PIECE_BYTES: usize = 16 << 10;
+/// For how long nothing is offered to a holder that had lost what it had said it has.
+const OFFERS_REST: Duration = Duration::from_secs(60);
 /// How often the holder is told how far behind it is.
 pub(crate) const STANDING_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -98,6 +101,8 @@ pub(crate) struct Progress {
     pub(crate) full: bool,
     /// Something new was acknowledged since the last connection began.
     pub(crate) is_useful: bool,
+    /// Nothing is offered before.
+    no_offers_until: Option<Instant>,
     /// Bytes of the log that the holder had when it connected, less those acknowledged before.
     held_bytes: i128,
     /// Why the last connection ended, or was not made.
@@ -236,30 +241,50 @@ impl Feed {
         mut send: SendStream,
         mut receive: RecvStream,
     ) -> Result<(), FeedError> {
-        let ended = self.send_all(connection, &mut send, &mut receive).await;
-        match ended {
-            Err(FeedError::Link(error)) => Err(link::why_ended(connection, error).await.into()),
-            ended => ended,
+        // Offers and standings are short, and overtake frames.
+        let _ = send.set_priority(1);
+        let ended = match self.begin(&mut send, &mut receive).await {
+            Ok(tail) => self.send_all(connection, tail, send, &mut receive).await,
+            Err(error) => Err(error),
+        };
+        let Err(FeedError::Link(error)) = ended else {
+            return ended;
+        };
+        let error = link::why_ended(connection, error).await;
+        if let LinkError::Lacking { .. } = error {
+            self.progress.lock().no_offers_until = Some(Instant::now() + OFFERS_REST);
         }
+        Err(error.into())
     }
 
     async fn send_all(
         self: &Arc<Self>,
         connection: &Connection,
-        send: &mut SendStream,
+        tail: LogTail,
+        send: SendStream,
         receive: &mut RecvStream,
     ) -> Result<(), FeedError> {
-        let tail = self.begin(send, receive).await?;
         let frames = connection.open_uni().await?;
         let (sender, receiver) = mpsc::channel(FRAMES_AHEAD);
-        let log = Arc::clone(&self.log);
-        let reader = on_own_thread("cdp-tail", move || read_ahead(tail, &*log, &sender));
+        let feed = Arc::clone(self);
+        // Who speaks the first format knows nothing of offers.
+        let may_offer = link::protocol(connection).as_deref() == Some(ALPN);
+        let reader = on_own_thread("cdp-tail", move || {
+            feed.read_ahead(tail, &sender, |feed| may_offer && feed.may_offer())
+        });
+        let (turns, send) = (Turns::default(), tokio::sync::Mutex::new(send));
         tokio::select! {
-            ended = self.take_acks(receive) => ended,
-            ended = self.send_frames(receiver, frames, connection) => ended,
-            ended = self.tell_standing(send) => ended,
+            ended = self.take_answers(receive, &turns) => ended,
+            ended = turns.fill(receiver, &send) => match ended? {},
+            ended = self.send_frames(&turns, frames, connection) => ended,
+            ended = self.tell_standing(&send) => ended,
             ended = reader => ended.map_err(FeedError::thread)?,
         }
+    }
+
+    fn may_offer(&self) -> bool {
+        let until = self.progress.lock().no_offers_until;
+        until.is_none_or(|until| Instant::now() >= until)
     }
 
     /// Finds the place in the log that the holder has reached.
@@ -313,25 +338,45 @@ impl Feed {
 
     async fn send_frames(
         &self,
-        mut frames: mpsc::Receiver<TailFrame>,
+        turns: &Turns,
         mut stream: SendStream,
         connection: &Connection,
     ) -> Result<(), FeedError> {
         let mut charge = Charge::default();
-        while let Some(frame) = frames.recv().await {
+        let line = || {
+            let path = connection.stats().path;
+            let line = path.cwnd as f64 / path.rtt.as_secs_f64();
+            let limit = self.throttle.limit();
+            limit.map_or(line, |limit| line.min(limit.bytes_per_second() as f64))
+        };
+        loop {
             while !self.progress.lock().flight.has_room() {
                 self.room.notified().await;
             }
+            let outgoing = turns.next(line).await;
+            let thin = outgoing.thin();
+            let frame = outgoing.frame;
+            let (whole_bytes, end) = (frame.bytes.len() as u64, frame.end());
+            let sent_bytes = thin.as_ref().map_or(whole_bytes, |thin| thin.len() as u64);
             let sent = Sent {
                 last: frame.last,
                 wall: frame.wall,
-                bytes: frame.bytes.len() as u64,
-                end: frame.end(),
+                bytes: sent_bytes,
+                saved_bytes: whole_bytes - sent_bytes,
+                end,
             };
             self.progress.lock().flight.sent(sent);
-            let message = Message::Frame {
-                previous: frame.previous,
-                frame: frame.bytes,
+            let previous = frame.previous;
+            let message = match thin {
+                None => Message::Frame {
+                    previous,
+                    frame: frame.bytes,
+                },
+                Some(thin) => Message::Thin {
+                    previous,
+                    units: outgoing.known,
+                    thin,
+                },
             };
             let message = message.encode();
             let piece_bytes = match self.throttle.limit() {
@@ -346,8 +391,6 @@ impl Feed {
                 self.throttle.charge(charge.due(piece.len() as u64, sent_bytes));
             }
         }
-        // The reader has ended, and says why.
-        std::future::pending().await
     }
 
     async fn wait_for_turn(&self) {
@@ -360,36 +403,79 @@ impl Feed {
         }
     }
 
-    async fn take_acks(&self, stream: &mut RecvStream) -> Result<(), FeedError> {
+    async fn take_answers(&self, stream: &mut RecvStream, turns: &Turns) -> Result<(), FeedError> {
         loop {
-            let Message::Ack { durable, full } = link::expect(stream, Kind::Ack).await? else {
-                return Err(LinkError::closed("no acknowledgement").into());
+            let Some((kind, body)) = link::read_message(stream).await? else {
+                return Err(LinkError::closed("the stream ended early").into());
             };
-            let mut progress = self.progress.lock();
-            let before = progress.flight.acked_seq();
-            progress
-                .flight
-                .acked(durable, Instant::now(), self.log.log_bytes())
-                .map_err(|error| FeedError::Other(error.to_string()))?;
-            progress.is_useful |= progress.flight.acked_seq() > before;
-            if full && !progress.full {
-                tracing::warn!(to = %self.to, "the server is full: it takes nothing more for now");
+            match Message::decode(kind, &body).map_err(LinkError::from)? {
+                Message::Ack { durable, full } => self.take_ack(durable, full)?,
+                Message::Have { bits } => turns
+                    .answered(bits)
+                    .map_err(|error| FeedError::Other(error.to_string()))?,
+                other => {
+                    let (found, expected) = (other.kind(), Kind::Ack);
+                    return Err(LinkError::from(WireError::Unexpected { found, expected }).into());
+                }
             }
-            progress.full = full;
-            self.changed.notify_all();
-            drop(progress);
-            self.room.notify_one();
         }
     }
 
-    async fn tell_standing(self: &Arc<Self>, stream: &mut SendStream) -> Result<(), FeedError> {
+    fn take_ack(&self, durable: Option<Seq>, full: bool) -> Result<(), FeedError> {
+        let mut progress = self.progress.lock();
+        let before = progress.flight.acked_seq();
+        progress
+            .flight
+            .acked(durable, Instant::now(), self.log.log_bytes())
+            .map_err(|error| FeedError::Other(error.to_string()))?;
+        progress.is_useful |= progress.flight.acked_seq() > before;
+        if full && !progress.full {
+            tracing::warn!(to = %self.to, "the server is full: it takes nothing more for now");
+        }
+        progress.full = full;
+        self.changed.notify_all();
+        drop(progress);
+        self.room.notify_one();
+        Ok(())
+    }
+
+    async fn tell_standing(
+        self: &Arc<Self>,
+        stream: &tokio::sync::Mutex<SendStream>,
+    ) -> Result<(), FeedError> {
         let mut due = tokio::time::interval(STANDING_INTERVAL);
         due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             due.tick().await;
             let feed = Arc::clone(self);
             let standing = on_own_thread("cdp-standing", move || feed.standing());
-            send_standing(stream, standing.await.map_err(FeedError::thread)?).await?;
+            let standing = standing.await.map_err(FeedError::thread)?;
+            send_standing(&mut *stream.lock().await, standing).await?;
+        }
+    }
+
+    /// Reads what becomes durable, until nobody takes it any more.
+    fn read_ahead(
+        &self,
+        mut tail: LogTail,
+        frames: &mpsc::Sender<Offerable>,
+        may_offer: impl Fn(&Self) -> bool,
+    ) -> Result<(), FeedError> {
+        let mut durable = None;
+        loop {
+            while let Some(frame) = tail.next(durable)? {
+                let frame = match may_offer(self) {
+                    true => Offerable::new(frame),
+                    false => Offerable::plain(frame),
+                };
+                if frames.blocking_send(frame).is_err() {
+                    return Ok(());
+                }
+            }
+            if frames.is_closed() {
+                return Ok(());
+            }
+            durable = self.log.wait_durable_beyond(durable, DURABLE_WAIT);
         }
     }
 }
@@ -397,26 +483,6 @@ impl Feed {
 async fn send_standing(stream: &mut SendStream, standing: Standing) -> Result<(), FeedError> {
     let message = Message::Standing(standing).encode();
     Ok(stream.write_all(&message).await.map_err(LinkError::from)?)
-}
-
-/// Reads what becomes durable, until nobody takes it any more.
-fn read_ahead(
-    mut tail: LogTail,
-    log: &dyn DurableLog,
-    frames: &mpsc::Sender<TailFrame>,
-) -> Result<(), FeedError> {
-    let mut durable = None;
-    loop {
-        while let Some(frame) = tail.next(durable)? {
-            if frames.blocking_send(frame).is_err() {
-                return Ok(());
-            }
-        }
-        if frames.is_closed() {
-            return Ok(());
-        }
-        durable = log.wait_durable_beyond(durable, DURABLE_WAIT);
-    }
 }
 
 /// What a connection counts against a limit: what was written to it or, where that is more, what has left the host for it,

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
+use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, ConnectionError, Endpoint, ReadExactError, RecvStream, SendStream, VarInt};
 use rustls::pki_types::CertificateDer;
 
@@ -54,6 +55,12 @@ pub enum LinkError {
         /// As the server says it.
         why: String,
     },
+    /// What was offered, and left out as the other end had it, is not there any more.
+    #[error("{why}")]
+    Lacking {
+        /// As the other end says it.
+        why: String,
+    },
     /// The server's name or address cannot be used.
     #[error("{server}: {why}")]
     Address {
@@ -99,6 +106,7 @@ impl From<ConnectionError> for LinkError {
                 match close.error_code.into_inner() {
                     code if Close::is_refusal(code) => Self::Refused { why },
                     code if code == u64::from(Close::Superseded.code()) => Self::Superseded { why },
+                    code if code == u64::from(Close::Lacking.code()) => Self::Lacking { why },
                     _ => Self::Closed { why },
                 }
             }
@@ -186,6 +194,12 @@ pub(crate) async fn why_ended(connection: &Connection, error: LinkError) -> Link
         Ok(closed) => closed.into(),
         Err(_) => error,
     }
+}
+
+/// What the two ends agreed to speak.
+pub(crate) fn protocol(connection: &Connection) -> Option<Vec<u8>> {
+    let data = connection.handshake_data()?.downcast::<HandshakeData>().ok()?;
+    data.protocol
 }
 
 /// Closes with a reason that the other end can show.

@@ -13,6 +13,7 @@ mod shipper;
 pub(crate) mod thread;
 mod throttle;
 pub(crate) mod tls;
+mod turns;
 
 pub(crate) use backoff::{Backoff, Session, random};
 pub use enroll::{EnrollError, enroll};

@@ -54,6 +54,9 @@ pub struct TargetStatus {
     pub lag_seconds: f64,
     /// Bytes of frames sent since the start.
     pub sent_bytes: u64,
+    /// Bytes of frames that were not sent, as the server had them.
+    #[serde(default)]
+    pub saved_bytes: u64,
     /// Bytes of the log that are not known to be durable there.
     pub backlog_bytes: u64,
     /// How long those will take, if what comes in and what goes out stay as they were in the last seconds; nothing while
@@ -123,6 +126,7 @@ impl Shipper {
                 acked_seq: Seq::number_of(flight.acked_seq()),
                 lag_seconds: 0.0,
                 sent_bytes: flight.sent_bytes(),
+                saved_bytes: flight.saved_bytes(),
                 backlog_bytes: 0,
                 catch_up_seconds: Some(0.0),
                 full: progress.full,

@@ -14,7 +14,7 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, S
 
 use super::LinkError;
 use crate::trust::{Authority, TrustError, fingerprint};
-use crate::wire::{ALPN, ALPN_ENROLL};
+use crate::wire::{ALPN_ENROLL, ALPNS};
 
 /// An end that says nothing for so long is gone...
 const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -62,7 +62,12 @@ pub(crate) fn server(authority: &Authority) -> Result<quinn::ServerConfig, Trust
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)
         .map_err(|error| make(&error))?;
-    tls.alpn_protocols = vec![ALPN.to_vec(), ALPN_ENROLL.to_vec()];
+    // It takes the first of these that the client knows too.
+    tls.alpn_protocols = ALPNS
+        .iter()
+        .chain([&ALPN_ENROLL])
+        .map(|name| name.to_vec())
+        .collect();
     let crypto = QuicServerConfig::try_from(tls).map_err(|error| make(&error))?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     config.transport_config(transport());
@@ -82,7 +87,7 @@ pub(crate) fn client(
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_client_cert_resolver(resolver);
-    tls.alpn_protocols = vec![ALPN.to_vec()];
+    tls.alpn_protocols = ALPNS.map(<[u8]>::to_vec).to_vec();
     Ok(tls)
 }
 

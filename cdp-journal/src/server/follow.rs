@@ -354,7 +354,7 @@ impl Follower {
         self.began(&history, there, held.map(|held| held.last));
         let held_seq = Seq::number_of(held.map(|held| held.last));
         tracing::info!(%agent, held = held_seq, upstream = %self.upstream, "follows");
-        let taken = ingest::take_in(&link.connection, (send, receive), store, held, &history).await;
+        let taken = ingest::take_in(shared, &link.connection, (send, receive), store, held, &history).await;
         drop(writing);
         Ok(taken?)
     }

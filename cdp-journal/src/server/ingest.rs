@@ -6,6 +6,8 @@
 //!      └── acks, cumulative ◀─────────┘ durable
 //! ```
 //!
+//! What a frame leaves out, because it is here already, is put in before it is checked. Offers are answered beside all that.
+//!
 //! Each arrow is a queue with a bound; when the log thread is busy or has no room, the connection is not read, and QUIC
 //! holds the sender back.
 
@@ -20,8 +22,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
 use super::logs::{History, Intake};
+use super::units::Known;
 use super::{HELLO_TIMEOUT, Refusal, Shared, not_allowed};
-use crate::format::{FrameHeader, SealedFrame};
+use crate::format::{FrameHeader, PackedUnit, RefillError, SealedFrame, UnitHash, refill};
 use crate::index::IndexWriter;
 use crate::log::{FrameLocation, LogError, LogWriter};
 use crate::net::link::{self, LinkError};
@@ -50,8 +53,22 @@ struct Acked {
     full: bool,
 }
 
-/// A frame and the Seq before it in the agent's log.
-type Shipped = (Option<Seq>, Vec<u8>);
+/// A frame as it came.
+struct Shipped {
+    /// The Seq before it in the sender's log.
+    previous: Option<Seq>,
+    /// What is left out of it.
+    units: Vec<PackedUnit>,
+    bytes: Vec<u8>,
+}
+
+/// A frame that was appended, for the index.
+struct Appended {
+    head: Box<[u8]>,
+    location: FrameLocation,
+    /// Packed units, and where in the frame they begin.
+    units: Vec<(PackedUnit, usize)>,
+}
 
 /// Serves an agent's connection until it ends.
 pub(super) async fn serve(
@@ -81,7 +98,7 @@ pub(super) async fn serve(
     let (store, held) = history.open(None, &shared.logs.options).await?;
     let from = connection.remote_address();
     tracing::info!(%agent, %from, held = held.map_or(0, |held| held.last.get()), "ships");
-    let ended = take_in(connection, (send, receive), store, held, &history).await;
+    let ended = take_in(shared, connection, (send, receive), store, held, &history).await;
     drop(writing);
     tracing::info!(%agent, durable = Seq::number_of(history.durable().flatten()), "ships no more");
     ended
@@ -114,8 +131,9 @@ pub(super) fn owner_of_log(
 /// Takes in what comes over `connection`, whichever end made it, until it ends: runs the two threads of a store, and feeds
 /// them. For who holds the history's lock.
 pub(super) async fn take_in(
+    shared: &Shared,
     connection: &Connection,
-    (mut send, mut receive): (SendStream, RecvStream),
+    (send, mut receive): (SendStream, RecvStream),
     store: StoreWriter,
     held: Option<FrameId>,
     history: &Arc<History>,
@@ -128,13 +146,21 @@ pub(super) async fn take_in(
     let (frames, to_log) = mpsc::channel::<Shipped>(QUEUE_FRAMES);
     let (failed, mut failure) = oneshot::channel();
     let intake = Arc::new(Intake::default());
-    let stage = (Arc::clone(history), Arc::clone(&intake));
+    let known = shared.units.of(history);
+    let stage = (Arc::clone(history), Arc::clone(&intake), known.clone());
     let threads =
         Threads::start(store, to_log, acked, stage, failed).map_err(|error| Refusal::failed(&error))?;
     history.set_intake(Some(Arc::clone(&intake)));
     let welcome = Message::Welcome { held };
+    // Dropped with this function: a stream that ends before its connection says nothing of why.
+    let send = tokio::sync::Mutex::new(send);
     let ended = async {
-        send.write_all(&welcome.encode()).await.map_err(LinkError::from)?;
+        let welcome = welcome.encode();
+        send.lock()
+            .await
+            .write_all(&welcome)
+            .await
+            .map_err(LinkError::from)?;
         let frames = async {
             // It begins with the first frame: who has nothing to say may be silent.
             let mut stream = connection.accept_uni().await?;
@@ -142,8 +168,8 @@ pub(super) async fn take_in(
         };
         tokio::select! {
             ended = frames => ended,
-            ended = write_acks(&mut send, &mut acks) => ended,
-            ended = read_standing(&mut receive, history) => ended,
+            ended = write_acks(&send, &mut acks) => ended,
+            ended = listen(&mut receive, &send, history, &known) => ended,
             // None of them notices while the log has no room.
             closed = connection.closed() => Err(closed.into()),
             refusal = &mut failure => Err(refusal.unwrap_or_else(|_| Refusal::failed(&"a thread ended"))),
@@ -165,39 +191,76 @@ async fn read_frames(
     frames: mpsc::Sender<Shipped>,
     intake: &Intake,
 ) -> Result<(), Refusal> {
-    loop {
-        let Message::Frame { previous, frame } = link::expect(stream, Kind::Frame).await? else {
-            return Err(Refusal::new(Close::Protocol, "no frame"));
+    while let Some((kind, body)) = link::read_message(stream).await? {
+        let shipped = match Message::decode(kind, &body).map_err(LinkError::from)? {
+            Message::Frame { previous, frame } => Shipped {
+                previous,
+                units: Vec::new(),
+                bytes: frame,
+            },
+            Message::Thin {
+                previous,
+                units,
+                thin,
+            } => Shipped {
+                previous,
+                units,
+                bytes: thin,
+            },
+            other => return Err(unexpected(&other, Kind::Frame)),
         };
         intake
             .received_bytes
-            .fetch_add(frame.len() as u64, Ordering::Relaxed);
-        if frames.send((previous, frame)).await.is_err() {
+            .fetch_add(shipped.bytes.len() as u64, Ordering::Relaxed);
+        if frames.send(shipped).await.is_err() {
             // The log thread has ended, and says why.
             return std::future::pending().await;
         }
     }
+    Err(LinkError::closed("the stream ended early").into())
 }
 
-async fn read_standing(stream: &mut RecvStream, history: &History) -> Result<(), Refusal> {
-    while let Some((kind, body)) = link::read_message(stream).await? {
+/// Hears what the sender says beside its frames, and answers its offers one after the other.
+async fn listen(
+    receive: &mut RecvStream,
+    send: &tokio::sync::Mutex<SendStream>,
+    history: &History,
+    known: &Known,
+) -> Result<(), Refusal> {
+    while let Some((kind, body)) = link::read_message(receive).await? {
         match Message::decode(kind, &body).map_err(LinkError::from)? {
             Message::Standing(standing) => history.tell(standing),
-            other => {
-                let (found, expected) = (other.kind(), Kind::Standing);
-                return Err(LinkError::from(WireError::Unexpected { found, expected }).into());
+            Message::Offer { hashes } => {
+                let known = known.clone();
+                let bits = on_own_thread("cdp-have", move || known.have(&hashes));
+                let bits = bits.await.map_err(|error| Refusal::failed(&error))?;
+                let have = Message::Have { bits }.encode();
+                send.lock()
+                    .await
+                    .write_all(&have)
+                    .await
+                    .map_err(LinkError::from)?;
             }
+            other => return Err(unexpected(&other, Kind::Standing)),
         }
     }
     // The sender need not say it.
     std::future::pending().await
 }
 
-async fn write_acks(send: &mut SendStream, acks: &mut watch::Receiver<Acked>) -> Result<(), Refusal> {
+fn unexpected(found: &Message, expected: Kind) -> Refusal {
+    let found = found.kind();
+    LinkError::from(WireError::Unexpected { found, expected }).into()
+}
+
+async fn write_acks(
+    send: &tokio::sync::Mutex<SendStream>,
+    acks: &mut watch::Receiver<Acked>,
+) -> Result<(), Refusal> {
     while acks.changed().await.is_ok() {
         let Acked { durable, full } = *acks.borrow_and_update();
-        let ack = Message::Ack { durable, full };
-        send.write_all(&ack.encode()).await.map_err(LinkError::from)?;
+        let ack = Message::Ack { durable, full }.encode();
+        send.lock().await.write_all(&ack).await.map_err(LinkError::from)?;
     }
     std::future::pending().await
 }
@@ -212,14 +275,15 @@ impl Threads {
         store: StoreWriter,
         frames: mpsc::Receiver<Shipped>,
         acked: watch::Sender<Acked>,
-        (history, intake): (Arc<History>, Arc<Intake>),
+        (history, intake, known): (Arc<History>, Arc<Intake>, Known),
         failed: oneshot::Sender<Refusal>,
     ) -> std::io::Result<Self> {
         let (log, index) = store.split();
         let (to_index, indexed) = bounded(INDEX_QUEUE_FRAMES);
+        let noted = known.clone();
         let index = std::thread::Builder::new()
             .name("cdp-index".into())
-            .spawn(move || index_frames(index, &indexed))?;
+            .spawn(move || index_frames(index, &noted, &indexed))?;
         // The log thread blocks where a runtime would not: it has a queue of its own kind.
         let (sender, queue) = bounded(0);
         std::thread::Builder::new()
@@ -231,6 +295,8 @@ impl Threads {
             acked,
             history,
             intake,
+            are_noted: known.are_noted(),
+            known,
             unsynced: Vec::new(),
             oldest: None,
         };
@@ -261,13 +327,14 @@ fn forward(mut frames: mpsc::Receiver<Shipped>, queue: &Sender<Shipped>) {
     }
 }
 
-fn index_frames(mut index: IndexWriter, frames: &Receiver<(Box<[u8]>, FrameLocation)>) {
-    for (head, location) in frames {
-        if let Err(error) = index.apply(&head, &location) {
+fn index_frames(mut index: IndexWriter, known: &Known, frames: &Receiver<Appended>) {
+    for frame in frames {
+        if let Err(error) = index.apply(&frame.head, &frame.location) {
             // The log goes on without it: it is caught up when the store is opened next.
             tracing::error!("index a frame: {error}");
             return;
         }
+        known.add(&frame.location, &frame.units);
     }
     if let Err(error) = index.flush() {
         tracing::error!("flush the index: {error}");
@@ -277,11 +344,14 @@ fn index_frames(mut index: IndexWriter, frames: &Receiver<(Box<[u8]>, FrameLocat
 /// Checks frames, appends them and makes them durable in groups.
 struct LogStage {
     log: LogWriter,
-    to_index: Sender<(Box<[u8]>, FrameLocation)>,
+    to_index: Sender<Appended>,
     acked: watch::Sender<Acked>,
     history: Arc<History>,
     intake: Arc<Intake>,
-    unsynced: Vec<(Box<[u8]>, FrameLocation)>,
+    known: Known,
+    /// Packed units are for `known`.
+    are_noted: bool,
+    unsynced: Vec<Appended>,
     oldest: Option<Instant>,
 }
 
@@ -294,8 +364,8 @@ impl LogStage {
                 self.next_in_time(queue)
             };
             match next {
-                Ok((previous, bytes)) => {
-                    self.take(previous, bytes)?;
+                Ok(shipped) => {
+                    self.take(shipped)?;
                     let due = self
                         .oldest
                         .is_some_and(|oldest| oldest.elapsed() >= SYNC_INTERVAL);
@@ -319,20 +389,41 @@ impl LogStage {
             })
     }
 
-    fn take(&mut self, previous: Option<Seq>, bytes: Vec<u8>) -> Result<(), Refusal> {
+    fn take(&mut self, shipped: Shipped) -> Result<(), Refusal> {
         let protocol = |error: &dyn std::fmt::Display| Refusal::new(Close::Protocol, error.to_string());
+        let Shipped {
+            previous,
+            units,
+            bytes,
+        } = shipped;
         let header = FrameHeader::decode(&bytes).map_err(|error| protocol(&error))?;
         if Some(header.last_seq()) <= self.log.appended() {
             return Ok(());
         }
-        let frame = SealedFrame::check(bytes).map_err(|error| {
+        let bad = |error: &dyn std::fmt::Display| {
             let (first, last) = (header.first_seq, header.last_seq());
-            protocol(&format!("the frame of seq {first} to {last}: {error}"))
-        })?;
+            format!("the frame of seq {first} to {last}: {error}")
+        };
+        let bytes = match units.is_empty() {
+            true => bytes,
+            false => self.refill(&bytes, &units).map_err(|error| {
+                let close = match error {
+                    RefillError::Missing(_) => Close::Lacking,
+                    _ => Close::Protocol,
+                };
+                Refusal::new(close, bad(&error))
+            })?,
+        };
+        let (frame, units) =
+            SealedFrame::check_units(bytes, self.are_noted).map_err(|error| protocol(&bad(&error)))?;
         loop {
             match self.log.append_after(previous, &frame) {
                 Ok(location) => {
-                    self.unsynced.push((frame.head().into(), location));
+                    self.unsynced.push(Appended {
+                        head: frame.head().into(),
+                        location,
+                        units,
+                    });
                     self.oldest.get_or_insert_with(Instant::now);
                     return Ok(());
                 }
@@ -341,6 +432,14 @@ impl LogStage {
                 Err(error) => return Err(failed(&error)),
             }
         }
+    }
+
+    /// A frame with what was left out of it.
+    fn refill(&self, thin: &[u8], units: &[PackedUnit]) -> Result<Vec<u8>, RefillError> {
+        let whole = refill(thin, units, |hash: &UnitHash| self.known.find(hash))?;
+        let saved_bytes = (whole.len() - thin.len()) as u64;
+        self.intake.saved_bytes.fetch_add(saved_bytes, Ordering::Relaxed);
+        Ok(whole)
     }
 
     /// Waits until there is room, or nobody listens any more.
@@ -366,9 +465,9 @@ impl LogStage {
         }
         self.log.sync().map_err(|error| failed(&error))?;
         self.tell(false);
-        for (head, location) in self.unsynced.drain(..) {
+        for frame in self.unsynced.drain(..) {
             // Gone only after a failure, which it has told.
-            let _ = self.to_index.send((head, location));
+            let _ = self.to_index.send(frame);
         }
         Ok(())
     }

@@ -29,6 +29,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Intake {
     /// Bytes of frames taken in by it.
     pub(super) received_bytes: AtomicU64,
+    /// Bytes that were left out of them, as they were here.
+    pub(super) saved_bytes: AtomicU64,
     pub(super) full: AtomicBool,
 }
 

@@ -23,13 +23,13 @@ mod ingest;
 mod logs;
 mod reads;
 mod status;
+mod units;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, Endpoint, Incoming};
 use rustls::pki_types::CertificateDer;
 use tokio::net::UnixStream;
@@ -47,10 +47,12 @@ use crate::wire::{ALPN_ENROLL, Close, Kind, Message, Right};
 
 pub use follow::UpstreamStatus;
 pub use status::{AgentStatus, ServerStatus, ask_status, status_of_folder};
+pub use units::Offers;
 
 use clients::Clients;
 use follow::Follower;
 use logs::Logs;
+use units::Units;
 
 /// Connections at once; more are turned away.
 const CONNECTIONS_MAX: usize = 1024;
@@ -72,6 +74,8 @@ pub struct ServeOptions {
     pub writer: WriterOptions,
     /// The server to follow.
     pub upstream: Option<UpstreamOptions>,
+    /// Among whose content to look for what is offered.
+    pub offers: Offers,
 }
 
 /// A server to follow.
@@ -111,6 +115,7 @@ struct Shared {
     logs: Logs,
     clients: Clients,
     follower: Option<Arc<Follower>>,
+    units: Arc<Units>,
 }
 
 /// A server that listens.
@@ -135,6 +140,7 @@ impl Server {
                 source,
             })?;
         let upstream = options.upstream.clone();
+        let units = Units::open(&site, options.offers);
         let logs = Logs::new(
             site,
             options.writer.clone(),
@@ -148,6 +154,7 @@ impl Server {
             logs,
             clients: Clients::default(),
             follower,
+            units,
         });
         let status = status::Socket::bind(&options.store)?;
         Ok(Self {
@@ -275,11 +282,7 @@ impl From<quinn::ConnectionError> for Refusal {
 }
 
 async fn serve(shared: &Arc<Shared>, connection: &Connection) -> Result<(), Refusal> {
-    let protocol = connection
-        .handshake_data()
-        .and_then(|data| data.downcast::<HandshakeData>().ok())
-        .and_then(|data| data.protocol);
-    if protocol.as_deref() == Some(ALPN_ENROLL) {
+    if link::protocol(connection).as_deref() == Some(ALPN_ENROLL) {
         return enroll(shared, connection).await;
     }
     let holder = holder_of(connection)?;

@@ -76,6 +76,9 @@ pub struct AgentStatus {
     pub backlog_bytes: Option<u64>,
     /// Bytes taken in by this connection.
     pub received_bytes: u64,
+    /// Bytes that were left out of them, as they were here already.
+    #[serde(default)]
+    pub saved_bytes: u64,
     /// Bytes of the log.
     pub log_bytes: u64,
     /// There is no room for more.
@@ -160,6 +163,7 @@ fn of_log(shared: &Shared, clients: &[(Holder, SocketAddr)], log: &SiteLog) -> A
     if let Some(intake) = history.intake() {
         status.connected = true;
         status.received_bytes = intake.received_bytes.load(Ordering::Relaxed);
+        status.saved_bytes = intake.saved_bytes.load(Ordering::Relaxed);
         status.full = intake.full.load(Ordering::Relaxed);
     }
     status.durable_seq = match history.durable() {

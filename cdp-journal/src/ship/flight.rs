@@ -21,8 +21,10 @@ pub struct Sent {
     pub last: Seq,
     /// Time of its oldest record.
     pub wall: WallNs,
-    /// Its length.
+    /// What was sent of it.
     pub bytes: u64,
+    /// What was not, as the other end has it.
+    pub saved_bytes: u64,
     /// The segment it lies in, and where in it the next frame begins.
     pub end: (u64, u64),
 }
@@ -44,6 +46,7 @@ pub struct Flight {
     on_their_way: VecDeque<Sent>,
     bytes_on_their_way: u64,
     sent_bytes: u64,
+    saved_bytes: u64,
     /// When how much had been acknowledged, and how long the log was, over [`RATE_WINDOW`].
     noted: VecDeque<(Instant, u64, u64)>,
 }
@@ -65,6 +68,7 @@ impl Flight {
     /// A frame was sent.
     pub fn sent(&mut self, frame: Sent) {
         self.sent_bytes += frame.bytes;
+        self.saved_bytes += frame.saved_bytes;
         self.bytes_on_their_way += frame.bytes;
         self.on_their_way.push_back(frame);
     }
@@ -124,6 +128,11 @@ impl Flight {
         self.sent_bytes
     }
 
+    /// Bytes that were not sent, as the other end had them; counted like [`Flight::sent_bytes`].
+    pub fn saved_bytes(&self) -> u64 {
+        self.saved_bytes
+    }
+
     /// By how many bytes a second the other end has come nearer of late, the log having `log_bytes` now: what it
     /// acknowledged less what was added; negative if it falls behind, `None` if that is not known.
     pub fn gain_per_second(&self, now: Instant, log_bytes: u64) -> Option<f64> {
@@ -145,6 +154,7 @@ mod tests {
             last: Seq::new(last).unwrap(),
             wall: WallNs(last as i64),
             bytes,
+            saved_bytes: 0,
             end: (1, last * 100),
         }
     }

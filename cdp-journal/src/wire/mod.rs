@@ -1,8 +1,9 @@
-//! What agents, servers and readers say to each other. Format 1, little-endian.
+//! What agents, servers and readers say to each other. Format 2, little-endian.
 //!
 //! Everything travels over QUIC with TLS 1.3, which keeps bytes as they were; frames and data groups carry checksums
 //! of their own all the same and are checked with them at the other end. A connection names its purpose and the
-//! format by ALPN ([`ALPN`], [`ALPN_ENROLL`]): another format is another name. Each stream is a row of messages:
+//! format by ALPN ([`ALPNS`], [`ALPN_ENROLL`]): another format is another name, and both ends speak the newest that both
+//! know. Each stream is a row of messages:
 //!
 //! | at | bytes | message         | note                                                            |
 //! |---:|------:|-----------------|-----------------------------------------------------------------|
@@ -20,6 +21,9 @@
 //! |   19 | holder | `Ack`: last durable Seq or 0 (8), 1 if there is no room (1), zero (7)            |
 //! |   20 | sender | `Standing`: its last durable Seq or 0 (8), age of the oldest record that is not acknowledged, ns (8), bytes of its log after what is (8) |
 //! |   21 | holder | `Follow`: id of the log (16), the agent's name                                   |
+//! |   22 | sender | `Offer`: hashes of packed units, 1 to 32, see [`UnitHash`] (32 each)              |
+//! |   23 | holder | `Have`: of the oldest `Offer` without an answer, the bit of each that is there (4), zero (4) |
+//! |   24 | sender | `Thin`: as `Frame`: Seq (8); packed units left out, 1 to 32 (4), zero (4); of each its group (2) and hash (32), by group; the thin frame |
 //! |   32 | reader | `Ask`: JSON, see [`crate::remote`]                                               |
 //! |   33 | server | `Answer`: JSON                                                                   |
 //! |   34 | server | `Items`: stretches of a view, 40 bytes each, see [`crate::remote`]               |
@@ -32,9 +36,14 @@
 //!
 //! **Shipping**: the sender opens a stream, says `Hello`, and is told by `Welcome` what is durable at the other end.
 //! If that is a frame of its own log, the sender opens a one-way stream and sends every frame after it, in order.
-//! `Ack`s come back on the first stream; an `Ack` covers everything up to its Seq. Nothing else is ever answered, and
+//! `Ack`s come back on the first stream; an `Ack` covers everything up to its Seq. Nothing else but offers is answered, and
 //! what the holder does not like closes the connection with a [`Close`] and a sentence that says why. About once a second
 //! the sender says by `Standing` how far behind the holder is.
+//!
+//! **Offers** (format 2): what was read back, and will be sent soon, the sender offers on its first stream, and the holder
+//! answers each `Offer` by one `Have`, in their order. What the holder has is left out: a `Thin` stands in the place of its
+//! `Frame`, and the holder makes the very frame of it. Where it cannot any more, it closes with [`Close::Lacking`]; the
+//! sender begins anew, and offers nothing for a while.
 //!
 //! **Following**: the same with the ends turned round. The holder connects, opens the stream and says `Follow`; the sender
 //! begins with `Hello`, and all goes on as above. A holder that has more than the sender waits for it. One connection for
@@ -48,18 +57,25 @@
 //! | Format | First in | Change | Spoken |
 //! |-------:|----------|--------|--------|
 //! |      1 | 0.1      | first  | yes    |
+//! |      2 | 0.1      | offers; all else is as it was | yes |
+//!
+//! Golden bytes: `wire_2_is_exactly_these_bytes`.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::format::{FRAME_BYTES_MAX, bytes_at, u32_at, u64_at};
+use crate::format::{
+    FRAME_BYTES_MAX, FRAME_UNITS_MAX, PackedUnit, UnitHash, bytes_at, u16_at, u32_at, u64_at,
+};
 use crate::site::{AgentName, NAME_BYTES_MAX};
 use crate::types::Seq;
 
-/// Names a connection that ships or reads.
-pub const ALPN: &[u8] = b"cdp/1";
+/// Names a connection that ships or reads, in the newest format.
+pub const ALPN: &[u8] = b"cdp/2";
+/// All formats spoken, the newest first.
+pub const ALPNS: [&[u8]; 2] = [ALPN, b"cdp/1"];
 /// Names a connection that enrols.
 pub const ALPN_ENROLL: &[u8] = b"cdp-enroll/1";
 
@@ -84,6 +100,11 @@ pub const READ_BYTES_MAX: usize = 1 << 20;
 pub const PLACE_BYTES: usize = 16;
 
 const SHORT_BYTES_MAX: usize = 64;
+/// Before what a thin frame leaves out, and each of it.
+const THIN_HEAD_BYTES: usize = 16;
+const THIN_UNIT_BYTES: usize = 2 + UnitHash::BYTES;
+
+const _: () = assert!(FRAME_UNITS_MAX <= u32::BITS as usize); // a bit each
 
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +119,9 @@ pub enum Kind {
     Ack = 19,
     Standing = 20,
     Follow = 21,
+    Offer = 22,
+    Have = 23,
+    Thin = 24,
     Ask = 32,
     Answer = 33,
     Items = 34,
@@ -106,7 +130,7 @@ pub enum Kind {
     Progress = 37,
 }
 
-const KINDS: [Kind; 14] = [
+const KINDS: [Kind; 17] = [
     Kind::Enroll,
     Kind::Enrolled,
     Kind::Hello,
@@ -115,6 +139,9 @@ const KINDS: [Kind; 14] = [
     Kind::Ack,
     Kind::Standing,
     Kind::Follow,
+    Kind::Offer,
+    Kind::Have,
+    Kind::Thin,
     Kind::Ask,
     Kind::Answer,
     Kind::Items,
@@ -129,7 +156,11 @@ impl Kind {
         match self {
             Self::Enroll => 1 + SECRET_BYTES + CERTIFICATE_BYTES_MAX,
             Self::Enrolled => 4 + 2 * CERTIFICATE_BYTES_MAX,
-            Self::Hello | Self::Welcome | Self::Ack | Self::Standing | Self::Progress => SHORT_BYTES_MAX,
+            Self::Hello | Self::Welcome | Self::Ack | Self::Standing | Self::Have | Self::Progress => {
+                SHORT_BYTES_MAX
+            }
+            Self::Offer => FRAME_UNITS_MAX * UnitHash::BYTES,
+            Self::Thin => THIN_HEAD_BYTES + FRAME_UNITS_MAX * THIN_UNIT_BYTES + FRAME_BYTES_MAX,
             Self::Follow => 16 + NAME_BYTES_MAX,
             Self::Frame => 8 + FRAME_BYTES_MAX,
             Self::Ask => ASK_BYTES_MAX,
@@ -314,6 +345,25 @@ pub enum Message {
         /// Whose.
         agent: AgentName,
     },
+    /// What will be sent soon.
+    Offer {
+        /// Packed units, 1 to [`FRAME_UNITS_MAX`].
+        hashes: Vec<UnitHash>,
+    },
+    /// Which of the oldest offer without an answer are there.
+    Have {
+        /// A bit each, the first the lowest.
+        bits: u32,
+    },
+    /// The next frame, without what the holder has.
+    Thin {
+        /// The record before it in the sender's log.
+        previous: Option<Seq>,
+        /// What is left out, by group: 1 to [`FRAME_UNITS_MAX`].
+        units: Vec<PackedUnit>,
+        /// The rest.
+        thin: Vec<u8>,
+    },
     /// What is durable now.
     Ack {
         /// Everything up to here.
@@ -335,6 +385,9 @@ impl Message {
             Self::Ack { .. } => Kind::Ack,
             Self::Standing(_) => Kind::Standing,
             Self::Follow { .. } => Kind::Follow,
+            Self::Offer { .. } => Kind::Offer,
+            Self::Have { .. } => Kind::Have,
+            Self::Thin { .. } => Kind::Thin,
         }
     }
 
@@ -374,6 +427,24 @@ impl Message {
             ]
             .concat(),
             Self::Follow { log, agent } => [&log.as_bytes()[..], agent.as_str().as_bytes()].concat(),
+            Self::Offer { hashes } => hashes.iter().flat_map(UnitHash::as_bytes).copied().collect(),
+            Self::Have { bits } => [bits.to_le_bytes(), [0; 4]].concat(),
+            Self::Thin {
+                previous,
+                units,
+                thin,
+            } => {
+                let mut body =
+                    Vec::with_capacity(THIN_HEAD_BYTES + units.len() * THIN_UNIT_BYTES + thin.len());
+                body.extend_from_slice(&seq_bytes(*previous));
+                body.extend_from_slice(&(units.len() as u64).to_le_bytes());
+                for unit in units {
+                    body.extend_from_slice(&unit.group.to_le_bytes());
+                    body.extend_from_slice(unit.hash.as_bytes());
+                }
+                body.extend_from_slice(thin);
+                body
+            }
         };
         [&Header::encode(self.kind(), body.len())[..], &body].concat()
     }
@@ -402,6 +473,11 @@ impl Message {
                 backlog_bytes: u64_at(body, 16),
             })),
             Kind::Follow => Self::decode_follow(body),
+            Kind::Offer => Self::decode_offer(body),
+            Kind::Have if body.len() == 8 && body[4..] == [0; 4] => Some(Self::Have {
+                bits: u32_at(body, 0),
+            }),
+            Kind::Thin => Self::decode_thin(body),
             _ => None,
         };
         message.ok_or(WireError::Body(kind))
@@ -424,6 +500,32 @@ impl Message {
         Some(Self::Follow {
             log: Uuid::from_bytes(bytes_at(log, 0)),
             agent: std::str::from_utf8(agent).ok()?.parse().ok()?,
+        })
+    }
+
+    fn decode_offer(body: &[u8]) -> Option<Self> {
+        let (hashes, rest) = body.as_chunks();
+        let is_good = (1..=FRAME_UNITS_MAX).contains(&hashes.len()) && rest.is_empty();
+        is_good.then(|| Self::Offer {
+            hashes: hashes.iter().copied().map(UnitHash::new).collect(),
+        })
+    }
+
+    fn decode_thin(body: &[u8]) -> Option<Self> {
+        let (head, rest) = body.split_at_checked(THIN_HEAD_BYTES)?;
+        let count = u64_at(head, 8);
+        if !(1..=FRAME_UNITS_MAX as u64).contains(&count) {
+            return None;
+        }
+        let (units, thin) = rest.split_at_checked(count as usize * THIN_UNIT_BYTES)?;
+        let units = units.chunks_exact(THIN_UNIT_BYTES).map(|unit| PackedUnit {
+            group: u16_at(unit, 0),
+            hash: UnitHash::new(bytes_at(unit, 2)),
+        });
+        Some(Self::Thin {
+            previous: Seq::new(u64_at(head, 0)),
+            units: units.collect(),
+            thin: thin.to_vec(),
         })
     }
 
@@ -479,6 +581,8 @@ pub enum Close {
     Stopping = 8,
     /// The server failed; later it may not.
     Failed = 9,
+    /// What a thin frame leaves out is not there any more.
+    Lacking = 10,
 }
 
 impl Close {

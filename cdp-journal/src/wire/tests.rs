@@ -14,7 +14,7 @@ fn header_and_body(bytes: &[u8]) -> (Header, &[u8]) {
 
 /// Goal: nobody changes the format without noticing.
 #[test]
-fn wire_1_is_exactly_these_bytes() {
+fn wire_2_is_exactly_these_bytes() {
     let messages = [
         (
             Message::Enroll {
@@ -77,6 +77,31 @@ fn wire_1_is_exactly_these_bytes() {
             },
             "1500000015000000090909090909090909090909090909097765623031",
         ),
+        (
+            Message::Offer {
+                hashes: vec![UnitHash::new([1; 32]), UnitHash::new([2; 32])],
+            },
+            "1600000040000000\
+             0101010101010101010101010101010101010101010101010101010101010101\
+             0202020202020202020202020202020202020202020202020202020202020202",
+        ),
+        (
+            Message::Have { bits: 0x8000_0001 },
+            "17000000080000000100008000000000",
+        ),
+        (
+            Message::Thin {
+                previous: Some(seq(5)),
+                units: vec![PackedUnit {
+                    group: 258,
+                    hash: UnitHash::new([3; 32]),
+                }],
+                thin: vec![8, 9],
+            },
+            "180000003400000005000000000000000100000000000000\
+             02010303030303030303030303030303030303030303030303030303030303030303\
+             0809",
+        ),
     ];
     for (message, golden) in messages {
         let bytes = message.encode();
@@ -126,6 +151,10 @@ fn any_bytes(range: std::ops::Range<usize>) -> impl Strategy<Value = Vec<u8>> {
     proptest::collection::vec(any::<u8>(), range)
 }
 
+fn any_hash() -> impl Strategy<Value = UnitHash> {
+    any::<[u8; 32]>().prop_map(UnitHash::new)
+}
+
 fn any_message() -> impl Strategy<Value = Message> {
     let held = (1..u64::MAX, any::<u16>(), any::<[u8; 16]>()).prop_map(|(first, more, hash)| {
         Some(FrameId {
@@ -162,6 +191,22 @@ fn any_message() -> impl Strategy<Value = Message> {
             log: Uuid::from_bytes(log),
             agent: agent.parse().unwrap(),
         }),
+        proptest::collection::vec(any_hash(), 1..=FRAME_UNITS_MAX)
+            .prop_map(|hashes| Message::Offer { hashes }),
+        any::<u32>().prop_map(|bits| Message::Have { bits }),
+        (
+            any_seq(),
+            proptest::collection::vec((any::<u16>(), any_hash()), 1..=FRAME_UNITS_MAX),
+            any_bytes(0..300)
+        )
+            .prop_map(|(previous, units, thin)| Message::Thin {
+                previous,
+                units: units
+                    .into_iter()
+                    .map(|(group, hash)| PackedUnit { group, hash })
+                    .collect(),
+                thin,
+            }),
     ]
 }
 

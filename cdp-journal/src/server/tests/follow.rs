@@ -10,8 +10,8 @@ use crate::store::{Archive, StoreReader};
 use crate::wire::fuzz::Noise;
 
 /// A server that follows.
-struct Follower {
-    site: PathBuf,
+pub(super) struct Follower {
+    pub(super) site: PathBuf,
     identity: PathBuf,
     upstream: SocketAddr,
     writer: WriterOptions,
@@ -36,7 +36,7 @@ impl Follower {
     }
 
     /// A follower of the kit's server.
-    fn of(kit: &Kit, label: &str) -> Self {
+    pub(super) fn of(kit: &Kit, label: &str) -> Self {
         Self::start(kit, label, &kit.site(), kit.address)
     }
 
@@ -46,7 +46,7 @@ impl Follower {
     }
 
     /// Starts it, where it was if it has run before.
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         let upstream = UpstreamOptions {
             server: self.upstream.to_string(),
             identity: self.identity.clone(),
@@ -61,6 +61,7 @@ impl Follower {
             listen: self.address.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap()),
             writer: self.writer.clone(),
             upstream,
+            offers: Offers::Own,
         };
         let server = Running::serve(Running::runtime(), options);
         self.address = Some(server.address);
@@ -72,7 +73,7 @@ impl Follower {
     }
 
     /// Waits until it holds all of the log.
-    fn wait_for(&self, source: &Source) {
+    pub(super) fn wait_for(&self, source: &Source) {
         let last = Seq::number_of(source.last());
         wait_for_status(&self.site, &format!("seq {last}"), |status| {
             status.agents.iter().any(|agent| agent.durable_seq == last)

@@ -6,10 +6,12 @@ use quinn::Connection;
 use rustls::pki_types::CertificateDer;
 
 use super::*;
+use crate::format::{Frame, PackedUnit, UnitHash};
 use crate::net::Identities;
 use crate::net::link::{Link, LinkError, read_message};
 use crate::net::tls;
 use crate::server::clients::CONNECTIONS_EACH_MAX;
+use crate::ship::TailFrame;
 use crate::wire::fuzz::{Noise, bad_frame, deadline, good_frames};
 use crate::wire::{HEADER_BYTES, Header, Kind, Message};
 
@@ -179,6 +181,115 @@ fn what_is_not_the_next_frame_closes_the_connection_and_is_not_stored() {
         .head()
         .map(|head| head.seq);
     assert_eq!(held, Some(Seq::FIRST), "the one good frame");
+}
+
+/// Goal: whoever leaves out what is not here, or tells it wrongly, is cut off with a reason, and nothing is stored.
+#[test]
+fn what_is_left_out_wrongly_closes_the_connection_and_is_not_stored() {
+    let mut kit = Kit::new();
+    kit.source.read_back(2, 1);
+    drop(kit.shipped());
+    // All that was taken in is noted.
+    kit.restart();
+    let (log, mut tail) = (Uuid::from_u128(78), LogTail::open(&kit.source.dir).unwrap());
+    tail.next(kit.source.last()).unwrap();
+    let TailFrame { previous, bytes, .. } = tail.next(kit.source.last()).unwrap().unwrap();
+    let frame = Frame::parse(&bytes).unwrap();
+    let units = frame.packed_units(&bytes);
+    let [first, second, ..] = units[..] else {
+        panic!("{units:?}");
+    };
+    let message = |units: &[PackedUnit], thin: Vec<u8>| {
+        let units = units.to_vec();
+        let before = frame_message(&kit, 0, None);
+        let thin = Message::Thin {
+            previous,
+            units,
+            thin,
+        };
+        [before, thin.encode()].concat()
+    };
+    let thin = |units: &[PackedUnit]| frame.thin(&bytes, units);
+    let unknown = PackedUnit {
+        hash: UnitHash::new([7; 32]),
+        ..first
+    };
+    let swapped = PackedUnit {
+        hash: second.hash,
+        ..first
+    };
+    let no_group = PackedUnit {
+        group: u16::MAX,
+        ..first
+    };
+    let too_many = {
+        let mut bytes = message(&[first], thin(&[first]));
+        let at = frame_message(&kit, 0, None).len() + HEADER_BYTES + 8;
+        bytes[at] = 33;
+        bytes
+    };
+    let mut flipped = thin(&[first]);
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    let offer = Message::Offer {
+        hashes: vec![first.hash],
+    };
+    let cases = [
+        (
+            "what is not here",
+            message(&[unknown], thin(&[first])),
+            "is not here",
+        ),
+        (
+            "another unit",
+            message(&[swapped], thin(&[first])),
+            "bad checksum",
+        ),
+        ("no group", message(&[no_group], thin(&[first])), "no packed unit"),
+        (
+            "twice",
+            message(&[first, first], thin(&[first])),
+            "no packed unit",
+        ),
+        (
+            "not in order",
+            message(&[second, first], thin(&[first, second])),
+            "no packed unit",
+        ),
+        ("too many", too_many, "makes no sense"),
+        ("not left out", message(&[first], bytes.clone()), "cut short"),
+        (
+            "left out and not told",
+            message(&[first], thin(&[first, second])),
+            "cut short",
+        ),
+        (
+            "nothing but a head",
+            message(&[first], bytes[..200].to_vec()),
+            "cut short",
+        ),
+        ("flipped", message(&[first], flipped), "bad checksum"),
+        ("an offer among frames", offer.encode(), "in place of Frame"),
+    ];
+    for (what, bytes, expected) in cases {
+        let why = send_frames(&kit, log, &bytes);
+        assert!(why.contains(expected), "{what}: {why}");
+    }
+    let site = Site::open(&kit.site()).unwrap().unwrap();
+    let copy = site.log_dir(&name("web01"), log);
+    wait_until("the one good frame", || {
+        let store = crate::store::StoreReader::open(&copy).unwrap();
+        store.head().map(|head| head.seq) == Some(Seq::FIRST)
+    });
+    // What is told rightly is taken, from any connection.
+    let good = message(&units, thin(&units));
+    let why = send_frames(&kit, log, &good);
+    assert!(why.contains("stream"), "{why}");
+    let last = frame.header.last_seq();
+    wait_until("the good thin frame", || {
+        let store = crate::store::StoreReader::open(&copy).unwrap();
+        store.head().map(|head| head.seq) == Some(last)
+    });
 }
 
 /// Goal: an agent that has nothing to ship may be silent. Method: one that is, until another that said nothing at all, and

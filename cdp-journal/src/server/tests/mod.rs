@@ -2,6 +2,7 @@
 
 mod follow;
 mod hostile;
+mod offers;
 mod remote;
 mod ship;
 mod trust;
@@ -17,7 +18,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{ServeOptions, Server};
+use super::{Offers, ServeOptions, Server};
 use crate::format::{Body, DeltaCache, FrameBuilder, Origin, RecordFlags, VolumeKind};
 use crate::index::IndexWriter;
 use crate::log::LogWriter;
@@ -26,7 +27,7 @@ use crate::ship::LogTail;
 use crate::site::{AgentName, Site};
 use crate::store::{StoreWriter, WriterOptions};
 use crate::trust::{Authority, Grants, Token, TokenGrant};
-use crate::types::{BootNs, Seq, VolumeId, WallNs};
+use crate::types::{BootNs, Seq, UNIT_BYTES, VolumeId, WallNs};
 use crate::wire::Right;
 
 /// How long anything here may take on a loaded machine.
@@ -62,6 +63,24 @@ impl Running {
         Self::start_on(Self::runtime(), dir, listen, writer)
     }
 
+    pub(super) fn start_offered(dir: &Path, listen: Option<SocketAddr>, offers: Offers) -> Self {
+        let options = ServeOptions {
+            offers,
+            ..Self::options(dir, listen)
+        };
+        Self::serve(Self::runtime(), options)
+    }
+
+    fn options(dir: &Path, listen: Option<SocketAddr>) -> ServeOptions {
+        ServeOptions {
+            store: dir.to_owned(),
+            listen: listen.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap()),
+            writer: WriterOptions::default(),
+            upstream: None,
+            offers: Offers::Own,
+        }
+    }
+
     pub(super) fn runtime() -> tokio::runtime::Runtime {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         runtime.worker_threads(2).enable_all().build().unwrap()
@@ -73,12 +92,9 @@ impl Running {
         listen: Option<SocketAddr>,
         writer: WriterOptions,
     ) -> Self {
-        let listen = listen.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap());
         let options = ServeOptions {
-            store: dir.to_owned(),
-            listen,
             writer,
-            upstream: None,
+            ..Self::options(dir, listen)
         };
         Self::serve(runtime, options)
     }
@@ -159,6 +175,20 @@ impl DurableLog for Durable {
     }
 }
 
+/// Bytes that compress to nothing, the same for each seed.
+fn noise(seed: u64) -> impl FnMut() -> u8 {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    }
+}
+
+/// In a frame that [`Source::read_back`] makes.
+pub(super) const UNITS_PER_FRAME: u64 = 8;
+
 /// An agent's log, without an agent.
 pub(super) struct Source {
     pub(super) dir: PathBuf,
@@ -232,13 +262,7 @@ impl Source {
     /// Writes what [`Source::write`] did, in the same places, with `edit` bytes of each block changed: as deltas.
     pub(super) fn write_edited(&mut self, count: u64, salt: u64, edit: u8) {
         for number in 0..count {
-            let mut state = (salt << 32 | number).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-            let mut next = || {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                state as u8
-            };
+            let mut next = noise(salt << 32 | number);
             let mut data: Vec<u8> = (0..16384).map(|_| next()).collect();
             for block in data.chunks_mut(4096) {
                 block[1000..1000 + usize::from(edit)].fill(edit);
@@ -246,6 +270,30 @@ impl Source {
             let offset = (salt * 31 + number * 4) % 4000 * 4096;
             let len = data.len() as u64;
             self.frame(&[(Body::Write { offset, len }, &data), (Body::Tick, &[])]);
+        }
+    }
+
+    /// Reads back `frames` frames of whole units, whose content no other `salt` has.
+    pub(super) fn read_back(&mut self, frames: u64, salt: u64) {
+        for number in 0..frames {
+            let units = number * UNITS_PER_FRAME..(number + 1) * UNITS_PER_FRAME;
+            let units: Vec<_> = units
+                .map(|unit| {
+                    let mut noise = noise(salt << 32 | unit);
+                    let data: Vec<u8> = (0..UNIT_BYTES).map(|_| noise()).collect();
+                    let body = Body::ReadBack {
+                        offset: unit * UNIT_BYTES,
+                        len: UNIT_BYTES,
+                        as_of: None,
+                    };
+                    (body, data)
+                })
+                .collect();
+            let records: Vec<_> = units
+                .iter()
+                .map(|(body, data)| (body.clone(), &data[..]))
+                .collect();
+            self.frame(&records);
         }
     }
 
@@ -260,18 +308,31 @@ impl Source {
         let site = Site::open(site).unwrap().unwrap();
         let copies = site.logs_of(&name("web01")).unwrap();
         assert_eq!(copies.len(), 1, "{copies:?}");
-        let read = |dir: &Path| {
-            let mut tail = LogTail::open(dir).unwrap();
-            let mut frames = Vec::new();
-            while let Some(frame) = tail.next(self.last()).unwrap() {
-                frames.push((frame.previous, frame.last, frame.bytes));
-            }
-            frames
-        };
-        let (here, there) = (read(&self.dir), read(&copies[0].dir));
+        self.assert_same_as(&copies[0].dir);
+    }
+
+    /// Asserts that the store in `copy` holds the very frames of this log.
+    pub(super) fn assert_same_as(&self, copy: &Path) {
+        let (here, there) = (self.frames_in(&self.dir), self.frames_in(copy));
         let lasts = |frames: &[(Option<Seq>, Seq, Vec<u8>)]| frames.last().map(|frame| frame.1);
         assert_eq!(lasts(&there), lasts(&here));
         assert!(here == there, "the copy has other frames");
+    }
+
+    /// Each frame of the store in `dir`, with the record before it and its last one.
+    fn frames_in(&self, dir: &Path) -> Vec<(Option<Seq>, Seq, Vec<u8>)> {
+        let mut tail = LogTail::open(dir).unwrap();
+        let mut frames = Vec::new();
+        while let Some(frame) = tail.next(self.last()).unwrap() {
+            frames.push((frame.previous, frame.last, frame.bytes));
+        }
+        frames
+    }
+
+    /// Bytes of all frames.
+    pub(super) fn frame_bytes(&self) -> u64 {
+        let frames = self.frames_in(&self.dir);
+        frames.iter().map(|frame| frame.2.len() as u64).sum()
     }
 
     pub(super) fn last(&self) -> Option<Seq> {
@@ -361,6 +422,12 @@ impl Kit {
     pub(super) fn restart(&mut self) {
         drop(self.server.take());
         self.server = Some(Running::start(&self.site(), Some(self.address)));
+    }
+
+    /// Stops the server, and starts it where it was with these offers; all that it took in is noted then.
+    pub(super) fn restart_offered(&mut self, offers: Offers) {
+        drop(self.server.take());
+        self.server = Some(Running::start_offered(&self.site(), Some(self.address), offers));
     }
 
     /// Asserts that the server holds the very frames of the agent's log.
