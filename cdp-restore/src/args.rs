@@ -338,9 +338,12 @@ pub(crate) struct Nbd {
 
 /// Copy paths out of a block volume as it was at a moment, into a new folder.
 ///
-/// From any file system that the kernel mounts, with owner, mode, times, links and extended attributes; needs root, as
-/// mount does. Paths are those that `mount` would show below its folder; symbolic links are copied as such. The folder
-/// appears only once it is complete.
+/// With owner, mode, times, links, holes and extended attributes. Root gets them from any file system that the kernel
+/// mounts. Without root, or where nothing can be mounted, an ext4 (or ext2, ext3) is read by this program, its journal
+/// included; what only root may do is left out then and counted: giving files to other owners, whose set-user-ID bits
+/// go with them, and attributes that are not for users. Devices, which only root may make, are an error. Paths are those
+/// that `mount` would show below its folder; symbolic links are copied as such. The folder appears only once it is
+/// complete.
 #[derive(Debug, Args)]
 #[command(after_help = help_with_when!(
     "  cdp-restore files --from /var/lib/cdp pg --at -90s --to /tmp/everything

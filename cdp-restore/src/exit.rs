@@ -9,6 +9,7 @@ use cdp_journal::{OpenError, ReadError};
 
 use crate::cmd::{Damaged, NotExactHere};
 use crate::disk::DiskError;
+use crate::ext4::Ext4Error;
 
 /// The exit codes that scripts rely on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +69,8 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
         || cause.downcast_ref::<ReadError>().is_some_and(ReadError::is_damage)
         // These show the read error as themselves, so that one is not in the chain.
         || matches!(cause.downcast_ref::<CopyError>(), Some(CopyError::Read(read)) if read.is_damage())
-        || matches!(cause.downcast_ref::<DiskError>(), Some(DiskError::Read(read)) if read.is_damage());
+        || matches!(cause.downcast_ref::<DiskError>(), Some(DiskError::Read(read)) if read.is_damage())
+        || matches!(cause.downcast_ref::<Ext4Error>(), Some(Ext4Error::Read(read)) if read.is_damage());
     damaged.then_some(Exit::Damaged)
 }
 
@@ -133,7 +135,7 @@ mod tests {
             found: 9,
             newest: 1,
         };
-        let cases: [(anyhow::Error, Exit); 10] = [
+        let cases: [(anyhow::Error, Exit); 11] = [
             (anyhow!("anything"), Exit::Failed),
             (too_new.into(), Exit::Failed),
             (segment_too_new.into(), Exit::Failed),
@@ -150,6 +152,7 @@ mod tests {
             (damaged().into(), Exit::Damaged),
             (CopyError::Read(damaged()).into(), Exit::Damaged),
             (WhenError::Read(damaged()).into(), Exit::Damaged),
+            (Ext4Error::Read(damaged()).into(), Exit::Damaged),
         ];
         for (error, exit) in cases {
             let error = error.context("write the image");

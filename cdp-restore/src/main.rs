@@ -14,6 +14,7 @@ use crate::report::{Report, StdoutClosed};
 
 mod agent;
 mod args;
+mod bytes;
 mod changed_files;
 mod changes;
 mod cmd;
@@ -21,6 +22,7 @@ mod differences;
 mod digest;
 mod disk;
 mod exit;
+mod ext4;
 mod interrupt;
 mod mount;
 mod nbd;

@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use crate::bytes::{le32, le64};
+
 /// Entries of a partition table that are looked at, logical partitions included.
 const PARTITIONS_MAX: u32 = 128;
 /// Bytes that tell what a file system is.
@@ -149,13 +151,13 @@ impl<E> Table<'_, E> {
         else {
             return Ok(Vec::new());
         };
-        let (table_sector, entry_bytes) = (u64_at(&header, 72), u64::from(u32_at(&header, 84)));
+        let (table_sector, entry_bytes) = (le64(&header, 72), u64::from(le32(&header, 84)));
         let mut parts = Vec::new();
-        for index in 0..u32_at(&header, 80).min(PARTITIONS_MAX) {
+        for index in 0..le32(&header, 80).min(PARTITIONS_MAX) {
             let Some(entry) = self.read::<48>(table_sector, u64::from(index) * entry_bytes)? else {
                 break;
             };
-            let (first, last) = (u64_at(&entry, 32), u64_at(&entry, 40));
+            let (first, last) = (le64(&entry, 32), le64(&entry, 40));
             if entry[..16] != [0; 16] && last >= first {
                 parts.extend(self.part(index + 1, first, (last - first).saturating_add(1)));
             }
@@ -198,8 +200,8 @@ impl<E> Table<'_, E> {
         Ok(boot.map(|boot| {
             [446, 462, 478, 494].map(|at| Entry {
                 kind: boot[at + 4],
-                first_sector: u32_at(&boot, at + 8).into(),
-                sectors: u32_at(&boot, at + 12).into(),
+                first_sector: le32(&boot, at + 8).into(),
+                sectors: le32(&boot, at + 12).into(),
             })
         }))
     }
@@ -209,18 +211,6 @@ struct Entry {
     kind: u8,
     first_sector: u64,
     sectors: u64,
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes[at..]
-        .first_chunk()
-        .map_or(0, |bytes| u32::from_le_bytes(*bytes))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes[at..]
-        .first_chunk()
-        .map_or(0, |bytes| u64::from_le_bytes(*bytes))
 }
 
 #[cfg(test)]

@@ -75,7 +75,8 @@ impl Image {
         IMAGE_BYTES / BLOCK_BYTES as u64
     }
 
-    fn read(&self) -> Vec<u8> {
+    /// Its bytes.
+    pub(crate) fn read(&self) -> Vec<u8> {
         fs::read(self.path()).unwrap()
     }
 }

@@ -8,6 +8,7 @@ mod damage;
 mod device;
 mod ext4;
 mod files;
+mod files_unmounted;
 mod find;
 mod history;
 mod image;

@@ -22,6 +22,33 @@ pub(crate) fn command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -
     command
 }
 
+/// What the program may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rights {
+    /// What the test may.
+    All,
+    /// The same, but not mount.
+    NoMounts,
+    /// What any user may.
+    User,
+}
+
+impl Rights {
+    /// `cdp-restore` with these rights.
+    pub(crate) fn command<S: AsRef<OsStr>>(self, arguments: impl IntoIterator<Item = S>) -> Command {
+        let taken = match self {
+            Rights::All => return command(arguments),
+            Rights::NoMounts => "-sys_admin",
+            Rights::User => "-all",
+        };
+        let mut command = Command::new("setpriv");
+        let taken = [format!("--bounding-set={taken}"), format!("--inh-caps={taken}")];
+        command.args(taken).arg(env!("CARGO_BIN_EXE_cdp-restore"));
+        command.args(arguments).stdin(Stdio::null()).env("TZ", "UTC");
+        command
+    }
+}
+
 /// Runs it to its end.
 pub(crate) fn run<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Ran {
     Ran::from(command(arguments).output().unwrap())
