@@ -230,6 +230,12 @@ impl Cmd {
         }
     }
 
+    /// The same command, without some of what root may: `-sys_admin` to mount, `-all` everything.
+    pub fn without(self, capabilities: &str) -> Cmd {
+        let sets = ["bounding-set", "inh-caps"];
+        self.prefixed("setpriv", sets.map(|set| format!("--{set}={capabilities}")))
+    }
+
     fn text(&self) -> String {
         let args = self.command.get_args().map(|arg| arg.to_string_lossy());
         std::iter::once(self.command.get_program().to_string_lossy())
