@@ -191,6 +191,78 @@ fn bisect_reads_from_a_server() {
     });
 }
 
+/// Goal: `diff` and `find` name files from a server as from its folder, and `files` copies them, with a mount or without.
+/// Method: an ext4 on which one file is changed and one made between two quiet moments.
+#[test]
+fn diff_find_and_files_name_files_from_a_server() {
+    let programs = ["mkfs.ext4", "setpriv"];
+    system_test("remote: diff, find, files", &programs, |scene| {
+        let mut stage = Stage::new(scene)?;
+        FileSystem::Ext4.make(stage.device.path())?;
+        let mount = Mount::new(stage.device.path(), FileSystem::Ext4, &scene.path("mnt"))?;
+        let marker = format!("marker-{:016x}", scene.rng().next_u64());
+        fs::create_dir(mount.dir().join("folder"))?;
+        for (name, content) in [("kept", "as it was"), ("changed", "before")] {
+            fs::write(mount.dir().join(name), content)?;
+        }
+        let quiet = || -> Result<String> {
+            let _frozen = mount.freeze()?;
+            Ok(WallNs::now().to_string())
+        };
+        let since = quiet()?;
+        fs::write(mount.dir().join("changed"), format!("{marker} after"))?;
+        fs::write(mount.dir().join("folder/added"), "new")?;
+        let (until, expected) = (quiet()?, files_in(mount.dir())?);
+        mount.unmount()?;
+        stage.agent.wait_synced()?;
+        let (far, here) = (stage.restore()?, Restore::from(stage.server.store())?);
+
+        let told = |restore: &Restore, command: &str, arguments: &[&str]| -> Result<Value> {
+            let told = restore.command(command).args(["v", "--json"]).args(arguments);
+            Ok(serde_json::from_str(&told.output()?)?)
+        };
+        for (command, arguments, key, expected) in [
+            (
+                "diff",
+                ["--since", &since, "--until", &until],
+                ("files", "path"),
+                &["changed", "folder/added"][..],
+            ),
+            (
+                "find",
+                ["--bytes", &marker, "--since", &since],
+                ("hits", "file"),
+                &["changed"],
+            ),
+        ] {
+            let (from_far, from_here) = (
+                told(&far, command, &arguments)?,
+                told(&here, command, &arguments)?,
+            );
+            ensure!(from_far == from_here, "{from_far:#}\n{from_here:#}");
+            let found = from_far[key.0].as_array().context("nothing told")?;
+            let mut names: Vec<_> = found.iter().filter_map(|found| found[key.1].as_str()).collect();
+            // A folder changes with what is put into it.
+            names.retain(|name| !name.ends_with('/'));
+            ensure!(names == expected, "{from_far:#}");
+        }
+        for (name, taken) in [("mounted", None), ("read", Some("-all"))] {
+            let to = scene.path(name);
+            let files = far.command("files").args(["v", "--at", &until, "--to"]).arg(&to);
+            let files = match taken {
+                None => files,
+                Some(taken) => files.without(taken),
+            };
+            files.run()?.success()?;
+            ensure!(
+                files_in(&to)? == expected,
+                "{name}: the files at {until} are others"
+            );
+        }
+        stage.agent.stop()
+    });
+}
+
 /// Serves a moment while `use_it` is given its address.
 fn serve_nbd(
     scene: &Scene,
