@@ -2,13 +2,13 @@
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
-use quinn::Connection;
+use quinn::{Connection, RecvStream};
 use rustls::pki_types::CertificateDer;
 
 use super::*;
 use crate::format::{Frame, PackedUnit, UnitHash};
 use crate::net::Identities;
-use crate::net::link::{Link, LinkError, read_message};
+use crate::net::link::{Link, LinkError, read_message, why_ended};
 use crate::net::tls;
 use crate::server::clients::CONNECTIONS_EACH_MAX;
 use crate::ship::TailFrame;
@@ -22,6 +22,16 @@ fn runtime() -> tokio::runtime::Runtime {
         .unwrap()
 }
 
+/// The next message, or why none comes: who closes a connection ends its streams a moment before.
+async fn answer(connection: &Connection, receive: &mut RecvStream) -> Result<(Kind, Vec<u8>), LinkError> {
+    let error = match read_message(receive).await {
+        Ok(Some(message)) => return Ok(message),
+        Ok(None) => LinkError::closed("the stream ended"),
+        Err(error) => error,
+    };
+    Err(why_ended(connection, error).await)
+}
+
 /// Says hello over `connection`; gives back why it was closed.
 async fn hello(connection: &Connection) -> String {
     let said = async {
@@ -31,11 +41,11 @@ async fn hello(connection: &Connection) -> String {
             durable: None,
         };
         send.write_all(&hello.encode()).await?;
-        read_message(&mut receive).await
+        answer(connection, &mut receive).await
     };
     match said.await {
         Err(error) => error.to_string(),
-        Ok(answer) => panic!("the server answered {:?}", answer.map(|(kind, _)| kind)),
+        Ok((kind, _)) => panic!("the server answered {kind:?}"),
     }
 }
 
@@ -104,16 +114,16 @@ fn send_frames(kit: &Kit, log: Uuid, bytes: &[u8]) -> String {
         let (mut send, mut receive) = link.connection.open_bi().await?;
         let hello = Message::Hello { log, durable: None };
         send.write_all(&hello.encode()).await?;
-        let welcome = read_message(&mut receive).await?;
-        assert_eq!(welcome.map(|(kind, _)| kind), Some(Kind::Welcome));
+        let (kind, _) = answer(&link.connection, &mut receive).await?;
+        assert_eq!(kind, Kind::Welcome);
         let mut frames = link.connection.open_uni().await?;
         // The server may close while this is written.
         let written = frames.write_all(bytes).await;
         let _ = frames.finish();
         loop {
-            match read_message(&mut receive).await {
-                Ok(Some((Kind::Ack, _))) => {}
-                Ok(other) => panic!("{:?} after {written:?}", other.map(|(kind, _)| kind)),
+            match answer(&link.connection, &mut receive).await {
+                Ok((Kind::Ack, _)) => {}
+                Ok((other, _)) => panic!("{other:?} after {written:?}"),
                 Err(error) => break Ok::<_, LinkError>(error.to_string()),
             }
         }
