@@ -373,22 +373,20 @@ impl InFlight {
     }
 
     /// Takes writes up to `last` to have ended, although nobody saw it, and returns them: whether the disk took them
-    /// as they were seen is not known. `have_ended`: the disk counts none of them any more, and what it told was heard.
-    /// Where an end may have been another write's, what stays counts then as the youngest that it may be. Else as the
-    /// oldest, and if one ends later after all, it is late, also for a write to the same place that came meanwhile.
-    pub(crate) fn give_up(&mut self, last: Option<Seq>, have_ended: bool) -> Vec<(Sectors, Seq)> {
+    /// as they were seen is not known. If one ends later after all, it is late. `as_youngest`: where an end may have been
+    /// another write's, what stays counts as the youngest that it may be; else as the oldest.
+    pub(crate) fn give_up(&mut self, last: Option<Seq>, as_youngest: bool) -> Vec<(Sectors, Seq)> {
         let Some(last) = last else { return Vec::new() };
         self.bios.retain(|_, chunks| {
             chunks.retain(|&(_, seq)| seq > last);
             !chunks.is_empty()
         });
-        let is_meant = |place: &Place| match have_ended {
+        let has_ended = |place: &Place| match as_youngest {
             true => place.youngest <= last,
             false => place.seq <= last,
         };
-        let taken = self.places.take(is_meant);
-        let may_be_late = if have_ended { &[][..] } else { &taken };
-        for &place in may_be_late {
+        let taken = self.places.take(has_ended);
+        for &place in &taken {
             if self.given_up.len() < GIVEN_UP_MAX {
                 self.given_up.insert(place);
             } else {

@@ -176,11 +176,5 @@ pub(crate) fn hand_to(
         }
     }
     recorder.recorded_long_ago(long_ago);
-    tracing::info!(
-        since = first.get(),
-        last = last.get(),
-        long_ago = long_ago.map(Seq::get),
-        "writes whose end the agent before may not have seen"
-    );
     Ok(())
 }

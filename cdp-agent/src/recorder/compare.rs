@@ -83,11 +83,11 @@ impl Recorder {
         self.give_up_as(disk, last, false);
     }
 
-    fn give_up_as(&mut self, disk: DiskNumber, last: Option<Seq>, have_ended: bool) {
+    fn give_up_as(&mut self, disk: DiskNumber, last: Option<Seq>, as_youngest: bool) {
         let Some(known) = self.disks.iter_mut().find(|known| known.number == disk) else {
             return;
         };
-        for (range, seq) in known.in_flight.give_up(last, have_ended) {
+        for (range, seq) in known.in_flight.give_up(last, as_youngest) {
             self.suspect_since(disk, range, seq, self.latest);
         }
     }

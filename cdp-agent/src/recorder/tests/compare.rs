@@ -254,7 +254,7 @@ fn a_write_that_comes_into_doubt_late_is_told() {
     let mut recorder = protected();
     write(&mut recorder, 0, 20 * SECOND);
     let last = recorder.last_seq();
-    recorder.give_up_overdue_on(DISK, last);
+    recorder.give_up(DISK, last);
     assert_eq!(recorder.take_reopened(), last);
     write(&mut recorder, 64, 21 * SECOND);
     assert_eq!(recorder.take_reopened(), None);
@@ -299,26 +299,4 @@ fn what_an_agent_recorded_long_ago_is_not_waited_for_again() {
     assert_eq!(recorder.unsettled(), old, "it is not compared yet");
     recorder.suspects_done(volume_id(), true);
     assert_eq!(recorder.unsettled(), young);
-}
-
-/// One that the disk had ended for sure is not in doubt again when its place is written anew: or agents that live for a
-/// short time each would hand it on for ever.
-#[test]
-fn what_the_disk_counts_no_more_is_settled_once_it_was_compared() {
-    for has_ended in [true, false] {
-        let mut recorder = protected();
-        write(&mut recorder, 0, 20 * SECOND);
-        let first = recorder.last_seq();
-        match has_ended {
-            true => recorder.give_up(DISK, first),
-            false => recorder.give_up_overdue_on(DISK, first),
-        }
-        assert!(recorder.take_suspects().is_some());
-        recorder.suspects_done(volume_id(), true);
-        write(&mut recorder, 0, 21 * SECOND);
-        let second = recorder.last_seq();
-        let expected = if has_ended { second } else { first };
-        assert_eq!(Some(recorder.unsettled()), expected);
-        assert_eq!(recorder.take_suspects().is_none(), has_ended);
-    }
 }
