@@ -16,7 +16,7 @@ use crate::capture::{self, Probe, WatchedDisk};
 use crate::clock;
 use crate::config::Config;
 use crate::device::BlockDevice;
-use crate::recorder::{FLIGHT_TIME_MAX, NewVolume, Recorder};
+use crate::recorder::{FLIGHT_TIME_MAX, MEMORY_TIME, NewVolume, Recorder};
 
 /// The probe of this agent: taken up where it is still loaded, and loaded otherwise. True if it was taken up.
 pub(crate) fn open_probe(
@@ -156,12 +156,13 @@ pub(crate) fn hand_to(
         return Ok(());
     };
     let reader = StoreReader::open(store)?;
-    let flight_ns_max = FLIGHT_TIME_MAX.as_nanos() as u64;
+    let (flight_ns_max, memory_ns) = (FLIGHT_TIME_MAX.as_nanos() as u64, MEMORY_TIME.as_nanos() as u64);
     let (mut long_ago, mut is_long_ago) = (None, true);
     for frame in reader.records(first..=last) {
         for placed in frame?.records {
             let record = placed.record;
-            is_long_ago &= record.boot_ns.0.saturating_add(flight_ns_max) < now.0;
+            let age_ns = now.0.saturating_sub(record.boot_ns.0);
+            is_long_ago &= age_ns > flight_ns_max;
             if is_long_ago {
                 long_ago = Some(record.seq);
             }
@@ -170,8 +171,12 @@ pub(crate) fn hand_to(
             else {
                 continue;
             };
-            if let Some(id) = record.volume {
-                recorder.recorded_before(id, &(offset..offset + len), record.seq);
+            let Some(id) = record.volume else { continue };
+            let bytes = offset..offset + len;
+            if age_ns > memory_ns {
+                recorder.recorded_before_memory(id, &bytes, record.seq);
+            } else {
+                recorder.recorded_before(id, &bytes, record.seq);
             }
         }
     }

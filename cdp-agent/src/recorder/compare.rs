@@ -7,15 +7,16 @@ use cdp_ebpf::event::CompleteEvent;
 use cdp_journal::format::GapCause;
 use cdp_journal::{BLOCK_BYTES, BootNs, SECTOR_BYTES, Seq, VolumeId};
 
-use super::{DiskRun, FLIGHT_TIME_MAX, Recorder, Run, State, Suspicion, SuspicionMark, VolumeRun};
+use super::{
+    DiskRun, FLIGHT_TIME_MAX, MEMORY_TIME, Recorder, Run, State, Suspicion, SuspicionMark, VolumeRun,
+};
 use crate::capture::DiskNumber;
 use crate::inflight::Sectors;
 
 /// For this long after the last sign of a write that we did not capture, a split of a bio is taken for another.
 const DOUBT_TIME: Duration = Duration::from_secs(30);
 
-/// Writes that were given up are remembered for about so many times [`FLIGHT_TIME_MAX`].
-const GIVEN_UP_KEPT: usize = 6;
+const GIVEN_UP_KEPT: usize = (MEMORY_TIME.as_secs() / FLIGHT_TIME_MAX.as_secs()) as usize;
 
 impl Recorder {
     /// Pages were changed while they were written. The event stands before the one of their completion.

@@ -300,3 +300,18 @@ fn what_an_agent_recorded_long_ago_is_not_waited_for_again() {
     recorder.suspects_done(volume_id(), true);
     assert_eq!(recorder.unsettled(), young);
 }
+
+/// Nor are those for ever in doubt again when their place is written anew.
+#[test]
+fn what_an_agent_recorded_before_memory_is_compared_once() {
+    let mut recorder = protected();
+    let old = recorder.last_seq().unwrap();
+    recorder.recorded_before_memory(volume_id(), &(0..4096), old);
+    assert_eq!(recorder.oldest_in_flight(DISK), None);
+    assert_eq!(recorder.unsettled(), old, "it is not compared yet");
+    assert_eq!(recorder.take_suspects().unwrap().ranges.first(), Some(&(0..4096)));
+    recorder.suspects_done(volume_id(), true);
+    write(&mut recorder, 0, 20 * SECOND);
+    assert_eq!(recorder.take_suspects(), None);
+    assert_eq!(Some(recorder.unsettled()), recorder.last_seq());
+}
