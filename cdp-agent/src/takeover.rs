@@ -4,6 +4,7 @@
 //! found in the dirty map. Else it is compared whole with its device, as after any other interruption.
 
 use std::path::Path;
+use std::time::Duration;
 
 use cdp_ebpf::map::SectorRange;
 use cdp_journal::format::Body;
@@ -16,7 +17,7 @@ use crate::capture::{self, Probe, WatchedDisk};
 use crate::clock;
 use crate::config::Config;
 use crate::device::BlockDevice;
-use crate::recorder::{FLIGHT_TIME_MAX, MEMORY_TIME, NewVolume, Recorder};
+use crate::recorder::{NewVolume, Recorder};
 
 /// The probe of this agent: taken up where it is still loaded, and loaded otherwise. True if it was taken up.
 pub(crate) fn open_probe(
@@ -156,30 +157,19 @@ pub(crate) fn hand_to(
         return Ok(());
     };
     let reader = StoreReader::open(store)?;
-    let (flight_ns_max, memory_ns) = (FLIGHT_TIME_MAX.as_nanos() as u64, MEMORY_TIME.as_nanos() as u64);
-    let (mut long_ago, mut is_long_ago) = (None, true);
     for frame in reader.records(first..=last) {
         for placed in frame?.records {
             let record = placed.record;
-            let age_ns = now.0.saturating_sub(record.boot_ns.0);
-            is_long_ago &= age_ns > flight_ns_max;
-            if is_long_ago {
-                long_ago = Some(record.seq);
-            }
             let (Body::Write { offset, len } | Body::Zero { offset, len } | Body::Discard { offset, len }) =
                 record.body
             else {
                 continue;
             };
-            let Some(id) = record.volume else { continue };
-            let bytes = offset..offset + len;
-            if age_ns > memory_ns {
-                recorder.recorded_before_memory(id, &bytes, record.seq);
-            } else {
-                recorder.recorded_before(id, &bytes, record.seq);
+            if let Some(id) = record.volume {
+                let age = Duration::from_nanos(now.0.saturating_sub(record.boot_ns.0));
+                recorder.recorded_before(id, &(offset..offset + len), record.seq, age);
             }
         }
     }
-    recorder.recorded_long_ago(long_ago);
     Ok(())
 }

@@ -60,7 +60,7 @@ pub(crate) const PLUG_TIME: Duration = Duration::from_millis(100);
 /// How long a write is waited for whose end was not seen.
 pub(crate) const FLIGHT_TIME_MAX: Duration = Duration::from_secs(10);
 /// Writes that were given up are remembered for about so long.
-pub(crate) const MEMORY_TIME: Duration = Duration::from_secs(60);
+const MEMORY_TIME: Duration = Duration::from_secs(60);
 
 /// Idle times are covered by ticks: after a write at least this long apart, then ever more seldom, so that
 /// what is not covered yet is at most a quarter of the idle time.
@@ -303,40 +303,30 @@ impl Recorder {
         self.disks.retain(|disk| disks.contains(&disk.number));
     }
 
-    /// An agent before this one recorded this write, and may not have seen its end: nor whether the disk took it as
-    /// it was seen.
-    pub(crate) fn recorded_before(&mut self, volume: VolumeId, bytes: &Range<u64>, seq: Seq) {
-        let Some((number, range)) = self.place_on_disk(volume, bytes) else {
+    /// An agent before this one recorded this write so long ago, and may not have seen its end: nor whether the disk took
+    /// it as it was seen. In their order, before anything else is recorded.
+    ///
+    /// What that agent would have given up is given up as soon as the ring has been emptied once, and what it would have
+    /// forgotten is only compared. Or agents that live for a short time each would hand on ever more writes.
+    pub(crate) fn recorded_before(&mut self, volume: VolumeId, bytes: &Range<u64>, seq: Seq, age: Duration) {
+        let Some(volume) = self.volumes.iter().find(|known| known.id == volume) else {
             return;
         };
-        for disk in self.disks.iter_mut().filter(|disk| disk.number == number) {
-            disk.in_flight.queued(range, seq, None);
-        }
-        let at = self.latest;
-        self.suspect(number, range, at);
-    }
-
-    /// The same, so long ago that an end which comes now is a stranger's. The disk may still hold something else.
-    pub(crate) fn recorded_before_memory(&mut self, volume: VolumeId, bytes: &Range<u64>, seq: Seq) {
-        let Some((disk, range)) = self.place_on_disk(volume, bytes) else {
-            return;
-        };
-        self.suspect_since(disk, range, seq, self.latest);
-    }
-
-    fn place_on_disk(&self, volume: VolumeId, bytes: &Range<u64>) -> Option<(DiskNumber, Sectors)> {
-        let volume = self.volumes.iter().find(|known| known.id == volume)?;
         let range = Sectors {
             start: volume.start_sector + bytes.start / SECTOR_BYTES,
             end: volume.start_sector + bytes.end.div_ceil(SECTOR_BYTES),
         };
-        Some((volume.disk, range))
-    }
-
-    /// Of those, the ones up to `last` were recorded longer than [`FLIGHT_TIME_MAX`] ago: they are given up as soon as the
-    /// ring has been emptied once. Or agents that live for a short time each would hand on ever more of them.
-    pub(crate) fn recorded_long_ago(&mut self, last: Option<Seq>) {
-        self.overdue.push_back(last);
+        let (number, at) = (volume.disk, self.latest);
+        if age > MEMORY_TIME {
+            return self.suspect_since(number, range, seq, at);
+        }
+        for disk in self.disks.iter_mut().filter(|disk| disk.number == number) {
+            disk.in_flight.queued(range, seq, None);
+        }
+        self.suspect(number, range, at);
+        if age > FLIGHT_TIME_MAX {
+            self.overdue = VecDeque::from([Some(seq)]);
+        }
     }
 
     /// No write before this Seq is in flight, or in doubt.

@@ -17,7 +17,6 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
 
 use rocksdb::{BlockBasedOptions, Cache, DB, DBCompressionType, Direction, ErrorKind, IteratorMode, Options};
 use serde::Deserialize;
@@ -43,9 +42,6 @@ const OTHERS_MAX: usize = 4;
 const WRITE_BUFFER_BYTES: usize = 2 << 20;
 const BLOCK_CACHE_BYTES: usize = 8 << 20;
 const OPEN_FILES_MAX: i32 = 64;
-/// Threads of a server that ended with its runtime, not with its process, may hold the folder for a moment.
-const OPEN_TIME_MAX: Duration = Duration::from_secs(5);
-const OPEN_PAUSE: Duration = Duration::from_millis(10);
 
 /// Among whose content a server looks for what an agent offers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -213,17 +209,8 @@ fn options() -> Options {
 }
 
 fn open_db(dir: &Path) -> Result<DB, rocksdb::Error> {
-    let deadline = Instant::now() + OPEN_TIME_MAX;
-    let opened = loop {
-        match DB::open(&options(), dir) {
-            Err(error) if error.kind() == ErrorKind::IOError && Instant::now() < deadline => {
-                std::thread::sleep(OPEN_PAUSE);
-            }
-            opened => break opened,
-        }
-    };
     let format = FORMAT.to_le_bytes();
-    let why = match opened {
+    let why = match DB::open(&options(), dir) {
         Ok(db) => match db.get(FORMAT_KEY)? {
             Some(found) if found == format => return Ok(db),
             // Made just now.
@@ -241,4 +228,11 @@ fn open_db(dir: &Path) -> Result<DB, rocksdb::Error> {
     let db = DB::open(&options(), dir)?;
     db.put(FORMAT_KEY, format)?;
     Ok(db)
+}
+
+/// Threads of a server that ended with its runtime, not with its process, may hold its folder for a moment longer.
+#[cfg(test)]
+pub(super) fn are_free(site: &Path) -> bool {
+    let dir = site.join(UNITS_DIR);
+    !dir.exists() || DB::open(&options(), dir).is_ok()
 }

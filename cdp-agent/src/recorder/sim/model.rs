@@ -253,22 +253,15 @@ impl Model {
         self.cut_back(next);
     }
 
-    /// The last record of the row from `first` on that was made before `at_ns`.
-    pub(super) fn last_of_row_before(&self, first: u64, at_ns: u64) -> Option<u64> {
-        let from = (first as usize).saturating_sub(1).min(self.log.len());
-        let row = self.log[from..].iter().take_while(|record| record.at_ns < at_ns);
-        row.zip(from as u64 + 1..).map(|(_, seq)| seq).last()
-    }
-
-    /// Captured writes of the log, from one record on.
-    pub(super) fn writes_from(&self, first: u64) -> impl Iterator<Item = (u64, std::ops::Range<u64>)> {
+    /// Captured writes of the log, from one record on: Seq, time, bytes.
+    pub(super) fn writes_from(&self, first: u64) -> impl Iterator<Item = (u64, u64, std::ops::Range<u64>)> {
         let from = (first as usize).saturating_sub(1).min(self.log.len());
         self.log[from..]
             .iter()
             .zip(from as u64 + 1..)
             .filter_map(|(record, seq)| match record.body {
                 Body::Write { offset, len } | Body::Zero { offset, len } | Body::Discard { offset, len } => {
-                    Some((seq, offset..offset + len))
+                    Some((seq, record.at_ns, offset..offset + len))
                 }
                 _ => None,
             })

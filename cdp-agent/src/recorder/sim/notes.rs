@@ -121,20 +121,16 @@ impl Agent {
             },
             now,
         );
-        for (seq, bytes) in self
+        for (seq, at_ns, bytes) in self
             .notes
             .unsettled
             .into_iter()
             .flat_map(|first| model.writes_from(first))
         {
             if let Some(seq) = Seq::new(seq) {
-                recorder.recorded_before(volume_id(), &bytes, seq);
+                let age = Duration::from_nanos(now.0.saturating_sub(at_ns));
+                recorder.recorded_before(volume_id(), &bytes, seq, age);
             }
-        }
-        if let Some(first) = self.notes.unsettled {
-            let long_ago_ns = now.0.saturating_sub(FLIGHT_TIME_MAX.as_nanos() as u64);
-            let long_ago = model.last_of_row_before(first, long_ago_ns);
-            recorder.recorded_long_ago(long_ago.and_then(Seq::new));
         }
         let mut notes = self.notes.clone();
         notes.forget_after(last);

@@ -288,9 +288,12 @@ fn a_suspect_that_reaches_into_a_dirty_region_is_in_doubt() {
 fn what_an_agent_recorded_long_ago_is_not_waited_for_again() {
     let mut recorder = protected();
     let [old, young] = [100, 101].map(|seq| Seq::new(seq).unwrap());
-    recorder.recorded_before(volume_id(), &(0..4096), old);
-    recorder.recorded_before(volume_id(), &(8192..12288), young);
-    recorder.recorded_long_ago(Some(old));
+    for (place, seq, age) in [
+        (0, old, FLIGHT_TIME_MAX + PLUG_TIME),
+        (8192, young, FLIGHT_TIME_MAX),
+    ] {
+        recorder.recorded_before(volume_id(), &(place..place + 4096), seq, age);
+    }
     assert_eq!(recorder.unsettled(), old);
     recorder.drained_to(1, BootNs(20 * SECOND));
     assert_eq!(recorder.oldest_in_flight(DISK), Some(young));
@@ -306,7 +309,7 @@ fn what_an_agent_recorded_long_ago_is_not_waited_for_again() {
 fn what_an_agent_recorded_before_memory_is_compared_once() {
     let mut recorder = protected();
     let old = recorder.last_seq().unwrap();
-    recorder.recorded_before_memory(volume_id(), &(0..4096), old);
+    recorder.recorded_before(volume_id(), &(0..4096), old, MEMORY_TIME + PLUG_TIME);
     assert_eq!(recorder.oldest_in_flight(DISK), None);
     assert_eq!(recorder.unsettled(), old, "it is not compared yet");
     assert_eq!(recorder.take_suspects().unwrap().ranges.first(), Some(&(0..4096)));

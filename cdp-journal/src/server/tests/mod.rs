@@ -49,6 +49,7 @@ pub(super) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 /// A server in threads of this process.
 pub(super) struct Running {
     pub(super) address: SocketAddr,
+    site: PathBuf,
     stop: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
     kill: Arc<Mutex<Option<tokio::sync::oneshot::Sender<()>>>>,
@@ -103,6 +104,7 @@ impl Running {
         let (stop, stopped) = watch::channel(false);
         let (kill, killed) = tokio::sync::oneshot::channel();
         let (started, address) = std::sync::mpsc::channel();
+        let site = options.store.clone();
         let thread = std::thread::spawn(move || {
             runtime.block_on(async {
                 let server = Server::start(&options).unwrap();
@@ -115,6 +117,7 @@ impl Running {
         });
         Self {
             address: address.recv_timeout(PATIENCE).unwrap(),
+            site,
             stop,
             thread: Some(thread),
             kill: Arc::new(Mutex::new(Some(kill))),
@@ -135,9 +138,11 @@ impl Running {
         self.wait_gone();
     }
 
-    /// Threads of a server that ends with its process may hold its socket for a moment longer than its runtime.
+    /// Threads of a server that ends with its process may hold its socket, and its folder, for a moment longer than its
+    /// runtime.
     fn wait_gone(&self) {
         wait_until("the address to be free", || UdpSocket::bind(self.address).is_ok());
+        wait_until("the folder to be free", || super::units::are_free(&self.site));
     }
 }
 
