@@ -1,7 +1,7 @@
 //! The threads between the ring and the disk.
 //!
 //! ```text
-//! ring → capture (order, time) → encode (deltas, LZ4, CRC) → log (write, fsync) → index
+//! ring → capture (order, time) → encode (deltas, LZ4, CRC) → log (write) → sync (fsync) → index
 //! ```
 //!
 //! Each arrow is a queue with a bound. When one is full the stage before it waits, down to the ring; when
@@ -18,10 +18,10 @@ use anyhow::Context as _;
 use cdp_ebpf::DiskFilter;
 use cdp_journal::format::{Body, DeltaCache, SealedFrame};
 use cdp_journal::index::IndexWriter;
-use cdp_journal::log::{FrameLocation, LogWriter, Room};
+use cdp_journal::log::{FrameLocation, LogWriter, Room, SyncJob};
 use cdp_journal::view::View;
 use cdp_journal::{BootNs, Seq, VolumeId};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{Timespec, epoll};
 
@@ -246,6 +246,13 @@ struct Encoded {
     position: RingPosition,
 }
 
+/// Frames that a sync makes durable.
+struct Group {
+    job: SyncJob,
+    /// Header and table of each, and where it lies.
+    frames: Vec<(Box<[u8]>, FrameLocation)>,
+}
+
 /// How frames are encoded.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Encoding {
@@ -271,7 +278,7 @@ pub(crate) struct Pipeline {
 }
 
 impl Pipeline {
-    /// Starts capture, encode, log and index.
+    /// Starts capture, encode, log, sync and index.
     pub(crate) fn start(
         shared: &Arc<Shared>,
         capture: Capture,
@@ -309,13 +316,21 @@ impl Pipeline {
             "index",
             Box::new(move |shared| index_loop(shared, index, &index_queue)),
         )?;
+        // There is one at a time.
+        let (to_sync, sync_queue) = bounded::<Group>(1);
+        let (tell_synced, synced) = bounded::<()>(1);
+        spawn(
+            "sync",
+            Box::new(move |shared| sync_loop(shared, &sync_queue, &tell_synced, &to_index)),
+        )?;
         spawn(
             "log",
             Box::new(move |shared| {
                 let stage = LogStage {
                     shared,
                     log,
-                    to_index: &to_index,
+                    to_sync: &to_sync,
+                    synced: &synced,
                     unsynced: Vec::new(),
                     oldest: None,
                     epoch: Epoch::default(),
@@ -712,11 +727,13 @@ impl Capture {
     }
 }
 
-/// Appends frames and makes them durable in groups.
+/// Appends frames, and has them made durable in groups.
 struct LogStage<'a> {
     shared: &'a Shared,
     log: LogWriter,
-    to_index: &'a Sender<IndexRequest>,
+    to_sync: &'a Sender<Group>,
+    /// Something comes when a sync has ended.
+    synced: &'a Receiver<()>,
     unsynced: Vec<(Box<[u8]>, FrameLocation)>,
     oldest: Option<Instant>,
     epoch: Epoch,
@@ -727,32 +744,30 @@ impl LogStage<'_> {
     fn run(mut self, queue: &Receiver<Encoded>) -> anyhow::Result<()> {
         self.tell_room();
         loop {
-            let ended = match receive(queue, self.wait()) {
-                Ok(encoded) if encoded.epoch >= self.epoch => {
-                    self.append(encoded)?;
-                    false
-                }
-                Ok(_) | Err(RecvTimeoutError::Timeout) => false,
-                Err(RecvTimeoutError::Disconnected) => true,
-            };
-            let due = self
-                .oldest
-                .is_some_and(|oldest| oldest.elapsed() >= self.shared.commit_interval() / 2);
-            if due || ended || self.unsynced.len() >= INDEX_QUEUE_FRAMES / 2 {
+            let is_synced = self.log.is_synced().context("make the log durable")?;
+            let is_due = self.due_in().is_some_and(|wait| wait.is_zero());
+            if is_synced && is_due || self.unsynced.len() >= INDEX_QUEUE_FRAMES / 2 {
                 self.commit()?;
             }
-            if ended {
-                return Ok(());
+            let wait = self.due_in().filter(|_| is_synced).unwrap_or(ROOM_INTERVAL);
+            select! {
+                recv(queue) -> encoded => match encoded {
+                    Ok(encoded) if encoded.epoch >= self.epoch => self.append(encoded)?,
+                    Ok(_) => {}
+                    Err(_) => return self.commit(),
+                },
+                recv(self.synced) -> told => told.context("the sync stage has ended")?,
+                default(wait) => {}
             }
             self.look_for_room();
         }
     }
 
-    fn wait(&self) -> Duration {
-        match self.oldest {
-            Some(oldest) => (self.shared.commit_interval() / 2).saturating_sub(oldest.elapsed()),
-            None => ROOM_INTERVAL,
-        }
+    /// When the next sync is to begin, if one is to.
+    fn due_in(&self) -> Option<Duration> {
+        let interval = self.shared.commit_interval() / 2;
+        self.oldest
+            .map(|oldest| interval.saturating_sub(oldest.elapsed()))
     }
 
     fn append(&mut self, encoded: Encoded) -> anyhow::Result<()> {
@@ -782,21 +797,19 @@ impl LogStage<'_> {
         }
     }
 
+    /// Has everything made durable that was appended so far. Waits for the sync before, if one is under way.
     fn commit(&mut self) -> anyhow::Result<()> {
         self.oldest = None;
         if self.unsynced.is_empty() {
             return Ok(());
         }
-        let durable = self.log.sync().context("make the log durable")?;
         self.tell_room();
-        self.shared.set_durable(durable);
-        for (frame, location) in self.unsynced.drain(..) {
-            self.to_index
-                .send(IndexRequest::Frame(frame, location))
-                .ok()
-                .context("the index stage has ended")?;
-        }
-        Ok(())
+        let Some(job) = self.log.begin_sync().context("make the log durable")? else {
+            return Ok(());
+        };
+        let frames = std::mem::take(&mut self.unsynced);
+        let group = Group { job, frames };
+        self.to_sync.send(group).ok().context("the sync stage has ended")
     }
 
     /// What `status` and the warnings say of the store.
@@ -826,14 +839,26 @@ impl LogStage<'_> {
     }
 }
 
-fn receive<T>(queue: &Receiver<T>, wait: Duration) -> Result<T, RecvTimeoutError> {
-    if !wait.is_zero() {
-        return queue.recv_timeout(wait);
+/// Makes groups of frames durable, and hands them to the index.
+fn sync_loop(
+    shared: &Shared,
+    queue: &Receiver<Group>,
+    tell_synced: &Sender<()>,
+    to_index: &Sender<IndexRequest>,
+) -> anyhow::Result<()> {
+    for Group { job, frames } in queue {
+        let durable = job.run().context("make the log durable")?;
+        shared.set_durable(durable);
+        // One word that is not heard yet is enough.
+        let _ = tell_synced.try_send(());
+        for (frame, location) in frames {
+            to_index
+                .send(IndexRequest::Frame(frame, location))
+                .ok()
+                .context("the index stage has ended")?;
+        }
     }
-    queue.try_recv().map_err(|error| match error {
-        crossbeam_channel::TryRecvError::Empty => RecvTimeoutError::Timeout,
-        crossbeam_channel::TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
-    })
+    Ok(())
 }
 
 fn index_loop(shared: &Shared, mut index: IndexWriter, queue: &Receiver<IndexRequest>) -> anyhow::Result<()> {

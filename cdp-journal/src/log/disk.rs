@@ -5,7 +5,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::fs::{Advice, AtFlags, FallocateFlags, OFlags, StatxFlags};
@@ -16,6 +18,9 @@ const DIRECT_BYTES_MIN: usize = 128 << 10;
 const DIRECT_ALIGN_BYTES: u64 = 4096;
 /// What is copied at a time where the memory is not aligned as the device wants it.
 const DIRECT_COPY_BYTES: usize = 512 << 10;
+
+/// A direct write, or a sync, that takes longer finds the device busy with others.
+const BUSY_TIME_MIN: Duration = Duration::from_millis(30);
 
 /// A folder of segments.
 pub(crate) trait Disk: Debug + Send + Sync {
@@ -33,6 +38,10 @@ pub(crate) trait Disk: Debug + Send + Sync {
     fn sync_names(&self) -> io::Result<()>;
     /// Bytes that may still be written.
     fn free_bytes(&self) -> io::Result<u64>;
+    /// Does what must wait for the device take long just now?
+    fn is_busy(&self) -> bool {
+        false
+    }
 }
 
 /// A segment.
@@ -49,8 +58,6 @@ pub(crate) trait DiskFile: Debug + Send + Sync {
     fn sync(&self) -> io::Result<()>;
     /// Asks for space ahead; may do nothing.
     fn reserve(&self, _offset: u64, _len: u64) {}
-    /// Asks for write-out to begin; may do nothing.
-    fn start_write_out(&self, _offset: u64, _len: u64) {}
 }
 
 /// A folder of the real file system.
@@ -58,6 +65,7 @@ pub(crate) trait DiskFile: Debug + Send + Sync {
 pub(crate) struct RealDisk {
     dir: PathBuf,
     writable: bool,
+    busy: Arc<Busy>,
 }
 
 impl RealDisk {
@@ -65,6 +73,7 @@ impl RealDisk {
         Self {
             dir: dir.to_owned(),
             writable: true,
+            busy: Arc::default(),
         }
     }
 
@@ -73,6 +82,7 @@ impl RealDisk {
         Self {
             dir: dir.to_owned(),
             writable: false,
+            busy: Arc::default(),
         }
     }
 }
@@ -96,7 +106,8 @@ impl Disk for RealDisk {
             .create_new(true)
             .open(self.path(name))?;
         let direct = Direct::open(&self.path(name));
-        Ok(Box::new(RealFile { file, direct }))
+        let busy = Arc::clone(&self.busy);
+        Ok(Box::new(RealFile { file, direct, busy }))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn DiskFile>> {
@@ -110,7 +121,8 @@ impl Disk for RealDisk {
             let _ = rustix::fs::fadvise(&file, 0, None, Advice::DontNeed);
         }
         let direct = self.writable.then(|| Direct::open(&self.path(name))).flatten();
-        Ok(Box::new(RealFile { file, direct }))
+        let busy = Arc::clone(&self.busy);
+        Ok(Box::new(RealFile { file, direct, busy }))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
@@ -124,6 +136,32 @@ impl Disk for RealDisk {
     fn free_bytes(&self) -> io::Result<u64> {
         let stat = rustix::fs::statvfs(&self.dir)?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
+    fn is_busy(&self) -> bool {
+        self.busy.is()
+    }
+}
+
+/// Is the device busy with others, such as the host's write-out of what was written in half a minute? What waits for the
+/// device then waits behind all of that; what goes by way of the page cache does not, and the kernel bounds how much
+/// that may hold back.
+#[derive(Debug, Default)]
+struct Busy(AtomicBool);
+
+impl Busy {
+    fn is(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn wrote(&self, took: Duration) {
+        if took >= BUSY_TIME_MIN {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn synced(&self, took: Duration) {
+        self.0.store(took >= BUSY_TIME_MIN, Ordering::Relaxed);
     }
 }
 
@@ -200,6 +238,7 @@ impl Direct {
 struct RealFile {
     file: File,
     direct: Option<Direct>,
+    busy: Arc<Busy>,
 }
 
 impl RealFile {
@@ -227,9 +266,11 @@ impl RealFile {
         );
         let (head, rest) = second.split_at((from - second_at) as usize);
         let (pages, tail) = rest.split_at((to - from) as usize);
+        let begun = Instant::now();
         if !direct.write_at(from, pages)? {
             return Ok(false);
         }
+        self.busy.wrote(begun.elapsed());
         if !tail.is_empty() {
             self.file.write_all_at(tail, to)?;
         }
@@ -256,6 +297,7 @@ impl DiskFile for RealFile {
     fn write_at(&self, offset: u64, first: &[u8], second: &[u8]) -> io::Result<()> {
         if let Some(direct) = &self.direct
             && second.len() >= DIRECT_BYTES_MIN
+            && !self.busy.is()
             && self.write_direct_at(direct, offset, first, second)?
         {
             return Ok(());
@@ -272,31 +314,16 @@ impl DiskFile for RealFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        let begun = Instant::now();
+        let result = self.file.sync_data();
+        self.busy.synced(begun.elapsed());
+        result
     }
 
     fn reserve(&self, offset: u64, len: u64) {
         // Only a hint: an append that finds no space says so itself.
         let _ = rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, offset, len);
     }
-
-    fn start_write_out(&self, offset: u64, len: u64) {
-        start_write_out(&self.file, offset, len);
-    }
-}
-
-#[allow(
-    unsafe_code,
-    reason = "sync_file_range has no safe wrapper among our dependencies"
-)]
-fn start_write_out(file: &File, offset: u64, len: u64) {
-    use std::os::fd::AsRawFd;
-    let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else {
-        return;
-    };
-    // SAFETY: takes no pointers; the descriptor is open for as long as `file` is borrowed. It is a hint, so its
-    // result does not matter: the fdatasync that follows reports every failure.
-    let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 #[cfg(test)]
@@ -305,8 +332,9 @@ mod tests {
     use crate::log::fault::Random;
 
     /// Goal: what is written past the page cache, by way of it, and both in one write lies where it should, also
-    /// where the memory is not as the device wants it. Method: writes of all kinds one behind the other, compared
-    /// with the same in memory. Where the file system cannot, all go by way of the cache.
+    /// where the memory is not as the device wants it, and while the device is busy now and then. Method: writes of
+    /// all kinds one behind the other, compared with the same in memory. Where the file system cannot, all go by way
+    /// of the cache.
     #[test]
     fn writes_past_the_page_cache_lie_where_the_others_do() {
         let dir = tempfile::tempdir().unwrap();
@@ -329,6 +357,12 @@ mod tests {
                 _ => (1 << 20) + 8 * random.below(60_000) as usize,
             };
             let (first, second) = (&source[..32], &source[from..from + len]);
+            let took = if random.below(3) == 0 {
+                BUSY_TIME_MIN
+            } else {
+                Duration::ZERO
+            };
+            disk.busy.synced(took);
             file.reserve(expected.len() as u64, 4 << 20);
             file.write_at(expected.len() as u64, first, second).unwrap();
             expected.extend_from_slice(first);

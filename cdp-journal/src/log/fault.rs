@@ -95,6 +95,7 @@ struct State {
     free_bytes: Option<u64>,
     /// What the disk says is free, whatever it takes.
     told_free_bytes: Option<u64>,
+    is_busy: bool,
 }
 
 impl State {
@@ -193,6 +194,11 @@ impl FaultDisk {
     /// From now on, only so many bytes can be written.
     pub(crate) fn leave_free(&self, bytes: u64) {
         self.0.lock().free_bytes = Some(bytes);
+    }
+
+    /// What waits for it takes long, or no more.
+    pub(crate) fn set_busy(&self, is_busy: bool) {
+        self.0.lock().is_busy = is_busy;
     }
 
     /// From now on the disk says that this much is free.
@@ -341,6 +347,10 @@ impl Disk for FaultDisk {
 
     fn free_bytes(&self) -> io::Result<u64> {
         Ok(self.0.lock().told_free_bytes.unwrap_or(u64::MAX))
+    }
+
+    fn is_busy(&self) -> bool {
+        self.0.lock().is_busy
     }
 }
 

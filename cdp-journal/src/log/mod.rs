@@ -5,13 +5,14 @@
 //! - L2: a segment is durable before its successor exists.
 //! - L3: what [`LogWriter::sync`] reported is found by every later recovery, whatever the disk did with the
 //!   rest (`a_crash_at_any_disk_operation_keeps_what_was_durable`).
-//! - L4: after a failed sync nothing is written any more.
+//! - L4: once a sync has failed nothing is reported durable any more, and the writer writes nothing once it knows of it.
 //! - L5: a frame that is not whole and that nobody vouches for (no later envelope, no later segment, not the index)
 //!   is a torn append: recovery cuts it, readers do not see it, verification does not call it damage.
 
 mod disk;
 mod recover;
 mod scan;
+mod sync;
 mod writer;
 
 #[cfg(test)]
@@ -29,8 +30,9 @@ pub(crate) use recover::{LogState, recover};
 pub(crate) use scan::{
     Depth, Found, FoundFrame, HeaderState, Segment, Tail, header_error, open_error, segments,
 };
-pub(crate) use writer::LogLimits;
+pub use sync::SyncJob;
 pub use writer::LogWriter;
+pub(crate) use writer::{LogLimits, SEGMENT_LATE_PART};
 
 /// Where a frame lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

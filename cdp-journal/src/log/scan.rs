@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use uuid::Uuid;
 
@@ -56,7 +57,7 @@ pub(crate) struct FoundFrame {
 pub(crate) struct Segment {
     pub(crate) id: SegmentId,
     pub(crate) path: PathBuf,
-    pub(crate) file: Box<dyn DiskFile>,
+    pub(crate) file: Arc<dyn DiskFile>,
 }
 
 /// What the header of a segment says.
@@ -79,7 +80,7 @@ impl Segment {
         Ok(Self {
             id,
             path: disk.path(&name),
-            file: disk.open(&name)?,
+            file: Arc::from(disk.open(&name)?),
         })
     }
 

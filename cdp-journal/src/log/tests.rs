@@ -89,25 +89,42 @@ fn damages(disk: &FaultDisk, indexed: Option<Seq>) -> Vec<Damage> {
         .damages
 }
 
-/// Appends frames and syncs now and then, until the disk stops; returns the last record reported durable.
+/// Appends frames and syncs now and then, at once or while more is appended, until the disk stops; returns the last
+/// record reported durable.
 fn run(disk: &FaultDisk, frames: usize, random: &mut Random) -> Option<Seq> {
     let Ok(mut log) = open(disk, None) else {
         return None;
     };
-    let mut durable = log.durable();
+    let mut job: Option<SyncJob> = None;
+    let mut told = log.durable();
     for _ in 0..frames {
-        if log.append(&frame(log.next_seq())).is_err() {
-            break;
-        }
-        durable = log.durable();
-        if random.below(3) == 0 {
-            match log.sync() {
-                Ok(seq) => durable = seq,
+        let next = frame(log.next_seq());
+        disk.set_busy(random.below(2) == 0);
+        // A segment that ends waits for its sync.
+        let rolls = !log.fits((ENVELOPE_BYTES + next.bytes().len()) as u64);
+        if let Some(job) = job.take_if(|_| rolls || random.below(3) == 0) {
+            match job.run() {
+                Ok(durable) => told = durable,
                 Err(_) => break,
             }
         }
+        if log.append(&next).is_err() {
+            break;
+        }
+        told = told.max(log.durable());
+        if job.is_some() || random.below(3) > 0 {
+            continue;
+        }
+        if random.below(2) == 0 {
+            job = log.begin_sync().unwrap();
+            continue;
+        }
+        match log.sync() {
+            Ok(durable) => told = durable,
+            Err(_) => break,
+        }
     }
-    durable
+    told
 }
 
 /// Goal: nothing that was reported durable is lost, and the log always opens. Method: stop the disk after each
@@ -513,6 +530,88 @@ fn a_failed_sync_is_final() {
         Err(LogError::Poisoned { .. })
     ));
     assert_eq!(log.durable(), durable);
+}
+
+#[test]
+fn a_sync_that_fails_on_another_thread_is_final_too() {
+    for fails in [true, false] {
+        let (disk, _, _) = one_segment();
+        let mut log = open(&disk, None).unwrap();
+        let durable = log.durable();
+        log.append(&frame(log.next_seq())).unwrap();
+        let job = log.begin_sync().unwrap().unwrap();
+        log.append(&frame(log.next_seq())).unwrap();
+        assert!(!log.is_synced().unwrap());
+        assert_eq!(log.durable(), durable, "it is not done yet");
+        if fails {
+            disk.fail_next(Fault::Fails(io::ErrorKind::Other));
+            assert!(matches!(job.run(), Err(LogError::Io { action: "sync", .. })));
+        } else {
+            drop(job);
+        }
+        assert!(matches!(log.is_synced(), Err(LogError::Poisoned { .. })));
+        assert!(matches!(log.sync(), Err(LogError::Poisoned { .. })));
+        let next = frame(log.next_seq());
+        assert!(matches!(log.append(&next), Err(LogError::Poisoned { .. })));
+        assert_eq!(log.durable(), durable);
+    }
+}
+
+#[test]
+fn a_sync_covers_what_was_appended_before_it_began() {
+    let (disk, _, _) = one_segment();
+    let mut log = open(&disk, None).unwrap();
+    log.append(&frame(log.next_seq())).unwrap();
+    let before = log.appended();
+    let job = log.begin_sync().unwrap().unwrap();
+    log.append(&frame(log.next_seq())).unwrap();
+    assert_eq!(job.run().unwrap(), before);
+    assert!(log.is_synced().unwrap());
+    assert_eq!(log.durable(), before);
+    assert_eq!(log.sync().unwrap(), log.appended());
+}
+
+#[test]
+fn a_segment_is_not_followed_by_another_when_its_sync_has_failed() {
+    let (disk, _, _) = one_segment();
+    let mut log = open(&disk, None).unwrap();
+    let segments_before = segments(&disk).unwrap();
+    let durable = log.durable();
+    log.append(&frame(log.next_seq())).unwrap();
+    let job = log.begin_sync().unwrap().unwrap();
+    let next = loop {
+        let next = frame(log.next_seq());
+        if !log.fits((ENVELOPE_BYTES + next.bytes().len()) as u64) {
+            break next;
+        }
+        log.append(&next).unwrap();
+    };
+    disk.fail_next(Fault::Fails(io::ErrorKind::Other));
+    job.run().unwrap_err();
+    // The kernel tells of a failure once: a second sync would succeed.
+    assert!(matches!(log.append(&next), Err(LogError::Poisoned { .. })));
+    assert_eq!(segments(&disk).unwrap(), segments_before);
+    assert_eq!(log.durable(), durable);
+}
+
+#[test]
+fn a_segment_ends_late_while_the_disk_is_busy_but_it_ends() {
+    let disk = FaultDisk::default();
+    let mut log = open(&disk, None).unwrap();
+    log.append(&frame(log.next_seq())).unwrap();
+    let mut fill = |is_busy: bool| {
+        disk.set_busy(is_busy);
+        let begun = segments(&disk).unwrap().len();
+        while segments(&disk).unwrap().len() == begun {
+            log.append(&frame(log.next_seq())).unwrap();
+        }
+        let ended = segments(&disk).unwrap()[begun - 1].file_name();
+        disk.open(&ended).unwrap().len().unwrap()
+    };
+    assert!(fill(false) <= SEGMENT_BYTES_MAX);
+    let late = SEGMENT_BYTES_MAX + SEGMENT_BYTES_MAX / SEGMENT_LATE_PART;
+    assert!((SEGMENT_BYTES_MAX + 1..=late).contains(&fill(true)));
+    assert!(fill(false) <= SEGMENT_BYTES_MAX);
 }
 
 #[test]

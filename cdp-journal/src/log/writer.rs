@@ -4,11 +4,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crossbeam_channel::{Receiver, TryRecvError};
 use uuid::Uuid;
 
 use super::disk::Disk;
 use super::recover::LogState;
 use super::scan::{Segment, segments};
+use super::sync::SyncJob;
 use super::{FrameLocation, LogError, Room};
 use crate::format::{
     ENVELOPE_BYTES, Envelope, FRAME_BYTES_MAX, SEGMENT_HEADER_BYTES, SealedFrame, SegmentHeader,
@@ -20,8 +22,11 @@ use crate::types::{SegmentId, Seq};
 const CONTROL_RESERVE_BYTES: u64 = 1 << 20;
 /// Space asked for ahead of the end of a segment.
 const RESERVE_STEP_BYTES: u64 = 16 << 20;
-/// Bytes after which write-out is started early, so that the sync has less to wait for.
-const WRITE_OUT_STEP_BYTES: u64 = 1 << 20;
+
+/// A segment may become longer by this part of its bound while the device is busy.
+pub(crate) const SEGMENT_LATE_PART: u64 = 2;
+/// Why a log takes no more whose sync was begun and never run.
+const ABANDONED: &str = "it was begun and not done";
 
 const _: () = assert!(RESERVE_STEP_BYTES > (FRAME_BYTES_MAX + ENVELOPE_BYTES) as u64);
 
@@ -46,10 +51,10 @@ pub struct LogWriter {
     closed_bytes: u64,
     /// Space is asked for up to here.
     reserved_until: u64,
-    /// Write-out was started up to here.
-    written_out_until: u64,
     appended: Option<Seq>,
     durable: Option<Seq>,
+    /// How the sync ends that was begun.
+    syncing: Option<Receiver<Result<Option<Seq>, String>>>,
     poison: Option<String>,
     /// Held for as long as the writer lives.
     _lock: Option<Arc<StoreLock>>,
@@ -77,9 +82,9 @@ impl LogWriter {
             newest: state.newest,
             closed_bytes,
             reserved_until: end,
-            written_out_until: end,
             appended: state.last,
             durable: state.last,
+            syncing: None,
             poison: None,
             _lock: lock,
         })
@@ -106,10 +111,8 @@ impl LogWriter {
         }
         let bytes = (ENVELOPE_BYTES + frame.bytes().len()) as u64;
         self.refuse_if_full(bytes, frame.has_data())?;
-        let fits = self.newest.as_ref().is_some_and(|(_, end)| {
-            end + bytes <= self.limits.segment_bytes_max || *end == SEGMENT_HEADER_BYTES as u64
-        });
-        if !fits {
+        let waits = self.disk.is_busy() && self.fits_late(bytes);
+        if !self.fits(bytes) && !waits {
             self.roll()?;
         }
         let Some((segment, end)) = &mut self.newest else {
@@ -151,37 +154,85 @@ impl LogWriter {
             offset: *end + ENVELOPE_BYTES as u64,
         };
         *end += bytes;
-        if *end - self.written_out_until >= WRITE_OUT_STEP_BYTES {
-            segment
-                .file
-                .start_write_out(self.written_out_until, *end - self.written_out_until);
-            self.written_out_until = *end;
-        }
         self.appended = Some(frame.last_seq());
         Ok(location)
     }
 
-    /// Makes everything appended durable. Returns the last durable record.
+    /// Is there room in the newest segment for a frame that takes so many bytes?
+    pub(super) fn fits(&self, bytes: u64) -> bool {
+        self.newest.as_ref().is_some_and(|(_, end)| {
+            end + bytes <= self.limits.segment_bytes_max || *end == SEGMENT_HEADER_BYTES as u64
+        })
+    }
+
+    /// The same while the device is busy: a new segment would wait for it several times.
+    fn fits_late(&self, bytes: u64) -> bool {
+        let bytes_max = self.limits.segment_bytes_max + self.limits.segment_bytes_max / SEGMENT_LATE_PART;
+        self.newest
+            .as_ref()
+            .is_some_and(|(_, end)| end + bytes <= bytes_max)
+    }
+
+    /// Makes everything appended durable. Returns the last durable record. Waits for a sync that was begun before.
     ///
     /// A failure is final: the kernel may have dropped the pages, so a later success could lie.
     pub fn sync(&mut self) -> Result<Option<Seq>, LogError> {
-        self.refuse_if_poisoned()?;
+        self.finish_sync()?;
         if self.durable == self.appended {
             return Ok(self.durable);
         }
-        if let Some((segment, end)) = &self.newest {
-            if let Err(source) = segment.file.sync() {
-                self.poison = Some(format!("sync: {source}"));
-                return Err(LogError::Io {
-                    action: "sync",
-                    path: segment.path.clone(),
-                    source,
-                });
-            }
-            self.written_out_until = *end;
-        }
-        self.durable = self.appended;
+        let Some(job) = self.begin_sync()? else {
+            return Ok(self.durable);
+        };
+        let result = job.run();
+        // The same, for who runs it elsewhere.
+        let noted = self.finish_sync();
+        result?;
+        noted?;
         Ok(self.durable)
+    }
+
+    /// What is to be done to make everything durable that was appended so far; it can be done on another thread, while
+    /// more is appended. None if there is no segment yet. There is one at a time: waits for the one before, which
+    /// another thread runs, or which was run or dropped.
+    pub fn begin_sync(&mut self) -> Result<Option<SyncJob>, LogError> {
+        self.finish_sync()?;
+        let Some((segment, _)) = &self.newest else {
+            return Ok(None);
+        };
+        let (job, outcome) = SyncJob::new(Arc::clone(&segment.file), segment.path.clone(), self.appended);
+        self.syncing = Some(outcome);
+        Ok(Some(job))
+    }
+
+    /// Has the sync that was begun ended? True as well if there is none.
+    pub fn is_synced(&mut self) -> Result<bool, LogError> {
+        let outcome = self.syncing.as_ref().map(Receiver::try_recv);
+        match outcome {
+            Some(Err(TryRecvError::Empty)) => return Ok(false),
+            Some(Err(TryRecvError::Disconnected)) => self.note_synced(Err(ABANDONED.to_owned())),
+            Some(Ok(result)) => self.note_synced(result),
+            None => {}
+        }
+        self.refuse_if_poisoned()?;
+        Ok(true)
+    }
+
+    /// Waits until the sync that was begun has ended.
+    fn finish_sync(&mut self) -> Result<(), LogError> {
+        if let Some(outcome) = &self.syncing {
+            let result = outcome.recv().unwrap_or_else(|_| Err(ABANDONED.to_owned()));
+            self.note_synced(result);
+        }
+        self.refuse_if_poisoned()
+    }
+
+    fn note_synced(&mut self, result: Result<Option<Seq>, String>) {
+        self.syncing = None;
+        match result {
+            Ok(durable) => self.durable = durable,
+            Err(reason) => self.poison = Some(format!("sync: {reason}")),
+        }
     }
 
     /// Finishes the newest segment and begins the next. On failure the newest stays, or the log is poisoned.
@@ -239,9 +290,9 @@ impl LogWriter {
             });
         }
         self.closed_bytes = self.log_bytes();
+        let file = Arc::from(file);
         self.newest = Some((Segment { id, path, file }, SEGMENT_HEADER_BYTES as u64));
         self.reserved_until = SEGMENT_HEADER_BYTES as u64;
-        self.written_out_until = SEGMENT_HEADER_BYTES as u64;
         Ok(())
     }
 

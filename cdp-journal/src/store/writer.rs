@@ -12,7 +12,9 @@ use crate::error::{OpenError, ReadError};
 use crate::format::{FRAME_BYTES_MAX, GapCause};
 use crate::history::VolumeInfo;
 use crate::index::{Event, EventBody, IndexError, IndexParts, IndexWriter, open_index, rebuild_index};
-use crate::log::{Disk, LogLimits, LogState, LogWriter, RealDisk, Tail, open_error, recover};
+use crate::log::{
+    Disk, LogLimits, LogState, LogWriter, RealDisk, SEGMENT_LATE_PART, Tail, open_error, recover,
+};
 use crate::types::{BootNs, SegmentId, Seq, WallNs};
 use crate::verify::Damage;
 use crate::when::Point;
@@ -21,12 +23,16 @@ use crate::wire::FrameId;
 /// The index addresses a segment with 32 bits; and a smaller one than a frame makes no sense.
 const SEGMENT_BYTES_RANGE: std::ops::RangeInclusive<u64> = 1 << 16..=1 << 31;
 
-const _: () = assert!(*SEGMENT_BYTES_RANGE.end() + (FRAME_BYTES_MAX as u64) < u32::MAX as u64);
+const _: () = {
+    let bytes_max = *SEGMENT_BYTES_RANGE.end();
+    assert!(bytes_max + bytes_max / SEGMENT_LATE_PART + (FRAME_BYTES_MAX as u64) < u32::MAX as u64);
+};
 
 /// Bounds of a store.
 #[derive(Clone, Debug)]
 pub struct WriterOptions {
-    /// A segment is closed when the next frame would make it longer than this.
+    /// A segment is closed when the next frame would make it longer than this; while the device is busy with others, up
+    /// to half of it later.
     pub segment_bytes_max: u64,
     /// The store is full when log and index have this many bytes. `None`: no bound but the file system.
     pub store_bytes_max: Option<u64>,
