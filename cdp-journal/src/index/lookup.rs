@@ -1,5 +1,6 @@
 //! Questions to the index, whichever layers it has.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::IndexError;
@@ -216,6 +217,12 @@ impl<'a> Lookup<'a> {
         found.map(|(_, value)| FrameEntry::decode(&value)).transpose()
     }
 
+    /// The frames that begin at or after `seq`, in order, `most` of them at most.
+    pub(crate) fn frames_from(&self, seq: u64, most: u64) -> Result<Vec<FrameEntry>, IndexError> {
+        let pairs = self.pairs_between(&frame_key(seq), &frame_key(u64::MAX), most)?;
+        pairs.values().map(|value| FrameEntry::decode(value)).collect()
+    }
+
     /// The first frame in which some record is later than `wall`.
     pub(crate) fn first_frame_later_than(&self, wall: WallNs) -> Result<Option<FrameEntry>, IndexError> {
         let Some(later) = wall.0.checked_add(1) else {
@@ -245,22 +252,39 @@ impl<'a> Lookup<'a> {
     }
 
     fn events_between(&self, from: &[u8], to: &[u8]) -> Result<Vec<Event>, IndexError> {
-        let mut pairs = std::collections::BTreeMap::new();
+        let pairs = self.pairs_between(from, to, u64::MAX)?;
+        pairs
+            .iter()
+            .map(|(key, value)| decode_event(key, value))
+            .collect()
+    }
+
+    /// The pairs of both layers between two keys, themselves included: the first `most` of them. No versions.
+    fn pairs_between(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        most: u64,
+    ) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, IndexError> {
+        let mut pairs = BTreeMap::new();
         if let Some(db) = self.db {
             let mut iterator = db.db.raw_iterator();
             iterator.seek(from);
-            while let Some((key, value)) = iterator.item().filter(|(key, _)| *key <= to) {
+            while let Some((key, value)) = iterator.item().filter(|(key, _)| *key <= to)
+                && (pairs.len() as u64) < most
+            {
                 pairs.insert(key.to_vec(), value.to_vec());
                 iterator.next();
             }
             iterator.status()?;
         }
         let over = self.overlay.others.range(from.to_vec()..=to.to_vec());
+        let over = over.take(usize::try_from(most).unwrap_or(usize::MAX));
         pairs.extend(over.map(|(key, value)| (key.clone(), value.clone())));
-        pairs
-            .iter()
-            .map(|(key, value)| decode_event(key, value))
-            .collect()
+        while pairs.len() as u64 > most {
+            pairs.pop_last();
+        }
+        Ok(pairs)
     }
 }
 

@@ -220,7 +220,7 @@ impl StoreWriter {
         let views = self.index.views();
         let entry = views.ask(|lookup| lookup.frame_at_or_before(last.get()))?;
         let found = entry.map(|entry| views.frame_head(&entry)).transpose()?;
-        Ok(found.map(|(header, head)| FrameId::of(header.first_seq, header.last_seq(), &head)))
+        Ok(found.map(|(frame, head)| FrameId::of(frame.header.first_seq, frame.header.last_seq(), &head)))
     }
 
     /// Both halves, for a thread each. The lock is held until both are dropped.

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::changes::{Between, looked_up};
 use super::plan::Item;
 use crate::error::ReadError;
 use crate::format::Group;
@@ -75,6 +76,11 @@ pub(crate) trait Blocks: Debug + Send + Sync {
         blocks: Range<u64>,
         out: &mut Vec<BlockVersion>,
     ) -> Result<(), ReadError>;
+
+    /// Ranges (of whole blocks but for the ends of the range, merged, in order) that got another version between.
+    fn changed(&self, between: &Between) -> Result<Vec<Range<u64>>, ReadError> {
+        looked_up(self, between)
+    }
 
     /// The checked groups of these names, [`GROUPS_MAX`] at most, in their order. `None` for a frame that is not there.
     fn groups(&self, names: &[GroupName]) -> Result<Vec<Option<PlacedGroup>>, ReadError>;

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod cache;
+mod changes;
 mod content;
 mod copy;
 mod plan;
@@ -18,6 +19,7 @@ use crate::types::{BLOCK_BYTES, Seq, VolumeId};
 
 pub(crate) use blocks::{Blocks, GROUPS_MAX, GroupName, GroupPlace, PlacedGroup, SegmentBytes};
 pub(crate) use cache::GroupCache;
+pub(crate) use changes::Between;
 pub(crate) use content::{Wanted, read as read_content};
 pub(crate) use plan::{GroupRange, Item};
 pub(crate) use source::{GROUP_STORED_BYTES_MAX, ViewStore, read_full};
@@ -232,29 +234,16 @@ impl View {
     }
 
     /// Ranges (of whole blocks, merged, in order) whose stored version at this moment is another than at `older`
-    /// (`None`: before everything): all that can differ. The bytes may be equal all the same.
+    /// (`None`: before everything): all that can differ. The bytes may be equal all the same. Costs what was recorded
+    /// since or what the range is long, whichever is less.
     pub fn changed_since(&self, older: Option<Seq>, range: Range<u64>) -> Result<Vec<Range<u64>>, ReadError> {
         let range = self.checked(range.start, range.end.saturating_sub(range.start))?;
-        let mut changed: Vec<Range<u64>> = Vec::new();
-        let (mut now, mut before) = (Vec::new(), Vec::new());
-        for chunk in plan::chunks(range.clone()) {
-            let blocks = plan::blocks_of(&chunk);
-            self.store
-                .versions(self.volume, Some(self.seq), blocks.clone(), &mut now)?;
-            self.store
-                .versions(self.volume, older, blocks.clone(), &mut before)?;
-            for (block, _) in blocks
-                .zip(now.iter().zip(&before))
-                .filter(|(_, (now, before))| now != before)
-            {
-                let offset = (block * BLOCK_BYTES).max(range.start);
-                let end = ((block + 1) * BLOCK_BYTES).min(range.end);
-                match changed.last_mut() {
-                    Some(last) if last.end == offset => last.end = end,
-                    _ => changed.push(offset..end),
-                }
-            }
-        }
-        Ok(changed)
+        let here = Some(self.seq);
+        self.store.changed(&Between {
+            volume: self.volume,
+            after: older.min(here),
+            until: self.seq.max(older.unwrap_or(Seq::FIRST)),
+            range,
+        })
     }
 }

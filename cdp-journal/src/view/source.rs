@@ -12,6 +12,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 use rustix::fs::{Advice, fadvise};
 
+use super::changes::{self, Between};
 use super::plan::plan;
 use super::{Blocks, GroupCache, GroupName, GroupPlace, Item, PlacedGroup, SegmentBytes};
 use crate::error::ReadError;
@@ -107,22 +108,27 @@ impl ViewStore {
         })
     }
 
-    /// Header, and header and record table as they lie in the log, of a frame that the index knows.
-    pub(crate) fn frame_head(&self, entry: &FrameEntry) -> Result<(FrameHeader, Vec<u8>), ReadError> {
-        let damaged = |error: FrameError| ReadError::Damaged {
+    /// A frame that the index knows, and its header and record table as they lie in the log.
+    pub(crate) fn frame_head(&self, entry: &FrameEntry) -> Result<(Frame, Vec<u8>), ReadError> {
+        let damage = |what: &str| ReadError::Damaged {
             path: self.segment_path(entry.segment),
             offset: entry.offset,
-            what: error.to_string(),
+            what: what.to_owned(),
             seqs: Seq::new(entry.first_seq).zip(Seq::new(entry.last_seq)),
         };
+        let damaged = |error: FrameError| damage(&error.to_string());
         let file = self.segment(entry.segment)?;
         let mut head = vec![0; FrameHeader::BYTES];
         self.read(&file, entry.segment, entry.offset, &mut head)?;
         let header = FrameHeader::decode(&head).map_err(damaged)?;
         head.resize(header.prefix_bytes(), 0);
         self.read(&file, entry.segment, entry.offset, &mut head)?;
-        Frame::parse(&head).map_err(damaged)?;
-        Ok((header, head))
+        let frame = Frame::parse(&head).map_err(damaged)?;
+        if (frame.header.first_seq.get(), frame.header.last_seq().get()) != (entry.first_seq, entry.last_seq)
+        {
+            return Err(damage("another frame than the index says"));
+        }
+        Ok((frame, head))
     }
 
     /// Where the group of that name lies; `None` if there is no such frame.
@@ -192,6 +198,10 @@ impl Blocks for ViewStore {
     ) -> Result<(), ReadError> {
         let seq = Seq::number_of(seq);
         Ok(self.ask(|lookup| lookup.blocks(&mut lookup.cursor(), volume, blocks, seq, out))?)
+    }
+
+    fn changed(&self, between: &Between) -> Result<Vec<Range<u64>>, ReadError> {
+        changes::changed(self, between)
     }
 
     fn groups(&self, names: &[GroupName]) -> Result<Vec<Option<PlacedGroup>>, ReadError> {

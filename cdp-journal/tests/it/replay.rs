@@ -3,11 +3,12 @@
 //! moment is read in several ways and compared. proptest prints the failing case and keeps its seed.
 
 use std::io;
+use std::ops::Range;
 
 use cdp_journal::Seq;
 use cdp_journal::format::{Body, EncodedBlocks};
 use cdp_journal::store::StoreReader;
-use cdp_journal::view::{CopyOptions, ExtentKind, Sink};
+use cdp_journal::view::{CopyOptions, ExtentKind, Sink, View};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -347,6 +348,7 @@ fn check(reader: &StoreReader, naive: &Naive, first: u64, last: u64) -> Result<(
             let range = extent.offset as usize..(extent.offset + extent.len) as usize;
             prop_assert!(extent.kind == ExtentKind::Data || expected[range].iter().all(|byte| *byte == 0));
         }
+        check_changes(&view)?;
         if let Some(before) = before.filter(|before| before.len() == expected.len()) {
             let changed = view.changed_since(Seq::new(seq - 1), 0..view.bytes()).unwrap();
             for at in (0..expected.len()).filter(|at| before[*at] != expected[*at]) {
@@ -391,6 +393,28 @@ fn check(reader: &StoreReader, naive: &Naive, first: u64, last: u64) -> Result<(
             "a copy with windows of {} bytes",
             window_bytes
         );
+    }
+    Ok(())
+}
+
+/// What has changed since other moments is what was written after them: nothing less, and nothing more.
+fn check_changes(view: &View) -> Result<(), TestCaseError> {
+    let blocks: Vec<_> = (0..view.bytes())
+        .step_by(4096)
+        .map(|at| (at..view.bytes().min(at + 4096), view.written_by(at).unwrap()))
+        .collect();
+    let seq = view.seq().get();
+    for older in [0, seq / 2, seq.saturating_sub(3), seq - 1] {
+        let older = Seq::new(older);
+        let mut expected: Vec<Range<u64>> = Vec::new();
+        for (block, _) in blocks.iter().filter(|(_, written)| *written > older) {
+            match expected.last_mut() {
+                Some(last) if last.end == block.start => last.end = block.end,
+                _ => expected.push(block.clone()),
+            }
+        }
+        let found = view.changed_since(older, 0..view.bytes()).unwrap();
+        prop_assert_eq!(found, expected, "seq {} since {:?}", seq, older);
     }
     Ok(())
 }

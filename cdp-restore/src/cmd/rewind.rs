@@ -38,8 +38,6 @@ use crate::units::{Bytes, Elapsed};
 
 /// Blocks that were not written since, compared all the same.
 const SAMPLES: u64 = 256;
-/// What is asked of the index at once.
-const WINDOW_BYTES: u64 = 1 << 30;
 /// Bookmarks of states before a rewind begin so.
 const BOOKMARK: &str = "before-rewind";
 
@@ -281,13 +279,7 @@ impl Job<'_> {
             ));
             return Ok(Plan::everything(self.view()));
         }
-        let mut ranges: Vec<Range<u64>> = Vec::new();
-        let mut at = 0;
-        while at < now.bytes() {
-            let window = at..now.bytes().min(at + WINDOW_BYTES);
-            at = window.end;
-            ranges.extend(now.changed_since(Some(self.moment.instant.seq), window)?);
-        }
+        let ranges = now.changed_since(Some(self.moment.instant.seq), 0..now.bytes())?;
         let samples = Some(self.samples(&ranges));
         Ok(Plan { ranges, samples })
     }
