@@ -66,6 +66,8 @@ pub(crate) struct Shared {
     /// The events before this position in the ring are in the records up to that one.
     appended_position: AtomicU64,
     pub(crate) commit_interval_ms: AtomicU64,
+    /// Somebody waits until the frame under construction is durable.
+    hurries: AtomicBool,
     pub(crate) log_bytes: AtomicU64,
     /// How full the store is, once it was asked.
     pub(crate) room: Mutex<Option<Room>>,
@@ -117,6 +119,7 @@ impl Shared {
             appended: AtomicU64::new(0),
             appended_position: AtomicU64::new(0),
             commit_interval_ms: AtomicU64::new(commit_interval.as_millis() as u64),
+            hurries: AtomicBool::new(false),
             log_bytes: AtomicU64::new(0),
             room: Mutex::new(None),
             pace: Pace::default(),
@@ -220,6 +223,11 @@ impl Shared {
         self.poll(Some(Instant::now() + timeout), || {
             self.recorder.lock().is_clear(&mark)
         })
+    }
+
+    /// Has what is recorded by now made durable without waiting for more.
+    pub(crate) fn hurry(&self) {
+        self.hurries.store(true, Ordering::SeqCst);
     }
 
     /// Waits until `seq` is durable; false after `timeout` or when the agent ends first.
@@ -479,7 +487,8 @@ impl Capture {
                 recorder.tick(now);
             }
             let unkept = self.probe.positions().consumed() - shared.appended_position().0;
-            let age_max = if stopping || unkept > self.probe.ring_bytes() / 4 {
+            let hurries = shared.hurries.swap(false, Ordering::SeqCst);
+            let age_max = if stopping || hurries || unkept > self.probe.ring_bytes() / 4 {
                 Duration::ZERO
             } else {
                 shared.commit_interval() / 2

@@ -192,6 +192,7 @@ fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
         // So that the time of the call is known to be covered, too.
         Some(recorder.note(now, None, Body::Tick))
     };
+    shared.hurry();
     if !shared.wait_durable(seq, left()) {
         return Answer::Failed {
             why: format!("not durable after {} ms", timeout.as_millis()),
@@ -224,6 +225,7 @@ fn bookmark(shared: &Shared, label: String) -> Answer {
             now.at_offset(clock::wall_offset_ns()),
         )
     };
+    shared.hurry();
     if shared.wait_durable(Some(seq), BOOKMARK_TIMEOUT) {
         Answer::Bookmarked {
             seq: seq.get(),
