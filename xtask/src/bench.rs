@@ -49,8 +49,11 @@ pub(crate) struct BenchArgs {
     /// Only how long `rewind` and `mount` take; writes no file
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes"])]
     restore: bool,
-    /// Only a server's lag, what travels to it, and how fast it takes in; writes no file
+    /// Only how long `rewind` takes; writes no file
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore"])]
+    rewind: bool,
+    /// Only a server's lag, what travels to it, and how fast it takes in; writes no file
+    #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore", "rewind"])]
     ship: bool,
     /// How often both sides take turns (5; with --quick 2)
     #[arg(long, value_name = "N")]
@@ -123,6 +126,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     let measured = match (args.bytes, args.restore) {
         (true, _) => measure_bytes(&scene, Effort::of(args)),
         (_, true) => restore::measure(&scene, restore_effort(args)),
+        _ if args.rewind => restore::measure_rewinds(&scene, restore_effort(args)),
         _ if args.ship => measure_ship(&scene, Effort::of(args)),
         _ => measure(&scene, args).and_then(|report| report.markdown()),
     };
@@ -133,7 +137,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     let text = measured?;
     cleared?;
     println!("{text}");
-    let is_part = args.latency || args.held || args.bytes || args.restore || args.ship;
+    let is_part = args.latency || args.held || args.bytes || args.restore || args.rewind || args.ship;
     if !args.quick && !is_part {
         let path = workspace.root.join(&args.to);
         let folder = path.parent().context("a folder for the table")?;
@@ -153,6 +157,7 @@ fn again(args: &BenchArgs) -> Vec<String> {
         (args.held, "--held"),
         (args.bytes, "--bytes"),
         (args.restore, "--restore"),
+        (args.rewind, "--rewind"),
         (args.ship, "--ship"),
     ] {
         if is_given {
@@ -194,6 +199,10 @@ fn measure(scene: &Scene, args: &BenchArgs) -> Result<Report> {
     }
     if is_all || args.latency {
         measure_latencies(&bench, effort, &mut report)?;
+    }
+    drop(bench);
+    if is_all {
+        report.add_rewinds(restore::measure_rewinds(scene, restore_effort(args))?);
     }
     Ok(report)
 }

@@ -25,6 +25,8 @@ pub(super) struct Report {
     held: BTreeMap<HeldLoad, Figures>,
     copies: Vec<Copies>,
     latencies: BTreeMap<Plight, Vec<Latency>>,
+    /// The table, as text.
+    rewinds: Option<String>,
 }
 
 impl Report {
@@ -35,6 +37,7 @@ impl Report {
             held: BTreeMap::new(),
             copies: Vec::new(),
             latencies: BTreeMap::new(),
+            rewinds: None,
         }
     }
 
@@ -50,6 +53,10 @@ impl Report {
         self.copies.push(copies);
     }
 
+    pub(super) fn add_rewinds(&mut self, rewinds: String) {
+        self.rewinds = Some(rewinds);
+    }
+
     pub(super) fn add_latency(&mut self, plight: Plight, latency: Latency) {
         self.latencies.entry(plight).or_default().push(latency);
     }
@@ -61,6 +68,9 @@ impl Report {
         self.write_held(&mut page)?;
         self.write_latencies(&mut page)?;
         self.write_rest(&mut page)?;
+        if let Some(rewinds) = &self.rewinds {
+            write!(page, "\nBringing a device back by what differs: {rewinds}")?;
+        }
         Ok(page)
     }
 

@@ -77,27 +77,30 @@ enum Pattern {
 
 /// Measures and gives the tables.
 pub(super) fn measure(scene: &Scene, effort: RestoreEffort) -> Result<String> {
-    let mut text = format!(
+    let rewinds = measure_rewinds(scene, effort)?;
+    Ok(format!("{rewinds}\n{}", mounts(scene, effort)?))
+}
+
+/// Measures `rewind` alone and gives its table.
+pub(super) fn measure_rewinds(scene: &Scene, effort: RestoreEffort) -> Result<String> {
+    Ok(format!(
         "{} rounds in which all take turns; medians, and in brackets the smallest and largest, in milliseconds. Cold: \
-         after the page cache was dropped.\n\n",
-        effort.rounds
-    );
-    text.push_str(&rewinds(scene, effort)?);
-    text.push('\n');
-    text.push_str(&mounts(scene, effort)?);
-    Ok(text)
+         after the page cache was dropped. A rewind goes to the moment before 1 % of the volume was written over; the \
+         image is of that moment too, and equal to the device afterwards.\n\n{}",
+        effort.rounds,
+        rewinds(scene, effort)?
+    ))
 }
 
 fn rewinds(scene: &Scene, effort: RestoreEffort) -> Result<String> {
-    let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(effort.volume_bytes))?;
+    let device = LoopDevice::create(&scene.path("rewound"), LoopOptions::of_bytes(effort.volume_bytes))?;
     let fill = Fio::new("fill", device.path(), "write").option("bs", "1m");
     fill.direct(1).seed(1).run(scene.dir())?;
-    let store = scene.path("store");
+    let store = scene.path("store-rewound");
     let mut agent = AgentPlan::new(scene, &store)?
         .volume("v", device.path())
         .protect()?;
-    agent.bookmark("before")?;
-    let (restore, image) = (Restore::from(&store)?, scene.path("image"));
+    let (restore, image) = (Restore::from(&store)?, scene.path("image-rewound"));
     let mut rows = Vec::new();
     for cache in Cache::BOTH {
         let mut images = Vec::new();
@@ -106,7 +109,10 @@ fn rewinds(scene: &Scene, effort: RestoreEffort) -> Result<String> {
             (Pattern::Clustered, Vec::new(), Vec::new()),
         ];
         for round in 0..effort.rounds {
+            let mut before = String::new();
             for (pattern, times, floors) in &mut of_pattern {
+                before = format!("{cache}-{round}-{pattern:?}");
+                agent.bookmark(&before)?;
                 let started = Instant::now();
                 damage(scene, &device, *pattern, effort.volume_bytes, round as u64)?;
                 floors.push(started.elapsed());
@@ -114,7 +120,14 @@ fn rewinds(scene: &Scene, effort: RestoreEffort) -> Result<String> {
                 cache.prepare()?;
                 let command = restore
                     .command("rewind")
-                    .args(["v", "--at", "bookmark:before", "--yes", "--json", "--to"])
+                    .args([
+                        "v",
+                        "--at",
+                        &format!("bookmark:{before}"),
+                        "--yes",
+                        "--json",
+                        "--to",
+                    ])
                     .arg(device.path());
                 let started = Instant::now();
                 let ran = command.run()?.success()?;
@@ -129,7 +142,9 @@ fn rewinds(scene: &Scene, effort: RestoreEffort) -> Result<String> {
             }
             cache.prepare()?;
             let started = Instant::now();
-            restore.image("v", "bookmark:before", &image)?.success()?;
+            restore
+                .image("v", &format!("bookmark:{before}"), &image)?
+                .success()?;
             images.push(started.elapsed());
             let same = cmd("cmp").arg(&image).arg(device.path());
             same.timeout(Duration::from_secs(300))
