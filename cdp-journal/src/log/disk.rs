@@ -19,8 +19,10 @@ const DIRECT_ALIGN_BYTES: u64 = 4096;
 /// What is copied at a time where the memory is not aligned as the device wants it.
 const DIRECT_COPY_BYTES: usize = 512 << 10;
 
-/// A direct write, or a sync, that takes longer finds the device busy with others.
-const BUSY_TIME_MIN: Duration = Duration::from_millis(30);
+/// A direct write that takes as long finds the device busy with others; one of 1 MiB takes a few milliseconds at most.
+const BUSY_WRITE_TIME: Duration = Duration::from_millis(10);
+/// And so does a sync.
+const BUSY_SYNC_TIME: Duration = Duration::from_millis(30);
 
 /// A folder of segments.
 pub(crate) trait Disk: Debug + Send + Sync {
@@ -155,13 +157,13 @@ impl Busy {
     }
 
     fn wrote(&self, took: Duration) {
-        if took >= BUSY_TIME_MIN {
+        if took >= BUSY_WRITE_TIME {
             self.0.store(true, Ordering::Relaxed);
         }
     }
 
     fn synced(&self, took: Duration) {
-        self.0.store(took >= BUSY_TIME_MIN, Ordering::Relaxed);
+        self.0.store(took >= BUSY_SYNC_TIME, Ordering::Relaxed);
     }
 }
 
@@ -358,7 +360,7 @@ mod tests {
             };
             let (first, second) = (&source[..32], &source[from..from + len]);
             let took = if random.below(3) == 0 {
-                BUSY_TIME_MIN
+                BUSY_SYNC_TIME
             } else {
                 Duration::ZERO
             };
