@@ -111,8 +111,7 @@ impl LogWriter {
         }
         let bytes = (ENVELOPE_BYTES + frame.bytes().len()) as u64;
         self.refuse_if_full(bytes, frame.has_data())?;
-        let waits = self.disk.is_busy() && self.fits_late(bytes);
-        if !self.fits(bytes) && !waits {
+        if !self.fits(bytes) {
             self.roll()?;
         }
         let Some((segment, end)) = &mut self.newest else {
@@ -158,19 +157,16 @@ impl LogWriter {
         Ok(location)
     }
 
-    /// Is there room in the newest segment for a frame that takes so many bytes?
+    /// Is there room in the newest segment for a frame that takes so many bytes? While the device is busy there is some
+    /// beyond its bound: a new segment would wait for it several times.
     pub(super) fn fits(&self, bytes: u64) -> bool {
+        let late_bytes = match self.disk.is_busy() {
+            true => self.limits.segment_bytes_max / SEGMENT_LATE_PART,
+            false => 0,
+        };
         self.newest.as_ref().is_some_and(|(_, end)| {
-            end + bytes <= self.limits.segment_bytes_max || *end == SEGMENT_HEADER_BYTES as u64
+            end + bytes <= self.limits.segment_bytes_max + late_bytes || *end == SEGMENT_HEADER_BYTES as u64
         })
-    }
-
-    /// The same while the device is busy: a new segment would wait for it several times.
-    fn fits_late(&self, bytes: u64) -> bool {
-        let bytes_max = self.limits.segment_bytes_max + self.limits.segment_bytes_max / SEGMENT_LATE_PART;
-        self.newest
-            .as_ref()
-            .is_some_and(|(_, end)| end + bytes <= bytes_max)
     }
 
     /// Makes everything appended durable. Returns the last durable record. Waits for a sync that was begun before.
