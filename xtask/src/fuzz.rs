@@ -11,8 +11,8 @@ use anyhow::{Context as _, Result, ensure};
 use crate::sh;
 use crate::workspace::Workspace;
 
-/// Every target, and what it begins with: a golden file, in hexadecimal, from `cdp-journal/src`.
-const TARGETS: [(&str, Option<&str>); 2] = [("frame", Some("format/golden/frame_1.hex")), ("message", None)];
+/// Every target, and what it begins with: golden files, in hexadecimal, from `cdp-journal/src/format/golden`.
+const TARGETS: [(&str, &[&str]); 2] = [("frame", &["frame_1.hex", "frame_2.hex"]), ("message", &[])];
 
 /// Counts edges and shows comparisons to libFuzzer. The passes are LLVM's own.
 const COVERAGE: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -74,8 +74,11 @@ pub(crate) fn run(workspace: &Workspace, args: &FuzzArgs) -> Result<()> {
     for (name, golden) in TARGETS.into_iter().filter(|(name, _)| wanted(name)) {
         let corpus = output.join("corpus").join(name);
         fs::create_dir_all(&corpus).with_context(|| format!("make {}", corpus.display()))?;
-        if let Some(golden) = golden {
-            seed(&workspace.root.join("cdp-journal/src").join(golden), &corpus)?;
+        for golden in golden {
+            seed(
+                &workspace.root.join("cdp-journal/src/format/golden").join(golden),
+                &corpus,
+            )?;
         }
         let program = output.join(&triple).join("release").join(name);
         let found = output.join(format!("{name}-"));

@@ -72,6 +72,7 @@ pub struct DeltaCache {
     hand: usize,
     /// The Seq that follows the last frame encoded.
     next: Option<Seq>,
+    pub(super) is_dense: bool,
     pub(super) counts: EncodedBlocks,
 }
 
@@ -87,8 +88,14 @@ impl DeltaCache {
             slots_max,
             hand: 0,
             next: None,
+            is_dense: false,
             counts: EncodedBlocks::default(),
         }
+    }
+
+    /// Are the next frames to be short (zstd), or soon done (LZ4)? Units that were read back are always the latter.
+    pub fn pack_densely(&mut self, is_dense: bool) {
+        self.is_dense = is_dense;
     }
 
     /// How the blocks so far were encoded.

@@ -10,10 +10,10 @@ use uuid::Uuid;
 
 use super::encode::{Extent, GroupEncoder, Scratch, compress};
 use super::{
-    Body, CODEC_LZ4, CODEC_PLAIN, DeltaCache, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX,
-    FRAME_DATA_BYTES_MAX, FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX,
-    FRAME_ZEROED_BYTES_MAX, Frame, FrameError, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, Origin, PackedUnit,
-    Record, RecordFlags, TAIL_BYTES_MAX,
+    Body, CODEC_LZ4, CODEC_PLAIN, DeltaCache, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX, FRAME_DATA_BYTES_MAX,
+    FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, FRAME_ZEROED_BYTES_MAX,
+    Frame, FrameError, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, Origin, PackedUnit, Record, RecordFlags,
+    TAIL_BYTES_MAX,
 };
 use crate::types::{BLOCK_BYTES, BootNs, Seq, UNIT_BYTES, VolumeId};
 
@@ -213,17 +213,17 @@ impl FrameBuilder {
         let mut table = self.entries;
         let mut groups_at = HEAD_ROOM.min(bytes.len());
         cache.begin(self.first_seq, last_seq);
-        let (group_count, stored_table) = SCRATCH.with_borrow_mut(|scratch| {
+        let (group_count, format, stored_table) = SCRATCH.with_borrow_mut(|scratch| {
             let mut encoder =
                 GroupEncoder::new(self.first_seq, &mut bytes, groups_at, DATA_AT, cache, scratch);
             encoder.encode(&self.extents);
-            let entries = encoder.finish();
+            let (entries, format) = encoder.finish();
             let group_count = entries.len() / GROUP_ENTRY_BYTES;
             table.extend_from_slice(&entries);
             table.extend_from_slice(&self.tails);
             let shorter = compress(&table, &mut scratch.stored).map(|stored| stored.to_vec());
             scratch.shrink();
-            (group_count, shorter)
+            (group_count, format, shorter)
         });
         debug_assert!(group_count <= FRAME_GROUPS_MAX);
         let (codec, stored_table) = match &stored_table {
@@ -243,7 +243,7 @@ impl FrameBuilder {
 
         let mut header = Vec::with_capacity(FRAME_HEADER_BYTES);
         header.extend_from_slice(b"CDPF");
-        header.extend_from_slice(&FORMAT.to_le_bytes());
+        header.extend_from_slice(&format.to_le_bytes());
         header.extend_from_slice(&self.first_seq.get().to_le_bytes());
         header.extend_from_slice(&(frame_bytes as u32).to_le_bytes());
         header.extend_from_slice(&(self.record_count as u32).to_le_bytes());

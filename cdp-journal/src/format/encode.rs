@@ -3,12 +3,14 @@
 //! Works in place: the data lies behind the room where the groups go, and what is stored of a group is never longer than
 //! its data and a header.
 
+use zstd::bulk::Compressor;
+
 use super::bases::{DeltaCache, Home};
 use super::delta::{self, Block};
 use super::group::{Add, Delta, Directory};
 use super::{
-    ALONE_BYTES_MIN, CODEC_LZ4, CODEC_PLAIN, DELTA_DEPTH_MAX, FORM_DIRECTORY, FORM_PLAIN, GROUP_BYTES_MAX,
-    GROUP_HEADER_BYTES,
+    ALONE_BYTES_MIN, CODEC_LZ4, CODEC_PLAIN, CODEC_ZSTD, DELTA_DEPTH_MAX, FORM_DIRECTORY, FORM_PLAIN,
+    FORMAT_FIRST, FORMAT_ZSTD, GROUP_BYTES_MAX, GROUP_HEADER_BYTES,
 };
 use crate::format::build::parts;
 use crate::types::{BLOCK_BYTES, SECTOR_BYTES, Seq, UNIT_BYTES};
@@ -16,6 +18,8 @@ use crate::types::{BLOCK_BYTES, SECTOR_BYTES, Seq, UNIT_BYTES};
 const BLOCK: usize = BLOCK_BYTES as usize;
 /// What is tried of a group before all of it is compressed.
 const SAMPLE_BYTES: usize = 4096;
+/// Of zstd: higher ones take far more time and save little.
+const ZSTD_LEVEL: i32 = 1;
 /// What a thread keeps at most to compress into: enough for a group.
 const SCRATCH_KEPT_BYTES: usize = 2 * GROUP_BYTES_MAX;
 
@@ -30,9 +34,10 @@ pub(super) struct Extent {
 }
 
 /// Memory of a thread that encodes.
-#[derive(Debug)]
 pub(super) struct Scratch {
     pub(super) stored: Vec<u8>,
+    /// Made when it is first needed.
+    dense: Option<Compressor<'static>>,
     raw: Vec<u8>,
     patches: Vec<u8>,
     adds: Vec<Add>,
@@ -42,6 +47,7 @@ impl Scratch {
     pub(super) const fn new() -> Self {
         Self {
             stored: Vec::new(),
+            dense: None,
             raw: Vec::new(),
             patches: Vec::new(),
             adds: Vec::new(),
@@ -63,6 +69,24 @@ pub(super) fn compress<'s>(raw: &[u8], scratch: &'s mut Vec<u8>) -> Option<&'s [
     }
     // The C encoder takes about half the time of a safe one in Rust.
     let bytes = lz4::block::compress_to_buffer(raw, None, false, scratch).ok()?;
+    (bytes < raw.len()).then(|| &scratch[..bytes])
+}
+
+/// zstd of `raw` at the start of `scratch`, if it is shorter.
+fn compress_densely<'s>(
+    raw: &[u8],
+    scratch: &'s mut Vec<u8>,
+    dense: &mut Option<Compressor<'static>>,
+) -> Option<&'s [u8]> {
+    let bytes_max = zstd::zstd_safe::compress_bound(raw.len());
+    if scratch.len() < bytes_max {
+        scratch.resize(bytes_max, 0);
+    }
+    let compressor = match dense {
+        Some(compressor) => compressor,
+        None => dense.insert(Compressor::new(ZSTD_LEVEL).ok()?),
+    };
+    let bytes = compressor.compress_to_buffer(raw, &mut scratch[..]).ok()?;
     (bytes < raw.len()).then(|| &scratch[..bytes])
 }
 
@@ -108,6 +132,8 @@ pub(super) struct GroupEncoder<'a> {
     behind: Vec<Behind>,
     number: u16,
     entries: Vec<u8>,
+    /// That it takes to tell the groups.
+    format: u32,
 }
 
 impl<'a> GroupEncoder<'a> {
@@ -135,6 +161,7 @@ impl<'a> GroupEncoder<'a> {
             behind: Vec::new(),
             number: 0,
             entries: Vec::new(),
+            format: FORMAT_FIRST,
         }
     }
 
@@ -146,11 +173,11 @@ impl<'a> GroupEncoder<'a> {
         }
     }
 
-    /// Writes the last group; the groups' entries in the record table.
-    pub(super) fn finish(mut self) -> Vec<u8> {
+    /// Writes the last group; the groups' entries in the record table, and the format that it takes to tell them.
+    pub(super) fn finish(mut self) -> (Vec<u8>, u32) {
         self.close();
         self.bytes.truncate(self.end);
-        self.entries
+        (self.entries, self.format)
     }
 
     fn part(&mut self, extent: &Extent, offset: u64, len: usize) {
@@ -237,7 +264,11 @@ impl<'a> GroupEncoder<'a> {
             return;
         }
         let Scratch {
-            stored, raw, patches, ..
+            stored,
+            dense,
+            raw,
+            patches,
+            ..
         } = &mut *self.scratch;
         let plain = self.open_from..self.open_from + content_bytes;
         raw.clear();
@@ -257,9 +288,12 @@ impl<'a> GroupEncoder<'a> {
             false => (&raw[..], &raw[behind_at..]),
         };
         let raw_bytes = data.len();
-        let shorter = match is_noise(probe, stored) {
-            true => None,
-            false => compress(data, stored),
+        // A unit by itself is the same bytes wherever its content is read back: always by the same codec.
+        let is_dense = self.cache.is_dense && !self.open_is_alone;
+        let shorter = match (is_noise(probe, stored), is_dense) {
+            (true, _) => None,
+            (false, true) => compress_densely(data, stored, dense),
+            (false, false) => compress(data, stored),
         };
         let stored_at = self.end + GROUP_HEADER_BYTES;
         debug_assert!(stored_at + shorter.map_or(raw_bytes, <[u8]>::len) <= plain.end);
@@ -267,7 +301,7 @@ impl<'a> GroupEncoder<'a> {
             Some(stored) => {
                 self.end = stored_at + stored.len();
                 self.bytes[stored_at..self.end].copy_from_slice(stored);
-                CODEC_LZ4
+                if is_dense { CODEC_ZSTD } else { CODEC_LZ4 }
             }
             None => {
                 self.end = stored_at + raw_bytes;
@@ -285,6 +319,9 @@ impl<'a> GroupEncoder<'a> {
         };
         let (header, stored) =
             self.bytes[stored_at - GROUP_HEADER_BYTES..self.end].split_at_mut(GROUP_HEADER_BYTES);
+        if codec == CODEC_ZSTD {
+            self.format = FORMAT_ZSTD;
+        }
         header.fill(0);
         header[4..8].copy_from_slice(&(stored.len() as u32).to_le_bytes());
         header[8..12].copy_from_slice(&(raw_bytes as u32).to_le_bytes());

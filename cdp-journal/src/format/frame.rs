@@ -1,8 +1,10 @@
 //! From a frame's bytes back to its records.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use uuid::Uuid;
+use zstd::bulk::Decompressor;
 
 use super::build::parts;
 use super::group::{Group, GroupHeader, decode_group};
@@ -354,4 +356,21 @@ pub(super) fn decompress_into(stored: &[u8], raw: &mut [u8]) -> Option<()> {
     // The C decoder, which checks all bounds too, takes a half to a quarter of the time of a safe one in Rust.
     let bytes = lz4::block::decompress_to_buffer(stored, Some(i32::try_from(raw.len()).ok()?), raw).ok()?;
     (bytes == raw.len()).then_some(())
+}
+
+thread_local! {
+    /// Made when it is first needed.
+    static DENSE: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// The same of zstd.
+pub(super) fn decompress_dense_into(stored: &[u8], raw: &mut [u8]) -> Option<()> {
+    DENSE.with_borrow_mut(|dense| {
+        let decompressor = match dense {
+            Some(decompressor) => decompressor,
+            None => dense.insert(Decompressor::new().ok()?),
+        };
+        let bytes = decompressor.decompress_to_buffer(stored, raw).ok()?;
+        (bytes == raw.len()).then_some(())
+    })
 }

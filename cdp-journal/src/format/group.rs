@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use super::delta::{self, Block};
-use super::frame::decompress_into;
+use super::frame::{decompress_dense_into, decompress_into};
 use super::{
-    CODEC_LZ4, CODEC_PLAIN, DELTA_DEPTH_MAX, DIRECTORY_ENTRY_BYTES, FORM_DIRECTORY, FORM_PLAIN,
+    CODEC_LZ4, CODEC_PLAIN, CODEC_ZSTD, DELTA_DEPTH_MAX, DIRECTORY_ENTRY_BYTES, FORM_DIRECTORY, FORM_PLAIN,
     GROUP_BYTES_MAX, GROUP_CONTENT_BYTES_MAX, GROUP_HEADER_BYTES, u16_at, u32_at, u64_at,
 };
 use crate::types::{BLOCK_BYTES, SECTOR_BYTES, SECTORS_PER_BLOCK};
@@ -72,6 +72,7 @@ pub(crate) fn decode_group(bytes: &[u8], crc: Option<u32>, raw: &mut [u8]) -> Op
     match header.codec {
         CODEC_PLAIN if stored.len() == raw.len() => raw.copy_from_slice(stored),
         CODEC_LZ4 => decompress_into(stored, raw)?,
+        CODEC_ZSTD => decompress_dense_into(stored, raw)?,
         _ => return None,
     }
     Some(header)

@@ -7,6 +7,7 @@
 //! | Format | First in | Change | Read | Written |
 //! |-------:|----------|--------|------|---------|
 //! |      1 | 0.1      | first  | yes  | yes     |
+//! |      2 | 0.1      | groups may be zstd | yes | segments, and frames with such a group |
 //!
 //! # Segment
 //!
@@ -87,7 +88,7 @@
 //! |  4 |     4 | stored bytes    |                                                             |
 //! |  8 |     4 | raw bytes       | 1 to 65536                                                  |
 //! | 12 |     2 | group number    | in the frame                                                |
-//! | 14 |     1 | codec           | 0 plain, 1 LZ4 block                                        |
+//! | 14 |     1 | codec           | 0 plain, 1 LZ4 block, 2 zstd frame (from format 2 on)       |
 //! | 15 |     1 | form            | 0 plain, 1 directory                                        |
 //! | 16 |     8 | first Seq       | of the frame                                                |
 //!
@@ -126,7 +127,7 @@
 //! same content is stored as the same bytes wherever it lies in a frame: see `packed.rs`. A reader does not rely on it.
 //!
 //! Golden bytes: `frame_1_is_exactly_these_bytes`, `directories_1_are_exactly_these_bytes`,
-//! `segment_1_is_exactly_these_bytes`.
+//! `segment_2_is_exactly_these_bytes`, `frame_2_is_read`.
 
 mod bases;
 mod build;
@@ -148,8 +149,10 @@ pub use packed::{FRAME_UNITS_MAX, PackedUnit, RefillError, UnitHash};
 pub use record::{Body, GapCause, Origin, Record, RecordFlags, VolumeKind};
 pub(crate) use segment::{Envelope, SegmentHeader, SegmentHeaderError};
 
-/// The format this build writes, and the newest it reads.
-pub const FORMAT: u32 = 1;
+/// The newest format that this build reads, and that of its segments. A frame has the oldest that can tell it.
+pub const FORMAT: u32 = 2;
+pub(crate) const FORMAT_FIRST: u32 = 1;
+pub(crate) const FORMAT_ZSTD: u32 = 2;
 /// Data of one record at most; longer bios become several records of one time.
 pub const RECORD_DATA_BYTES_MAX: usize = 1 << 20;
 /// A volume at most (1 PiB): what is zeroed in one record costs the index an entry for each 4 GiB.
@@ -186,6 +189,7 @@ pub(crate) const FRAME_ALIGN_BYTES: usize = 8;
 
 pub(crate) const CODEC_PLAIN: u8 = 0;
 pub(crate) const CODEC_LZ4: u8 = 1;
+pub(crate) const CODEC_ZSTD: u8 = 2;
 
 pub(crate) const FORM_PLAIN: u8 = 0;
 pub(crate) const FORM_DIRECTORY: u8 = 1;

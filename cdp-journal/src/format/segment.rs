@@ -104,13 +104,13 @@ mod tests {
 
     /// Goal: nobody changes the format without noticing.
     #[test]
-    fn segment_1_is_exactly_these_bytes() {
+    fn segment_2_is_exactly_these_bytes() {
         let header = SegmentHeader {
             store: Uuid::from_bytes([7; 16]),
             first_seq: Seq::new(258).unwrap(),
         };
         let bytes = header.encode();
-        assert_eq!(bytes[..8], *b"CDPS\x01\0\0\0");
+        assert_eq!(bytes[..8], *b"CDPS\x02\0\0\0");
         assert_eq!(bytes[8..24], [7; 16]);
         assert_eq!(bytes[24..32], [2, 1, 0, 0, 0, 0, 0, 0]);
         assert_eq!(bytes[32..60], [0; 28]);
@@ -121,6 +121,11 @@ mod tests {
             "a CRC over data and its own CRC is a constant"
         );
         assert_eq!(SegmentHeader::decode(&bytes), Ok(header));
+        let mut first = bytes;
+        first[4] = 1;
+        let crc = crc32c::crc32c(&first[..60]);
+        first[60..].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(SegmentHeader::decode(&first), Ok(header), "of format 1");
 
         let envelope = Envelope {
             frame_bytes: 4096,

@@ -1,7 +1,7 @@
 use uuid::Uuid;
 
 use super::*;
-use crate::types::{BootNs, Seq, VolumeId};
+use crate::types::{BootNs, Seq, UNIT_BYTES, VolumeId};
 
 /// One record of every kind.
 fn every_body() -> Vec<Body> {
@@ -248,6 +248,42 @@ fn frame_1_is_exactly_these_bytes() {
     assert_eq!(hex, include_str!("golden/frame_1.hex").trim_end());
 }
 
+/// Goal: what was written in this format stays readable. Method: a frame with a group of zstd, in full; a later zstd may
+/// write other bytes for the same.
+#[test]
+fn frame_2_is_read() {
+    let data: Vec<u8> = (0..512).map(|at| (at % 100 / 2) as u8).collect();
+    let mut cache = DeltaCache::new(0);
+    cache.pack_densely(true);
+    let mut frame = FrameBuilder::new(Seq::new(258).unwrap());
+    push(
+        &mut frame,
+        Body::Write {
+            offset: 0x1200,
+            len: 512,
+        },
+        &data,
+    )
+    .unwrap();
+    let now = frame
+        .seal_with(&mut cache, Uuid::from_bytes([9; 16]), -2)
+        .unwrap();
+    let hex = include_str!("golden/frame_2.hex").trim_end();
+    let then: Vec<u8> = (0..hex.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
+        .collect();
+    for bytes in [&then[..], now.bytes()] {
+        let frame = Frame::parse(bytes).unwrap();
+        frame.check_groups(bytes).unwrap();
+        assert_eq!(u32_at(bytes, 4), FORMAT_ZSTD);
+        let mut raw = vec![0; GROUP_BYTES_MAX];
+        let group = &frame.groups[0];
+        let header = decode_group(&bytes[group.offset_in_frame..], Some(group.crc), &mut raw).unwrap();
+        assert_eq!((header.codec, &raw[..header.raw_bytes]), (CODEC_ZSTD, &data[..]));
+    }
+}
+
 #[test]
 fn a_frame_reads_back_as_it_was_pushed() {
     let sealed = frame_of_every_body();
@@ -377,10 +413,61 @@ fn a_changed_byte_anywhere_is_noticed() {
 #[test]
 fn a_newer_format_is_told_from_damage() {
     let mut bytes = frame_of_every_body().bytes().to_vec();
-    bytes[4] = 2;
+    let newer = FORMAT + 1;
+    bytes[4..8].copy_from_slice(&newer.to_le_bytes());
     let crc = crc32c::crc32c(&bytes[..92]);
     bytes[92..96].copy_from_slice(&crc.to_le_bytes());
-    assert_eq!(Frame::parse(&bytes).unwrap_err(), FrameError::TooNew(2));
+    assert_eq!(Frame::parse(&bytes).unwrap_err(), FrameError::TooNew(newer));
+}
+
+/// Goal: a frame that is packed densely reads as the same, is shorter, and says that it takes the newer format; but not a
+/// unit that was read back, whose bytes must not depend on when that was. Method: both ways, of patches and of text.
+#[test]
+fn a_densely_packed_frame_reads_as_the_same() {
+    let lines = (0..).map(|id: u32| {
+        format!(
+            "insert into orders values ({id}, {});\n",
+            id.wrapping_mul(0x9e37_79b1)
+        )
+    });
+    let text = lines
+        .flat_map(String::into_bytes)
+        .take(UNIT_BYTES as usize)
+        .collect::<Vec<u8>>();
+    let sealed = |is_dense: bool, is_read_back: bool| {
+        let mut cache = DeltaCache::new(1 << 20);
+        cache.pack_densely(is_dense);
+        let mut frame = FrameBuilder::new(Seq::FIRST);
+        let (offset, len) = (0, UNIT_BYTES);
+        let body = match is_read_back {
+            true => Body::ReadBack {
+                offset,
+                len,
+                as_of: None,
+            },
+            false => Body::Write { offset, len },
+        };
+        push(&mut frame, body, &text).unwrap();
+        if !is_read_back {
+            let mut block = text[..4096].to_vec();
+            block[7] ^= 1;
+            push(&mut frame, Body::Write { offset, len: 4096 }, &block).unwrap();
+        }
+        frame.seal_with(&mut cache, Uuid::nil(), 0).unwrap()
+    };
+    // The second group holds the patch, and where the first is stored.
+    let raw = |sealed: &SealedFrame| -> Vec<u8> {
+        let frame = Frame::parse(sealed.bytes()).unwrap();
+        frame.check_groups(sealed.bytes()).unwrap();
+        assert_eq!(frame.groups.len(), 2);
+        group_of(sealed, &frame.groups[0]).raw().to_vec()
+    };
+    let format = |sealed: &SealedFrame| u32_at(sealed.bytes(), 4);
+    let (quick, dense) = (sealed(false, false), sealed(true, false));
+    assert!(raw(&quick) == text && raw(&dense) == text);
+    assert!(dense.bytes().len() < quick.bytes().len());
+    assert_eq!((format(&quick), format(&dense)), (FORMAT_FIRST, FORMAT_ZSTD));
+    assert_eq!(sealed(true, true).bytes(), sealed(false, true).bytes());
 }
 
 #[test]

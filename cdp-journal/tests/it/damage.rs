@@ -4,6 +4,7 @@
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
+use cdp_journal::format::FORMAT;
 use cdp_journal::store::{StoreReader, StoreWriter, WriterOptions};
 use cdp_journal::view::{CopyError, CopyOptions};
 use cdp_journal::{OpenError, ReadError, Seq};
@@ -174,7 +175,7 @@ fn a_segment_of_a_newer_format_is_refused_and_is_not_damage() {
                 error,
                 ReadError::TooNew {
                     found: 9,
-                    newest: 1,
+                    newest: FORMAT,
                     ..
                 }
             ),
@@ -191,7 +192,7 @@ fn a_segment_of_a_newer_format_is_refused_and_is_not_damage() {
                     error,
                     OpenError::TooNew {
                         found: 9,
-                        newest: 1,
+                        newest: FORMAT,
                         ..
                     }
                 ),

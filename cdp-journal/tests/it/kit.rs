@@ -123,6 +123,7 @@ impl Writer {
     /// Ends the frame and appends it.
     pub(crate) fn append(&mut self) {
         let Some(frame) = self.frame.take() else { return };
+        self.cache.pack_densely(self.unapplied.len() % 2 == 0);
         let Some(sealed) = frame.seal_with(&mut self.cache, BOOT, self.wall_offset_ns) else {
             return;
         };

@@ -591,7 +591,7 @@ fn records_are_handed_out_in_order_without_their_data() {
     let mut writer = Writer::open_with(
         dir.path(),
         &WriterOptions {
-            segment_bytes_max: 1 << 16,
+            segment_bytes_max: 1 << 14,
             ..WriterOptions::default()
         },
     );

@@ -1,0 +1,150 @@
+//! The log thread, and the one that syncs for it.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use cdp_journal::log::{FrameLocation, LogWriter};
+use crossbeam_channel::{Receiver, Sender, select};
+
+use super::{Encoded, Group, INDEX_QUEUE_FRAMES, IndexRequest, Shared, StoreChange};
+use crate::recorder::Epoch;
+
+/// How often a full store is asked for room.
+const ROOM_INTERVAL: Duration = Duration::from_secs(1);
+/// Room that a full store must have before the log goes on: a resync that fills it at once helps nobody.
+const ROOM_BYTES_MIN: u64 = 64 << 20;
+
+/// Appends frames, and has them made durable in groups.
+pub(super) struct LogStage<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) log: LogWriter,
+    pub(super) to_sync: &'a Sender<Group>,
+    /// Something comes when a sync has ended.
+    pub(super) synced: &'a Receiver<()>,
+    pub(super) unsynced: Vec<(Box<[u8]>, FrameLocation)>,
+    pub(super) oldest: Option<Instant>,
+    pub(super) epoch: Epoch,
+    pub(super) full_since: Option<Instant>,
+}
+
+impl LogStage<'_> {
+    pub(super) fn run(mut self, queue: &Receiver<Encoded>) -> anyhow::Result<()> {
+        self.tell_room();
+        loop {
+            let is_synced = self.log.is_synced().context("make the log durable")?;
+            let is_due = self.due_in().is_some_and(|wait| wait.is_zero());
+            if is_synced && is_due || self.unsynced.len() >= INDEX_QUEUE_FRAMES / 2 {
+                self.commit()?;
+            }
+            let wait = self.due_in().filter(|_| is_synced).unwrap_or(ROOM_INTERVAL);
+            select! {
+                recv(queue) -> encoded => match encoded {
+                    Ok(encoded) if encoded.epoch >= self.epoch => self.append(encoded)?,
+                    Ok(_) => {}
+                    Err(_) => return self.commit(),
+                },
+                recv(self.synced) -> told => told.context("the sync stage has ended")?,
+                default(wait) => {}
+            }
+            self.look_for_room();
+        }
+    }
+
+    /// When the next sync is to begin, if one is to.
+    fn due_in(&self) -> Option<Duration> {
+        let interval = self.shared.commit_interval() / 2;
+        self.oldest
+            .map(|oldest| interval.saturating_sub(oldest.elapsed()))
+    }
+
+    fn append(&mut self, encoded: Encoded) -> anyhow::Result<()> {
+        let frame = encoded.frame;
+        match self.log.append(&frame) {
+            Ok(location) => {
+                self.shared
+                    .set_appended(self.log.next_seq().prev(), encoded.position);
+                self.shared.pace.encoded(&frame);
+                self.unsynced.push((frame.head().into(), location));
+                self.oldest.get_or_insert_with(Instant::now);
+                Ok(())
+            }
+            Err(error) if error.is_full() && frame.has_data() => {
+                tracing::error!("{error}");
+                self.commit()?;
+                self.epoch = Epoch(self.epoch.0 + 1);
+                self.full_since = Some(Instant::now());
+                *self.shared.store.lock() = Some(StoreChange::Full {
+                    next: self.log.next_seq(),
+                    epoch: self.epoch,
+                });
+                Ok(())
+            }
+            // Not even the record of the gap found room: the next start of the agent will open it.
+            Err(error) => Err(error).context("append to the log"),
+        }
+    }
+
+    /// Has everything made durable that was appended so far. Waits for the sync before, if one is under way.
+    fn commit(&mut self) -> anyhow::Result<()> {
+        self.oldest = None;
+        if self.unsynced.is_empty() {
+            return Ok(());
+        }
+        self.tell_room();
+        let Some(job) = self.log.begin_sync().context("make the log durable")? else {
+            return Ok(());
+        };
+        let frames = std::mem::take(&mut self.unsynced);
+        let group = Group { job, frames };
+        self.to_sync.send(group).ok().context("the sync stage has ended")
+    }
+
+    /// What `status` and the warnings say of the store.
+    fn tell_room(&self) {
+        self.shared
+            .log_bytes
+            .store(self.log.log_bytes(), Ordering::Relaxed);
+        match self.log.room() {
+            Ok(room) => *self.shared.room.lock() = Some(room),
+            Err(error) => tracing::debug!(%error, "how full the store is could not be asked"),
+        }
+    }
+
+    fn look_for_room(&mut self) {
+        if self
+            .full_since
+            .is_some_and(|since| since.elapsed() >= ROOM_INTERVAL)
+        {
+            self.full_since = Some(Instant::now());
+            self.tell_room();
+            let mut change = self.shared.store.lock();
+            if change.is_none() && self.log.has_room(ROOM_BYTES_MIN) {
+                *change = Some(StoreChange::Room);
+                self.full_since = None;
+            }
+        }
+    }
+}
+
+/// Makes groups of frames durable, and hands them to the index.
+pub(super) fn sync_loop(
+    shared: &Shared,
+    queue: &Receiver<Group>,
+    tell_synced: &Sender<()>,
+    to_index: &Sender<IndexRequest>,
+) -> anyhow::Result<()> {
+    for Group { job, frames } in queue {
+        let durable = job.run().context("make the log durable")?;
+        shared.set_durable(durable);
+        // One word that is not heard yet is enough.
+        let _ = tell_synced.try_send(());
+        for (frame, location) in frames {
+            to_index
+                .send(IndexRequest::Frame(frame, location))
+                .ok()
+                .context("the index stage has ended")?;
+        }
+    }
+    Ok(())
+}
