@@ -12,7 +12,7 @@ mod report;
 mod restore;
 mod ship;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -113,6 +113,13 @@ impl Effort {
 pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     if !args.prepared {
         demo::prepare(workspace)?;
+        sh::step(
+            "build cdp-journal, and a stream that does nothing but QUIC",
+            || {
+                let mut build = workspace.cargo("build");
+                sh::run(build.args(["--release", "--package", "cdp-journal", "--bins", "--examples"]))
+            },
+        )?;
     }
     if !sh::is_root() {
         return demo::again_as_root(workspace, &again(args));
@@ -123,11 +130,12 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     use_binaries_in(&workspace.target().join("release"));
     catch_interrupts();
     let scene = Scene::new(1)?;
+    let stream = workspace.target().join("release/examples/quic_stream");
     let measured = match (args.bytes, args.restore) {
         (true, _) => measure_bytes(&scene, Effort::of(args)),
         (_, true) => restore::measure(&scene, restore_effort(args)),
         _ if args.rewind => restore::measure_rewinds(&scene, restore_effort(args)),
-        _ if args.ship => measure_ship(&scene, Effort::of(args)),
+        _ if args.ship => measure_ship(&scene, Effort::of(args), &stream),
         _ => measure(&scene, args).and_then(|report| report.markdown()),
     };
     if measured.is_err() {
@@ -222,12 +230,12 @@ fn measure_bytes(scene: &Scene, effort: Effort) -> Result<String> {
     Ok(bytes::table(&runs, effort.sustained))
 }
 
-fn measure_ship(scene: &Scene, effort: Effort) -> Result<String> {
+fn measure_ship(scene: &Scene, effort: Effort, stream: &Path) -> Result<String> {
     let bench = Bench::set_up(scene, effort)?;
     let shipped = bench.ship(effort.sustained)?;
     let mut ingests = Vec::new();
     for _ in 0..effort.copies {
-        ingests.push(bench.ingest()?);
+        ingests.push(bench.ingest(stream)?);
     }
     Ok(ship::table(shipped.as_ref(), &ingests, effort.sustained))
 }

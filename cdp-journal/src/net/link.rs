@@ -2,13 +2,16 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::HandshakeData;
-use quinn::{Connection, ConnectionError, Endpoint, ReadExactError, RecvStream, SendStream, VarInt};
+use quinn::{
+    Connection, ConnectionError, Endpoint, EndpointConfig, ReadExactError, RecvStream, SendStream, VarInt,
+};
 use rustls::pki_types::CertificateDer;
 
-use super::{Identities, tls};
+use super::{Identities, socket, tls};
 use crate::trust::{SERVER_NAME, fingerprint, hex};
 use crate::types::WallNs;
 use crate::wire::{Close, HEADER_BYTES, Header, Kind, Message, Right, WireError};
@@ -251,7 +254,9 @@ impl Link {
             SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         };
         let io = |error: std::io::Error| LinkError::closed(format!("open a socket: {error}"));
-        let endpoint = Endpoint::client(SocketAddr::new(any, 0)).map_err(io)?;
+        let socket = socket::bind(SocketAddr::new(any, 0)).map_err(io)?;
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let endpoint = Endpoint::new(EndpointConfig::default(), None, socket, runtime).map_err(io)?;
         let connecting = endpoint
             .connect_with(config, address, SERVER_NAME)
             .map_err(|error| LinkError::closed(error.to_string()))?;

@@ -10,6 +10,7 @@ pub(crate) mod feed;
 mod identity;
 pub(crate) mod link;
 mod shipper;
+pub(crate) mod socket;
 pub(crate) mod thread;
 mod throttle;
 pub(crate) mod tls;

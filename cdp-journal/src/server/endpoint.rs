@@ -1,7 +1,7 @@
 //! The socket. A server that was killed and started anew tells clients of its former life at once that it knows nothing
 //! of them, rather than letting them wait for a timeout.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use quinn::{ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig};
 use ring::hmac;
 use uuid::Uuid;
 
+use crate::net::socket;
 use crate::trust::Authority;
 
 const CONNECTION_ID_BYTES: usize = 8;
@@ -22,7 +23,7 @@ pub(super) fn listen(
     let key = authority.derive_key("cdp-journal stateless reset 1");
     let mut endpoint = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &key)));
     endpoint.cid_generator(|| Box::new(RandomIds));
-    let socket = UdpSocket::bind(listen)?;
+    let socket = socket::bind(listen)?;
     Endpoint::new(endpoint, Some(config), socket, Arc::new(quinn::TokioRuntime))
 }
 

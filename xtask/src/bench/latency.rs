@@ -1,4 +1,5 @@
-//! What a write takes while the engine is in trouble: reading back what it lost, or with a store that is full.
+//! What a write takes while the engine is in trouble: reading back what it lost, with a store that is full, or without
+//! its server.
 //!
 //! The load is held well below what the machine can do, as a database's is: at full speed a second busy process costs
 //! its share of the processors, whatever it does.
@@ -11,8 +12,10 @@ use cdp_tests::agent::{Agent, AgentPlan, PROTECT_TIMEOUT};
 use cdp_tests::device::MIB;
 use cdp_tests::fio::Fio;
 use cdp_tests::process::{cmd, poll_until};
+use cdp_tests::server::Server;
 
 use super::measure::{Bench, RAW_BYTES};
+use super::ship::{forget, target};
 
 /// Writes each second.
 const RATE_IOPS: u32 = 2000;
@@ -22,7 +25,7 @@ const STORE_BYTES_MAX: u64 = 2 * RAW_BYTES + 256 * MIB;
 const RING_BYTES: &str = "1MiB";
 const NOTICE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What the engine is doing while the writes are timed. A server that is away gets its place here with the server.
+/// What the engine is doing while the writes are timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Plight {
     /// It protects another device, where nothing happens.
@@ -33,14 +36,17 @@ pub(super) enum Plight {
     Resync,
     /// Its store is full.
     StoreFull,
+    /// Its server has gone.
+    ServerAway,
 }
 
 impl Plight {
-    pub(super) const ALL: [Plight; 4] = [
+    pub(super) const ALL: [Plight; 5] = [
         Plight::Unprotected,
         Plight::Protected,
         Plight::Resync,
         Plight::StoreFull,
+        Plight::ServerAway,
     ];
 
     /// As the table names it.
@@ -50,6 +56,7 @@ impl Plight {
             Plight::Protected => "protected",
             Plight::Resync => "while a resync runs",
             Plight::StoreFull => "while the store is full",
+            Plight::ServerAway => "while the server is away",
         }
     }
 }
@@ -85,6 +92,7 @@ impl Bench<'_> {
             all.push((Plight::Unprotected, self.latency_beside_idle_agent()?));
         }
         all.extend(self.latencies_in_trouble()?);
+        all.push((Plight::ServerAway, self.latency_without_server()?));
         if !is_unprotected_first {
             all.push((Plight::Unprotected, self.latency_beside_idle_agent()?));
         }
@@ -137,6 +145,26 @@ impl Bench<'_> {
             (Plight::Resync, resync),
             (Plight::StoreFull, full),
         ])
+    }
+
+    fn latency_without_server(&self) -> Result<Latency> {
+        let (store, site) = (self.scene.path("store"), self.scene.path("site"));
+        let mut server = Server::start(self.scene, &site)?;
+        let (identity, reading) = server.enroll_both(self.scene, "bench")?;
+        let mut agent = AgentPlan::new(self.scene, &store)?
+            .volume("bench", self.raw.path())
+            .ships_to(server.address(), &identity)
+            .protect()?;
+        agent.wait_synced()?;
+        server.kill()?;
+        let is_away = || Ok(target(&agent)?.state == "connecting");
+        poll_until("the agent to miss its server", NOTICE_TIMEOUT, || {
+            is_away().map(|is_away| is_away.then_some(()))
+        })?;
+        let latency = self.time_writes(is_away)?;
+        agent.stop()?;
+        forget(&[&store, &site, &identity, &reading])?;
+        Ok(latency)
     }
 
     fn write_all_over(&self, seed: u64) -> Result<()> {
