@@ -58,6 +58,8 @@ pub(crate) struct Shared {
     /// How fast the read-back may go.
     pub(crate) pace: Pace,
     store: Mutex<Option<StoreChange>>,
+    /// The log waits for the sync under way to begin the next.
+    awaits_sync: AtomicBool,
 }
 
 /// What the log stage tells the capture stage.
@@ -108,6 +110,7 @@ impl Shared {
             room: Mutex::new(None),
             pace: Pace::default(),
             store: Mutex::new(None),
+            awaits_sync: AtomicBool::new(false),
         }
     }
 
@@ -226,6 +229,11 @@ impl Shared {
         true
     }
 
+    /// For how long records are gathered for one frame: half of the commit interval, the rest is for the disk.
+    fn gather_interval(&self) -> Duration {
+        self.commit_interval() / 2
+    }
+
     fn commit_interval(&self) -> Duration {
         Duration::from_millis(self.commit_interval_ms.load(Ordering::Relaxed).max(1))
     }
@@ -324,7 +332,7 @@ impl Pipeline {
                     to_sync: &to_sync,
                     synced: &synced,
                     unsynced: Vec::new(),
-                    oldest: None,
+                    begun: None,
                     epoch: Epoch::default(),
                     full_since: None,
                 };

@@ -40,8 +40,10 @@ const BUSY_BYTES_PER_S: f64 = (32 << 20) as f64;
 const BUSY_TIME: Duration = Duration::from_millis(250);
 /// Memory that O_DIRECT may want its buffers aligned to.
 const ALIGN_BYTES: usize = 4096;
-/// How long the thread sleeps when nothing is dirty.
+/// How long the thread sleeps when nothing is dirty: first...
 const IDLE: Duration = Duration::from_millis(10);
+/// ... and when nothing has been for a while.
+const IDLE_MAX: Duration = Duration::from_millis(40);
 /// How long to wait before a device that failed a read is read again.
 const RETRY: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(1);
@@ -114,6 +116,7 @@ impl ReadBack {
         let mut idle_at: HashMap<VolumeId, BootNs> = HashMap::new();
         let mut paces: HashMap<VolumeId, Pace> = HashMap::new();
         let mut lingering: HashMap<DiskNumber, Lingering> = HashMap::new();
+        let mut idle = IDLE;
         while !self.shared.stop.load(Ordering::SeqCst) {
             if !self.check_suspects()? {
                 return Ok(());
@@ -121,11 +124,17 @@ impl ReadBack {
             let bytes = self.shared.pace.bytes_now().min(RUN_BYTES_MAX);
             let run = (bytes > 0).then(|| self.shared.recorder.lock().take_run(bytes));
             let Some(run) = run.flatten() else {
-                self.close_gaps(&mut idle_at);
+                let is_waiting = self.close_gaps(&mut idle_at);
                 self.give_up_lingering(&mut lingering);
-                std::thread::sleep(IDLE);
+                idle = if is_waiting {
+                    IDLE
+                } else {
+                    (idle * 2).min(IDLE_MAX)
+                };
+                std::thread::sleep(idle);
                 continue;
             };
+            idle = IDLE;
             let result = self.read_run(&run, paces.entry(run.volume).or_default());
             self.shared.pace.run_done();
             self.shared.recorder.lock().run_done(&run, result.is_err());
@@ -438,8 +447,10 @@ impl ReadBack {
         }
     }
 
-    fn close_gaps(&self, idle_at: &mut HashMap<VolumeId, BootNs>) {
+    /// Closes the gaps that can be. Is there one that cannot be yet?
+    fn close_gaps(&self, idle_at: &mut HashMap<VolumeId, BootNs>) -> bool {
         let waiting = self.shared.recorder.lock().waiting_to_close();
+        let is_waiting = !waiting.is_empty();
         for (volume, _) in waiting {
             let Ok(device) = self.device(volume) else { continue };
             let asked_at = clock::boot_ns();
@@ -447,13 +458,14 @@ impl ReadBack {
                 idle_at.insert(volume, asked_at);
             }
             if self.shared.drained().is_none() {
-                return;
+                return is_waiting;
             }
             self.shared
                 .recorder
                 .lock()
                 .try_close(volume, idle_at.get(&volume).copied(), clock::boot_ns());
         }
+        is_waiting
     }
 }
 

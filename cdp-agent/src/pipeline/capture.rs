@@ -20,11 +20,10 @@ use crate::recorder::{Recorder, Sealed};
 
 /// Events taken from the ring before the lock is given up.
 const EVENTS_PER_TURN: usize = 64;
-/// How long the capture thread sleeps when the last turn found something; the kernel wakes it earlier when a
-/// quarter of the ring waits.
-const NAP_BUSY: Duration = Duration::from_millis(4);
-/// How long it sleeps when nothing happens.
+/// How long the capture thread sleeps at most when the last turn found nothing.
 const NAP_IDLE: Duration = Duration::from_millis(20);
+/// How often it looks whether the log has what waits for it.
+const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// What was repaired last is noted before the end, if the log is not slower than this.
 const STOP_NOTE_WAIT_MAX: Duration = Duration::from_millis(200);
 /// How often the kernel is asked for skipped events.
@@ -126,10 +125,11 @@ impl Capture {
             }
             let unkept = self.probe.positions().consumed() - shared.appended_position().0;
             let hurries = shared.hurries.swap(false, Ordering::SeqCst);
-            let age_max = if stopping || hurries || unkept > self.probe.ring_bytes() / 4 {
+            // All there is goes into one frame before a nap: what comes during the nap is the next.
+            let age_max = if empty || stopping || hurries || unkept > self.probe.ring_bytes() / 4 {
                 Duration::ZERO
             } else {
-                shared.commit_interval() / 2
+                shared.gather_interval()
             };
             recorder.seal_if_older(clock::boot_ns(), age_max);
             drop(recorder);
@@ -144,16 +144,21 @@ impl Capture {
                 self.forward(shared, to_encode)?;
                 let begun = Instant::now();
                 while shared.appended() < last && begun.elapsed() < STOP_NOTE_WAIT_MAX {
-                    self.sleep(NAP_BUSY);
+                    self.sleep(LOOK_INTERVAL);
                 }
                 self.note(&shared.recorder.lock(), shared.appended());
                 return Ok(());
             }
             if empty {
-                let nap = if events > 0 {
-                    NAP_BUSY.min(shared.commit_interval() / 4)
+                // The kernel wakes it earlier when a quarter of the ring waits. What of the ring is recorded is given back
+                // once the log has it, and soon where that is much.
+                let unkept = self.probe.positions().consumed() - shared.appended_position().0;
+                let nap = if unkept > self.probe.ring_bytes() / 8 {
+                    LOOK_INTERVAL
+                } else if events > 0 {
+                    shared.gather_interval()
                 } else {
-                    NAP_IDLE
+                    NAP_IDLE.min(shared.commit_interval())
                 };
                 self.sleep(nap);
             }

@@ -23,7 +23,8 @@ pub(super) struct LogStage<'a> {
     /// Something comes when a sync has ended.
     pub(super) synced: &'a Receiver<()>,
     pub(super) unsynced: Vec<(Box<[u8]>, FrameLocation)>,
-    pub(super) oldest: Option<Instant>,
+    /// When the last sync began.
+    pub(super) begun: Option<Instant>,
     pub(super) epoch: Epoch,
     pub(super) full_since: Option<Instant>,
 }
@@ -32,7 +33,7 @@ impl LogStage<'_> {
     pub(super) fn run(mut self, queue: &Receiver<Encoded>) -> anyhow::Result<()> {
         self.tell_room();
         loop {
-            let is_synced = self.log.is_synced().context("make the log durable")?;
+            let is_synced = self.is_synced()?;
             let is_due = self.due_in().is_some_and(|wait| wait.is_zero());
             if is_synced && is_due || self.unsynced.len() >= INDEX_QUEUE_FRAMES / 2 {
                 self.commit()?;
@@ -51,11 +52,21 @@ impl LogStage<'_> {
         }
     }
 
-    /// When the next sync is to begin, if one is to.
+    /// Has the sync before ended? If not, and it keeps another waiting, its end is told.
+    fn is_synced(&mut self) -> anyhow::Result<bool> {
+        let mut is_synced = self.log.is_synced();
+        if matches!(is_synced, Ok(false)) && !self.unsynced.is_empty() {
+            self.shared.awaits_sync.store(true, Ordering::SeqCst);
+            is_synced = self.log.is_synced();
+        }
+        is_synced.context("make the log durable")
+    }
+
+    /// When the next sync is to begin, if one is to: at once, unless the one before has just begun.
     fn due_in(&self) -> Option<Duration> {
         let interval = self.shared.commit_interval() / 2;
-        self.oldest
-            .map(|oldest| interval.saturating_sub(oldest.elapsed()))
+        let left = |begun: Instant| interval.saturating_sub(begun.elapsed());
+        (!self.unsynced.is_empty()).then(|| self.begun.map_or(Duration::ZERO, left))
     }
 
     fn append(&mut self, encoded: Encoded) -> anyhow::Result<()> {
@@ -66,7 +77,6 @@ impl LogStage<'_> {
                     .set_appended(self.log.next_seq().prev(), encoded.position);
                 self.shared.pace.encoded(&frame);
                 self.unsynced.push((frame.head().into(), location));
-                self.oldest.get_or_insert_with(Instant::now);
                 Ok(())
             }
             Err(error) if error.is_full() && frame.has_data() => {
@@ -87,11 +97,11 @@ impl LogStage<'_> {
 
     /// Has everything made durable that was appended so far. Waits for the sync before, if one is under way.
     fn commit(&mut self) -> anyhow::Result<()> {
-        self.oldest = None;
         if self.unsynced.is_empty() {
             return Ok(());
         }
         self.tell_room();
+        self.begun = Some(Instant::now());
         let Some(job) = self.log.begin_sync().context("make the log durable")? else {
             return Ok(());
         };
@@ -137,8 +147,10 @@ pub(super) fn sync_loop(
     for Group { job, frames } in queue {
         let durable = job.run().context("make the log durable")?;
         shared.set_durable(durable);
-        // One word that is not heard yet is enough.
-        let _ = tell_synced.try_send(());
+        if shared.awaits_sync.swap(false, Ordering::SeqCst) {
+            // One word that is not heard yet is enough.
+            let _ = tell_synced.try_send(());
+        }
         for (frame, location) in frames {
             to_index
                 .send(IndexRequest::Frame(frame, location))
