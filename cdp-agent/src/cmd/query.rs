@@ -144,7 +144,8 @@ fn print_volume(out: &mut impl std::io::Write, volume: &VolumeStatus) -> std::io
     if volume.losses != LossCounts::default() {
         write!(out, " ({})", volume.losses)?;
     }
-    write!(out, ", {} gaps", volume.gaps)?;
+    let gaps = if volume.gaps == 1 { "gap" } else { "gaps" };
+    write!(out, ", {} {gaps}", volume.gaps)?;
     if let Some(since) = &volume.exact_since {
         write!(out, ", exact since {since}")?;
     }
@@ -177,6 +178,9 @@ fn print_target(out: &mut impl std::io::Write, target: &TargetStatus) -> std::io
         human(target.sent_bytes),
         human(target.backlog_bytes),
     )?;
+    if target.saved_bytes > 0 {
+        write!(out, ", {} were there", human(target.saved_bytes))?;
+    }
     if let Some(seconds) = target.catch_up_seconds.filter(|seconds| *seconds >= 1.0) {
         write!(out, " (about {seconds:.0} s)")?;
     }
@@ -349,7 +353,7 @@ mod tests {
             printed(&volume("resyncing")),
             "pg               resyncing  25 %, 3.0 GiB left at 40.0 MiB/s, about 1 min 17 s (ring-overflow since \
              2026-11-21T10:15:00.000000000Z)  /dev/vdb  1.0 MiB captured in 7 writes, 3 dropped (2 ring full, 1 \
-             failed), 1 gaps\n"
+             failed), 1 gap\n"
         );
     }
 
@@ -361,13 +365,38 @@ mod tests {
             exact_since: Some("2026-11-21T10:16:00Z".into()),
             gap_cause: None,
             gap_since: None,
+            gaps: 2,
             ..volume("protected")
         };
         assert_eq!(
             printed(&fine),
-            "pg               protected   /dev/vdb  1.0 MiB captured in 7 writes, 0 dropped, 1 gaps, exact since \
+            "pg               protected   /dev/vdb  1.0 MiB captured in 7 writes, 0 dropped, 2 gaps, exact since \
              2026-11-21T10:16:00Z\n"
         );
+    }
+
+    #[test]
+    fn a_server_that_had_some_of_it_is_told_of_with_how_much() {
+        let printed = |saved_bytes| {
+            let mut out = Vec::new();
+            let target = TargetStatus {
+                server: "dr1:7443".into(),
+                state: TargetState::Connected,
+                acked_seq: 120,
+                lag_seconds: 0.004,
+                sent_bytes: 1 << 20,
+                saved_bytes,
+                backlog_bytes: 4096,
+                catch_up_seconds: None,
+                full: false,
+                why: None,
+            };
+            print_target(&mut out, &target).unwrap();
+            String::from_utf8(out).unwrap()
+        };
+        let plain = "dr1:7443         connected   acked 120, lag 0.004 s, 1.0 MiB sent, 4.0 KiB to go";
+        assert_eq!(printed(0), format!("{plain}\n"));
+        assert_eq!(printed(3 << 20), format!("{plain}, 3.0 MiB were there\n"));
     }
 
     #[test]
