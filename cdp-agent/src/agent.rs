@@ -12,7 +12,7 @@ use cdp_ebpf::map::{DIRTY_WORDS_PER_DISK, DISKS_MAX, RANGES_MAX, SectorRange};
 use cdp_journal::format::{Body, GapCause, VOLUME_BYTES_MAX, VolumeKind};
 use cdp_journal::ship::Rate;
 use cdp_journal::store::{StoreWriter, VolumeState, WriterOptions};
-use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
+use cdp_journal::{SECTOR_BYTES, Seq, VolumeId};
 use parking_lot::Mutex;
 use rustix::fs::Mode;
 use uuid::Uuid;
@@ -51,8 +51,6 @@ pub(crate) struct Agent {
     slots: HashMap<DiskNumber, Slot>,
     next_volume: u16,
     watch: Watch,
-    /// When the sizes of the devices were looked at last.
-    sizes_seen_at: BootNs,
 }
 
 impl Agent {
@@ -159,7 +157,6 @@ impl Agent {
                 .collect(),
             next_volume,
             watch: Watch::default(),
-            sizes_seen_at: clock::boot_ns(),
             config: config.clone(),
         };
         if let Err(error) = agent.begin(devices, &taken) {
@@ -451,8 +448,7 @@ impl Agent {
 
     /// Looks whether volumes have changed their size or gone away.
     pub(crate) fn check_devices(&mut self) {
-        let now = clock::boot_ns();
-        let before = std::mem::replace(&mut self.sizes_seen_at, now);
+        self.shared.recorder.lock().look_at_sizes();
         let devices: Vec<(VolumeId, BlockDevice)> = self
             .devices
             .lock()
@@ -469,10 +465,7 @@ impl Agent {
                     device.bytes = bytes;
                     let disk = device.disk;
                     self.devices.lock().insert(id, device);
-                    self.shared
-                        .recorder
-                        .lock()
-                        .resized(id, bytes, before, clock::boot_ns());
+                    self.shared.recorder.lock().resized(id, bytes, clock::boot_ns());
                     if let Err(error) = self.watch(disk) {
                         self.shared.fail("watch a resized disk", &error);
                     }

@@ -41,6 +41,7 @@ impl Recorder {
         self.last_seq = next.prev();
         self.epoch = epoch;
         self.overdue.clear();
+        self.forget_looks_from(next);
         for disk in &mut self.disks {
             disk.in_flight = InFlight::default();
         }

@@ -18,6 +18,7 @@ mod full;
 mod gaps;
 #[cfg(test)]
 mod sim;
+mod size;
 mod suspects;
 #[cfg(test)]
 mod tests;
@@ -152,6 +153,9 @@ pub(crate) struct Recorder {
     /// The last record, each time that [`Recorder::give_up_overdue`] looked: next at `overdue_at`.
     overdue: VecDeque<Option<Seq>>,
     overdue_at: BootNs,
+    /// The last record when sizes were looked at: the time before, and this time.
+    sizes_seen: Option<Seq>,
+    sizes_looked: Option<Seq>,
     /// The oldest write that came to be in doubt since [`Recorder::take_reopened`].
     reopened: Option<Seq>,
     /// How often the probe's counters were looked at.
@@ -185,6 +189,8 @@ impl Recorder {
             last_write: BootNs(0),
             overdue: VecDeque::new(),
             overdue_at: BootNs(0),
+            sizes_seen: last_seq,
+            sizes_looked: last_seq,
             reopened: None,
             polls: 0,
             are_losses_asked_for: false,
@@ -643,39 +649,6 @@ impl Recorder {
         }
         tracing::info!(volume = %name, seq = seq.get(), "protected");
         true
-    }
-
-    /// A volume has another size now, and had not yet at `before`. What it gained has to be read.
-    pub(crate) fn resized(&mut self, id: VolumeId, bytes: u64, before: BootNs, now: BootNs) {
-        let Some(i) = self.volumes.iter().position(|volume| volume.id == id) else {
-            return;
-        };
-        let volume = &mut self.volumes[i];
-        let old = volume.bytes;
-        if bytes == old {
-            return;
-        }
-        let last_exact = self.last_seq_before(before);
-        let volume = &mut self.volumes[i];
-        volume.bytes = bytes;
-        let regions = bytes.div_ceil(volume.region_bytes);
-        volume.dirty.resize(regions);
-        volume.blank.resize(regions);
-        volume.unseen.resize(regions);
-        self.push(
-            now,
-            Some(id),
-            Origin::default(),
-            RecordFlags::default(),
-            Body::Resize { bytes },
-            &[],
-        );
-        if bytes > old {
-            let volume = &mut self.volumes[i];
-            volume.mark(old..bytes);
-            volume.attached = false;
-            self.open_gap(i, GapCause::Resized, last_exact, now);
-        }
     }
 
     /// A record that concerns no write: a start, a bookmark, a tick.

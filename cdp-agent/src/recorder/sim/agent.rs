@@ -80,6 +80,10 @@ pub(super) struct Agent {
     pub(super) recorder: Recorder,
     capture: Capture,
     readback: ReadBack,
+    /// Of the volume, as far as it is known.
+    sectors: usize,
+    /// As `check_devices`: what it was found to be just now, and when.
+    found_size: Option<(usize, u64)>,
     store: Store,
     seen: Counters,
     misses: u64,
@@ -100,14 +104,14 @@ pub(super) struct Agent {
 }
 
 /// As the configuration has it.
-pub(super) fn volume() -> NewVolume {
+pub(super) fn volume(sectors: usize) -> NewVolume {
     NewVolume {
         id: volume_id(),
         name: "v".into(),
         path: "/dev/v".into(),
         disk: DISK,
         start_sector: START,
-        bytes: SECTORS as u64 * SECTOR_BYTES,
+        bytes: sectors as u64 * SECTOR_BYTES,
         region_bytes: REGION_SECTORS * SECTOR_BYTES,
         blank: false,
         gaps: 0,
@@ -160,7 +164,7 @@ impl Agent {
                 },
             );
         }
-        let bytes = SECTORS as u64 * SECTOR_BYTES;
+        let bytes = kernel.size as u64 * SECTOR_BYTES;
         let declared = Body::Volume {
             kind: VolumeKind::Block,
             bytes,
@@ -174,13 +178,14 @@ impl Agent {
                 blank: !known,
                 last_exact: model.last_exact(durable),
                 cause: known.then_some(GapCause::AgentDown),
-                ..volume()
+                ..volume(kernel.size)
             },
             now,
         );
         let nothing = (Counters::default(), 0, Seq::new(durable));
         let notes = Notes::of_new_probe(Seq::new(durable));
         let mut agent = Self::over(recorder, notes, nothing, durable, kernel.consumed, now);
+        agent.sectors = kernel.size;
         agent.ring_units = profile.ring_units;
         agent.is_bio_based = profile.bio_based;
         agent.is_to_begin = false;
@@ -202,6 +207,8 @@ impl Agent {
             recorder,
             capture: Capture::Top,
             readback: ReadBack::Suspects,
+            sectors: 0,
+            found_size: None,
             store: Store {
                 appended: last,
                 position,
@@ -238,6 +245,8 @@ impl Agent {
         Self {
             ring_units: self.ring_units,
             is_bio_based: self.is_bio_based,
+            // Else it is not taken over.
+            sectors: (recorder.volumes[0].bytes / SECTOR_BYTES) as usize,
             ..Self::over(recorder, notes, known, last, position, now)
         }
     }
@@ -258,24 +267,58 @@ impl Agent {
 
     /// The probe watches.
     pub(super) fn attach(&mut self, kernel: &mut Kernel) {
-        if kernel.is_watched {
+        if self.is_watched(kernel) {
             let now_ns = kernel.instant();
             self.recorder.attached(DISK, BootNs(now_ns));
             kernel.all_unseen_known(now_ns);
-        } else {
-            kernel.is_watched = true;
+            return;
+        }
+        kernel.watched = self.sectors();
+        if !std::mem::replace(&mut kernel.is_watched, true) {
             self.notes.watch();
         }
     }
 
-    pub(super) fn is_attached(&self) -> bool {
-        self.recorder.volumes[0].attached
+    fn sectors(&self) -> usize {
+        (self.recorder.volumes[0].bytes / SECTOR_BYTES) as usize
+    }
+
+    /// Does the probe watch the volume as large as it is known to be?
+    fn is_watched(&self, kernel: &Kernel) -> bool {
+        kernel.is_watched && kernel.watched == self.sectors()
+    }
+
+    pub(super) fn is_attached(&self, kernel: &Kernel) -> bool {
+        self.recorder.volumes[0].attached && self.is_watched(kernel)
+    }
+
+    /// One step of who looks after the devices.
+    pub(super) fn sizing_step(&mut self, kernel: &mut Kernel, model: &mut Model) {
+        if matches!(self.capture, Capture::Counters(..) | Capture::Marks(..)) {
+            return; // the recorder is locked
+        }
+        let now_ns = kernel.instant();
+        let Some((sectors, seen_ns)) = self.found_size.take() else {
+            // What is watched of it is changed before it is looked at again.
+            if self.is_attached(kernel) {
+                self.recorder.look_at_sizes();
+                self.found_size = Some((kernel.size, now_ns));
+            }
+            return;
+        };
+        self.sectors = sectors;
+        self.recorder
+            .resized(volume_id(), sectors as u64 * SECTOR_BYTES, BootNs(now_ns));
+        self.tapped(model, None);
+        kernel.size_known(seen_ns, model.last_seq());
     }
 
     /// Nothing is left to do.
     pub(super) fn is_settled(&self, kernel: &Kernel) -> bool {
         let volume = &self.recorder.volumes[0];
         kernel.ring.is_empty()
+            && self.sectors() == kernel.size
+            && self.is_watched(kernel)
             && kernel.skipped().next().is_none()
             && matches!(volume.state, State::Exact { .. })
             && volume.dirty.is_empty()
@@ -584,7 +627,7 @@ impl Agent {
             ReadBack::Sleep(until_ns) if now_ns < until_ns => ReadBack::Sleep(until_ns),
             ReadBack::Sleep(_) => ReadBack::Suspects,
             ReadBack::Suspects => match self.recorder.take_suspects() {
-                Some(suspicion) => ReadBack::Job(Box::new(Job::compare(&suspicion))),
+                Some(suspicion) => ReadBack::Job(Box::new(Job::compare(&suspicion, self.sectors))),
                 None => ReadBack::Run,
             },
             ReadBack::Run => match self.recorder.take_run(RUN_BYTES_MAX) {
@@ -610,7 +653,7 @@ impl Agent {
                 self.drained_ns = drained_ns;
                 if self.recorder.try_close(volume_id(), self.idle_at, BootNs(now_ns)) {
                     let quiet_ns = STRANGER_QUIET.as_nanos() as u64;
-                    for since_ns in kernel.unseen() {
+                    for since_ns in kernel.unseen(self.sectors()) {
                         assert!(
                             since_ns == u64::MAX || now_ns > since_ns + quiet_ns,
                             "R4: closed at {now_ns} while a write is on its way that was not seen, as the \
@@ -736,7 +779,9 @@ impl Agent {
                     return None;
                 };
                 job.read_ns = job.read_ns.min(kernel.now_ns);
-                let contents = &kernel.volume()[sectors_of(&run.bytes)];
+                let Some(contents) = kernel.volume().get(sectors_of(&run.bytes)) else {
+                    return Some(Err(())); // it has become smaller
+                };
                 if job.run.is_some() {
                     job.record_changed(i, contents.to_vec(), model);
                     job.phase = Phase::Emit;

@@ -76,10 +76,16 @@ impl Job {
         }
     }
 
-    pub(super) fn compare(suspicion: &Suspicion) -> Self {
+    /// What lies beyond the volume's end, as far as that is known, is not compared.
+    pub(super) fn compare(suspicion: &Suspicion, sectors: usize) -> Self {
         let mut batches: VecDeque<Vec<Run>> = VecDeque::new();
         let mut bytes = u64::MAX;
-        for piece in suspicion.ranges.iter().flat_map(pieces_of) {
+        let end = sectors as u64 * SECTOR_BYTES;
+        for mut piece in suspicion.ranges.iter().flat_map(pieces_of) {
+            piece.end = piece.end.min(end);
+            if piece.is_empty() {
+                continue;
+            }
             let length = piece.end - piece.start;
             let run = Run {
                 volume: suspicion.volume,
@@ -143,6 +149,10 @@ impl Job {
             for at in run.bytes.clone().step_by(BLOCK_BYTES as usize) {
                 let (block, rest) = read.split_at(8);
                 read = rest;
+                let last = sectors_of(&run.bytes).end;
+                if model.size_at(self.applied).is_some_and(|size| size < last) {
+                    continue;
+                }
                 let bytes = at..at + BLOCK_BYTES;
                 let head: Vec<(Content, u64)> = sectors_of(&bytes)
                     .map(|sector| model.head(sector, self.applied))

@@ -80,9 +80,17 @@ pub(super) struct Kernel {
     is_lost: Vec<bool>,
     /// … or failed.
     has_failed: Vec<bool>,
+    /// How the writes before ended.
+    ended: Vec<Ended>,
     bios: Vec<Bio>,
     next_content: Content,
     pub(super) is_watched: bool,
+    /// Sectors of the volume by now …
+    pub(super) size: usize,
+    /// … and of it that the probe captures writes to.
+    pub(super) watched: usize,
+    /// When it grew, and the record that the agent made when it noticed.
+    grown: Vec<(u64, Option<u64>)>,
     pub(super) ring: VecDeque<InRing>,
     /// What was read and not given back.
     kept: VecDeque<InRing>,
@@ -110,10 +118,14 @@ impl Kernel {
             on_its_way: vec![0; device.len()],
             is_lost: vec![false; device.len()],
             has_failed: vec![false; device.len()],
+            ended: vec![Ended::Well; device.len()],
             device,
             bios: Vec::new(),
             next_content: 10_000,
             is_watched: false,
+            size: SECTORS,
+            watched: SECTORS,
+            grown: Vec::new(),
             ring: VecDeque::new(),
             kept: VecDeque::new(),
             produced: 0,
@@ -134,7 +146,52 @@ impl Kernel {
     }
 
     pub(super) fn volume(&self) -> &[Content] {
-        &self.device[START as usize..START as usize + SECTORS]
+        &self.device[START as usize..START as usize + self.size]
+    }
+
+    /// A sector of the disk, counted from the volume's start, if the volume has it by now.
+    fn of_volume(&self, sector: u64) -> Option<usize> {
+        of_volume(sector).filter(|&own| own < self.size)
+    }
+
+    /// The volume gets another size. What it loses may be anything when it is back, if `may_change`.
+    pub(super) fn resize(&mut self, rng: &mut Rng, model: &mut Model, may_change: bool) {
+        let at_ns = self.instant();
+        let size = 8 * (1 + rng.below(SECTORS as u64 / 8) as usize);
+        // Whose size is as before when it is looked at next has not changed, as far as anybody knows.
+        if size < self.size && self.oldest_growth().is_some() {
+            return;
+        }
+        if size > self.size {
+            self.grown.push((at_ns, None));
+        }
+        for sector in size.min(self.size)..size.max(self.size) {
+            let at = START as usize + sector;
+            if size < self.size {
+                model.busy(sector, at_ns);
+            } else if self.on_its_way[at] == 0 {
+                if may_change && rng.one_in(2) {
+                    self.next_content += 1;
+                    self.device[at] = if rng.one_in(2) { 0 } else { self.next_content };
+                    self.issued[at] = self.device[at];
+                    self.ended[at] = Ended::Well;
+                }
+                model.quiet(sector, at_ns, self.device[at], self.ended[at]);
+            }
+        }
+        self.size = size;
+    }
+
+    fn oldest_growth(&self) -> Option<u64> {
+        let unknown = self.grown.iter().find(|(_, known)| known.is_none());
+        unknown.map(|&(grown_ns, _)| grown_ns)
+    }
+
+    /// The agent has seen its size then, and has made a record of it.
+    pub(super) fn size_known(&mut self, at_ns: u64, seq: u64) {
+        for (_, known) in self.grown.iter_mut().filter(|(grown_ns, _)| *grown_ns <= at_ns) {
+            known.get_or_insert(seq);
+        }
     }
 
     pub(super) fn writes_in_flight(&self) -> usize {
@@ -151,7 +208,7 @@ impl Kernel {
         let oldest = self.ring.front().map(|event| event.at_ns);
         let losses = self.losses_ns.front().copied();
         let misses = self.misses_ns.front().copied();
-        [oldest, losses, misses]
+        [oldest, losses, misses, self.oldest_growth()]
             .into_iter()
             .flatten()
             .min()
@@ -165,6 +222,11 @@ impl Kernel {
         for (since_ns, range, known) in self.missed.drain(..) {
             if known.is_none_or(|seq| seq >= next) {
                 model.crashed_after_a_miss(since_ns, range, at_ns);
+            }
+        }
+        for (since_ns, known) in self.grown.drain(..) {
+            if known.is_none_or(|seq| seq >= next) {
+                model.crashed_after_a_miss(since_ns, START..START + SECTORS as u64, at_ns);
             }
         }
         self.unwatch();
@@ -239,9 +301,10 @@ impl Kernel {
         self.skipped.iter().map(|skipped| &skipped.range)
     }
 
-    /// A write that the agent knows it did not see, and since when.
-    pub(super) fn unseen(&self) -> impl Iterator<Item = u64> {
-        let touches = |bio: &&Bio| bio.range.start < START + SECTORS as u64 && bio.range.end > START;
+    /// A write to the volume, as large as the agent knows it to be, that the agent knows it did not see, and since when.
+    pub(super) fn unseen(&self, sectors: usize) -> impl Iterator<Item = u64> {
+        let end = START + sectors as u64;
+        let touches = move |bio: &&Bio| bio.range.start < end && bio.range.end > START;
         self.bios
             .iter()
             .filter(touches)
@@ -360,8 +423,9 @@ impl Kernel {
             unseen_since_ns: None,
         };
         for sector in range.clone() {
+            let own = self.of_volume(sector);
             if self.on_its_way[sector as usize] == 0
-                && let Some(sector) = of_volume(sector)
+                && let Some(sector) = own
             {
                 model.busy(sector, at_ns);
             }
@@ -378,10 +442,10 @@ impl Kernel {
             self.missed.push((at_ns, range.clone(), None));
             bio.is_missed = true;
             bio.unseen_since_ns = Some(u64::MAX);
-        } else if range.end > START
-            && range.start < START + SECTORS as u64
-            && !self.capture(rng, profile, &bio, at_ns)
-        {
+        } else if range.end <= START || range.start >= START + self.watched as u64 {
+            // Nobody looks there; where the volume has grown nobody knows of it yet.
+            bio.unseen_since_ns = (range.start >= START).then_some(u64::MAX);
+        } else if !self.capture(rng, profile, &bio, at_ns) {
             self.drop_write(&range, at_ns);
             model.tear(number);
             bio.unseen_since_ns = Some(u64::MAX);
@@ -504,18 +568,19 @@ impl Kernel {
             let at = sector as usize;
             self.on_its_way[at] -= 1;
             self.has_failed[at] |= failed;
-            if self.on_its_way[at] == 0
-                && let Some(sector) = of_volume(sector)
-            {
-                let ended = match (self.is_lost[at], self.has_failed[at]) {
-                    (false, true) => Ended::Failed,
-                    (false, false) if self.device[at] != self.issued[at] => Ended::Changed,
-                    _ => Ended::Well,
-                };
-                model.quiet(sector, at_ns, self.device[at], ended);
-                self.is_lost[at] = false;
-                self.has_failed[at] = false;
+            if self.on_its_way[at] > 0 {
+                continue;
             }
+            self.ended[at] = match (self.is_lost[at], self.has_failed[at]) {
+                (false, true) => Ended::Failed,
+                (false, false) if self.device[at] != self.issued[at] => Ended::Changed,
+                _ => Ended::Well,
+            };
+            if let Some(sector) = self.of_volume(sector) {
+                model.quiet(sector, at_ns, self.device[at], self.ended[at]);
+            }
+            self.is_lost[at] = false;
+            self.has_failed[at] = false;
         }
         let was_changed = !failed && ended.iter().any(|&(i, _)| self.bios[i].was_changed);
         let event = CompleteEvent {

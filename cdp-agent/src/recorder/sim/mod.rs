@@ -3,7 +3,8 @@
 //!
 //! `kernel` is the host with the probe, `agent` the threads of `pipeline` and `readback` in small steps, `notes` what a
 //! killed agent leaves and how the next one takes the probe over. What is not
-//! simulated: several volumes, resizes, a write whose end is skipped by the kernel although it was dropped as
+//! simulated: several volumes, sizes that end within a block or that are as before when they are looked at again, a write
+//! whose end is skipped by the kernel although it was dropped as
 //! well, and drivers of whole bios that do not tell where a bio was, or whose ends are skipped.
 //!
 //! `CDP_SIM_SEED` replays one run, `CDP_SIM_SEEDS` and `CDP_SIM_STEPS` set how many runs there are and how long they
@@ -81,6 +82,8 @@ struct Profile {
     crashes: bool,
     /// Of the agent alone: the probe goes on, and the next agent takes it up.
     kills: bool,
+    /// The volume grows and shrinks.
+    resizes: bool,
 }
 
 impl Profile {
@@ -96,6 +99,7 @@ impl Profile {
             full_store: rng.one_in(4),
             crashes: rng.one_in(3),
             kills: rng.one_in(3),
+            resizes: rng.one_in(3),
         }
     }
 }
@@ -153,6 +157,11 @@ impl Sim {
         if profile.full_store && rng.one_in(150) {
             *has_room = !*has_room;
         }
+        if profile.resizes && rng.one_in(100) {
+            // What it holds when it has grown is another matter only where the log knows that it was smaller.
+            let known = agent.as_ref().map(|agent| model.size_at(agent.appended()));
+            kernel.resize(rng, model, known.is_none_or(|size| size == Some(kernel.size)));
+        }
         let Some(running) = agent.as_mut() else {
             match rng.below(4) {
                 0 => *agent = Some(Agent::start(kernel, model, profile)),
@@ -173,10 +182,10 @@ impl Sim {
             *takeovers += u64::from(agent.is_some());
             return;
         }
-        if !running.is_attached() && rng.one_in(8) {
+        if !running.is_attached(kernel) && rng.one_in(8) {
             running.attach(kernel);
         }
-        let actor = rng.below(24);
+        let actor = rng.below(25);
         for _ in 0..1 + rng.below(8) {
             match actor {
                 0..2 => {
@@ -187,6 +196,7 @@ impl Sim {
                 4..8 => kernel.complete(rng, profile, model),
                 8..15 => running.capture_step(rng, kernel, model),
                 15..21 => running.readback_step(rng, kernel, model, profile.read_errors),
+                21 => running.sizing_step(kernel, model),
                 _ => running.store_step(rng, *has_room),
             }
         }
@@ -214,8 +224,15 @@ impl Sim {
                     .is_some_and(|agent| agent.is_settled(&self.kernel))
             {
                 self.check(true)?;
-                let wrong =
-                    (0..SECTORS).find(|&sector| self.model.latest(sector) != self.kernel.volume()[sector]);
+                let size = self.model.size_at(u64::MAX);
+                if size != Some(self.kernel.size) {
+                    return Err(format!(
+                        "settled, and the volume has {size:?} sectors: the device has {}",
+                        self.kernel.size
+                    ));
+                }
+                let wrong = (0..self.kernel.size)
+                    .find(|&sector| self.model.latest(sector) != self.kernel.volume()[sector]);
                 return match wrong {
                     None if self.model.is_exact() => Ok(()),
                     None => Err("the recorder calls exact what the log does not".into()),
@@ -230,7 +247,8 @@ impl Sim {
             let agent = self
                 .agent
                 .get_or_insert_with(|| Agent::start(&mut self.kernel, &mut self.model, &self.profile));
-            if !agent.is_attached() {
+            agent.sizing_step(&mut self.kernel, &mut self.model);
+            if !agent.is_attached(&self.kernel) {
                 agent.attach(&mut self.kernel);
             }
             self.kernel.take(&mut self.rng);

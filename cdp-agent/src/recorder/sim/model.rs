@@ -84,6 +84,8 @@ pub(super) struct Model {
     quiet: Vec<Vec<Quiet>>,
     queued: Vec<Queued>,
     exact: Vec<Exact>,
+    /// By the record that told it: the volume's size in sectors.
+    sizes: Vec<(u64, usize)>,
     to_check: Vec<bool>,
     check_all: bool,
     pub(super) checked_sectors: u64,
@@ -122,6 +124,7 @@ impl Model {
             quiet: quiet.collect(),
             queued: Vec::new(),
             exact: Vec::new(),
+            sizes: Vec::new(),
             to_check: vec![false; SECTORS],
             check_all: false,
             checked_sectors: 0,
@@ -205,19 +208,46 @@ impl Model {
                 }
                 self.check_all = true;
             }
+            Body::Volume { bytes, .. } | Body::Resize { bytes } => {
+                let sectors = (bytes / SECTOR_BYTES) as usize;
+                let before = self.size_at(u64::MAX).unwrap_or(SECTORS);
+                self.sizes.push((seq, sectors));
+                // What lies beyond a smaller size is gone.
+                for sector in sectors..before {
+                    self.insert(sector, (seq, 0), 0);
+                }
+            }
             _ => {}
         }
+        let record = &self.log[seq as usize - 1];
         let Some((sectors, as_of)) = sectors_of(&record.body) else {
             return;
         };
         let place = as_of.map_or((seq, 0), |as_of| (as_of, seq));
+        let contents = record.contents.clone();
         for (i, sector) in sectors.enumerate() {
-            let content = record.contents.get(i).copied().unwrap_or(0);
-            let view = &mut self.views[sector];
-            let at = view.partition_point(|(other, _)| *other < place);
-            view.insert(at, (place, content));
-            self.to_check[sector] = true;
+            self.insert(sector, place, contents.get(i).copied().unwrap_or(0));
         }
+    }
+
+    fn insert(&mut self, sector: usize, place: (u64, u64), content: Content) {
+        let view = &mut self.views[sector];
+        let at = view.partition_point(|(other, _)| *other < place);
+        view.insert(at, (place, content));
+        self.to_check[sector] = true;
+    }
+
+    /// The volume's size at a Seq, in sectors.
+    pub(super) fn size_at(&self, seq: u64) -> Option<usize> {
+        let told = self.sizes.partition_point(|&(told, _)| told <= seq);
+        told.checked_sub(1).map(|told| self.sizes[told].1)
+    }
+
+    /// Is the volume too small at a Seq to have the sector, though nothing that was recorded since `from_ns` says so?
+    fn is_missing(&self, sector: usize, seq: u64, from_ns: u64) -> bool {
+        let told = self.sizes.partition_point(|&(told, _)| told <= seq);
+        let told = told.checked_sub(1).map(|told| self.sizes[told]);
+        told.is_some_and(|(told, size)| size <= sector && self.log[told as usize - 1].at_ns <= from_ns)
     }
 
     /// The agent died. A gap that it had not made durable is lost, and with it that a write had failed just before:
@@ -227,8 +257,8 @@ impl Model {
         self.exempt(0..SECTORS, at_ns, Ended::Failed);
     }
 
-    /// A write to this range of the disk had been skipped before, and it had not made durable that it knew: the limit
-    /// of ARCHITECTURE.md, "A gap opens".
+    /// A write to this range of the disk had been skipped before, or the volume had grown, and it had not made durable
+    /// that it knew: the limits of ARCHITECTURE.md, "A gap opens".
     pub(super) fn crashed_after_a_miss(&mut self, since_ns: u64, range: std::ops::Range<u64>, at_ns: u64) {
         for sector in range.filter_map(of_volume) {
             for quiet in self.quiet[sector]
@@ -300,6 +330,7 @@ impl Model {
         self.log.truncate(next as usize - 1);
         self.views = vec![vec![((0, 0), 0)]; SECTORS];
         self.exact.clear();
+        self.sizes.clear();
         for seq in 1..next {
             self.apply(seq);
         }
@@ -498,6 +529,15 @@ impl Model {
                     .filter(|place| (from..=to).contains(place));
                 // A stretch that ends between two chunks of a bio has no moment of it.
                 for seq in between.chain([from]).filter(|&seq| seq <= to) {
+                    if self.is_missing(sector, seq, quiet.from_ns) {
+                        return Err(format!(
+                            "moment {seq} is called exact (of {from}..={to}), and the volume has no sector {sector} then: \
+                             the device held {quiet:?}"
+                        ));
+                    }
+                    if self.size_at(seq).is_some_and(|size| size <= sector) {
+                        continue;
+                    }
                     let found = self.content_at(sector, seq);
                     if found != quiet.content {
                         return Err(format!(

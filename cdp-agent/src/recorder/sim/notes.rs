@@ -97,7 +97,9 @@ impl Agent {
         model.killed(last + 1);
         let exact = model.exact_since().filter(|_| !self.notes.marks_taken);
         let position = found.map(|&(_, position)| position);
-        if let (true, Some(exact), Some(position)) = (kernel.is_watched, exact, position)
+        let is_same_size = model.size_at(last) == Some(kernel.size) && kernel.watched == kernel.size;
+        let is_watched = kernel.is_watched && is_same_size;
+        if let (true, Some(exact), Some(position)) = (is_watched, exact, position)
             && kernel.skip_to(position)
         {
             return Some(self.take_over(kernel, model, last, exact, position));
@@ -117,7 +119,7 @@ impl Agent {
             NewVolume {
                 last_exact: Seq::new(last),
                 exact,
-                ..volume()
+                ..volume(kernel.size)
             },
             now,
         );
