@@ -48,6 +48,23 @@ pub(crate) enum Ahead {
     Awaited,
 }
 
+/// A rest from offers, after a holder had lost what it had said it has. Kept from one connection to the next.
+#[derive(Debug, Default)]
+pub(crate) struct OffersRest(Mutex<Option<Instant>>);
+
+impl OffersRest {
+    /// A connection ended with this error.
+    pub(crate) fn ended(&self, error: &LinkError) {
+        if let LinkError::Lacking { .. } = error {
+            *self.0.lock() = Some(Instant::now() + OFFERS_REST);
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.0.lock().is_none_or(|until| Instant::now() >= until)
+    }
+}
+
 /// Why feeding ended.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FeedError {
@@ -101,8 +118,6 @@ pub(crate) struct Progress {
     pub(crate) full: bool,
     /// Something new was acknowledged since the last connection began.
     pub(crate) is_useful: bool,
-    /// Nothing is offered before.
-    no_offers_until: Option<Instant>,
     /// Bytes of the log that the holder had when it connected, less those acknowledged before.
     held_bytes: i128,
     /// Why the last connection ended, or was not made.
@@ -118,6 +133,7 @@ pub(crate) struct Feed {
     log: Arc<dyn DurableLog>,
     throttle: Arc<Throttle>,
     ahead: Ahead,
+    rest: Arc<OffersRest>,
     progress: Mutex<Progress>,
     /// Signalled at every change of `progress`.
     changed: Condvar,
@@ -136,13 +152,14 @@ impl std::fmt::Debug for Feed {
 }
 
 impl Feed {
-    /// Of the log of the store in `store` to `to`, as fast as `throttle` allows.
+    /// Of the log of the store in `store` to `to`, as fast as `throttle` allows, with a rest from offers as there is one.
     pub(crate) fn new(
         to: String,
         store: &Path,
         log: Arc<dyn DurableLog>,
         throttle: Arc<Throttle>,
         ahead: Ahead,
+        rest: Arc<OffersRest>,
     ) -> Arc<Self> {
         Arc::new(Self {
             to,
@@ -150,6 +167,7 @@ impl Feed {
             log,
             throttle,
             ahead,
+            rest,
             progress: Mutex::default(),
             changed: Condvar::new(),
             room: Notify::new(),
@@ -251,9 +269,7 @@ impl Feed {
             return ended;
         };
         let error = link::why_ended(connection, error).await;
-        if let LinkError::Lacking { .. } = error {
-            self.progress.lock().no_offers_until = Some(Instant::now() + OFFERS_REST);
-        }
+        self.rest.ended(&error);
         Err(error.into())
     }
 
@@ -270,7 +286,7 @@ impl Feed {
         // Who speaks the first format knows nothing of offers.
         let may_offer = link::protocol(connection).as_deref() == Some(ALPN);
         let reader = on_own_thread("cdp-tail", move || {
-            feed.read_ahead(tail, &sender, |feed| may_offer && feed.may_offer())
+            feed.read_ahead(tail, &sender, |feed| may_offer && feed.rest.is_over())
         });
         let (turns, send) = (Turns::default(), tokio::sync::Mutex::new(send));
         tokio::select! {
@@ -280,11 +296,6 @@ impl Feed {
             ended = self.tell_standing(&send) => ended,
             ended = reader => ended.map_err(FeedError::thread)?,
         }
-    }
-
-    fn may_offer(&self) -> bool {
-        let until = self.progress.lock().no_offers_until;
-        until.is_none_or(|until| Instant::now() >= until)
     }
 
     /// Finds the place in the log that the holder has reached.

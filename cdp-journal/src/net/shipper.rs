@@ -86,7 +86,14 @@ impl Shipper {
         log: Arc<dyn DurableLog>,
         throttle: Arc<Throttle>,
     ) -> std::io::Result<Self> {
-        let feed = Feed::new(server.to_owned(), store, log, throttle, Ahead::Diverged);
+        let feed = Feed::new(
+            server.to_owned(),
+            store,
+            log,
+            throttle,
+            Ahead::Diverged,
+            Arc::default(),
+        );
         let (stop, stopped) = watch::channel(false);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -108,11 +108,16 @@ async fn feed(
     history.make_known(&shared.logs.options).await?;
     let source = Arc::clone(&history) as Arc<dyn DurableLog>;
     let to = format!("{holder}, {agent}");
-    let feed = Feed::new(to, &history.dir, source, Arc::default(), Ahead::Awaited);
+    let rest = Arc::clone(&history.offers_rest);
+    let feed = Feed::new(to, &history.dir, source, Arc::default(), Ahead::Awaited, rest);
     tokio::select! {
         ended = feed.run(connection, send, receive) => ended.map_err(|error| refusal(&history.agent, error)),
         // While it waits for the rest of its own history it does not listen.
-        closed = connection.closed() => Err(closed.into()),
+        closed = connection.closed() => {
+            let closed = LinkError::from(closed);
+            history.offers_rest.ended(&closed);
+            Err(closed.into())
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::Refusal;
 use crate::error::OpenError;
-use crate::net::feed::{DurableLog, STANDING_INTERVAL};
+use crate::net::feed::{DurableLog, OffersRest, STANDING_INTERVAL};
 use crate::net::link;
 use crate::net::thread::on_own_thread;
 use crate::site::{AgentName, Site, Upstream};
@@ -66,6 +66,8 @@ pub(super) struct History {
     log_bytes: AtomicU64,
     intake: Mutex<Option<Arc<Intake>>>,
     told: Mutex<Option<Told>>,
+    /// One for all followers: it costs them bytes, and no more.
+    pub(super) offers_rest: Arc<OffersRest>,
 }
 
 impl DurableLog for History {
@@ -217,6 +219,7 @@ impl Logs {
                     log_bytes: AtomicU64::new(0),
                     intake: Mutex::default(),
                     told: Mutex::default(),
+                    offers_rest: Arc::default(),
                 };
                 vacant.insert((Arc::new(history), owner))
             }

@@ -10,7 +10,7 @@ use crate::server::ask_status;
 use crate::ship::Schedule;
 use crate::site::SiteLog;
 use crate::store::LOG_DIR;
-use crate::wire::{ALPNS, Kind, Message};
+use crate::wire::{ALPNS, Close, Kind, Message};
 
 /// Frames of a first copy: 20 MiB.
 const FRAMES: u64 = 40;
@@ -242,23 +242,19 @@ fn a_follower_gets_only_what_it_does_not_have() {
     assert!(saved, "nothing was saved in {ROUNDS} rounds");
 }
 
-/// Goal: who speaks the first format only is not offered anything, and gets every frame. Method: a follower of that format,
-/// by hand.
-#[test]
-fn who_knows_nothing_of_offers_is_sent_everything() {
-    let kit = kit_with_a_copy(Offers::Own);
-    let identity = kit.dir.path().join("follow");
-    kit.enroll("b", Right::Follow, &identity);
-    let log = LogTail::open(&kit.source.dir).unwrap().store();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.unwrap().block_on(async {
-        let mut tls = Identities::load(&identity, Right::Follow).unwrap().tls().unwrap();
-        tls.alpn_protocols = vec![ALPNS[1].to_vec()];
+/// A follower by hand.
+struct ByHand {
+    link: Link,
+    receive: quinn::RecvStream,
+    send: quinn::SendStream,
+    frames: quinn::RecvStream,
+}
+
+impl ByHand {
+    /// Asks the kit's server for the history, of which it holds nothing.
+    async fn follow(kit: &Kit, tls: rustls::ClientConfig) -> Self {
+        let log = LogTail::open(&kit.source.dir).unwrap().store();
         let link = Link::connect(&kit.address.to_string(), tls).await.unwrap();
-        assert_eq!(
-            crate::net::link::protocol(&link.connection).as_deref(),
-            Some(ALPNS[1])
-        );
         let (mut send, mut receive) = link.connection.open_bi().await.unwrap();
         let agent = name("web01");
         send.write_all(&Message::Follow { log, agent }.encode())
@@ -268,15 +264,106 @@ fn who_knows_nothing_of_offers_is_sent_everything() {
         assert_eq!(kind, Kind::Hello);
         let welcome = Message::Welcome { held: None };
         send.write_all(&welcome.encode()).await.unwrap();
-        let mut frames = link.connection.accept_uni().await.unwrap();
+        let frames = link.connection.accept_uni().await.unwrap();
+        Self {
+            link,
+            receive,
+            send,
+            frames,
+        }
+    }
+
+    async fn next_frame(&mut self) -> Kind {
+        read_message(&mut self.frames).await.unwrap().unwrap().0
+    }
+
+    /// Is every frame sent as it is, and nothing offered?
+    async fn gets_everything(&mut self) -> bool {
+        let mut is_whole = true;
         for _ in 0..=FRAMES {
-            let (kind, _) = read_message(&mut frames).await.unwrap().unwrap();
-            assert_eq!(kind, Kind::Frame);
+            is_whole &= self.next_frame().await == Kind::Frame;
         }
+        // An offer would have come before the second of them.
         for _ in 0..2 {
-            let (kind, _) = read_message(&mut receive).await.unwrap().unwrap();
-            assert_eq!(kind, Kind::Standing, "and no offer before it");
+            let (kind, _) = read_message(&mut self.receive).await.unwrap().unwrap();
+            is_whole &= kind == Kind::Standing;
         }
-        link.close().await;
+        is_whole
+    }
+}
+
+/// Goal: who said it has what it turns out to lack is sent everything from then on, and asked nothing for a while, on
+/// further connections too. Method: a follower by hand that says it has all that it is offered, and lacks it as soon as
+/// it is left out.
+#[test]
+fn who_lacks_what_it_said_it_has_is_not_asked_again() {
+    let kit = kit_with_a_copy(Offers::Own);
+    let identity = kit.dir.path().join("follow");
+    kit.enroll("b", Right::Follow, &identity);
+    let tls = || Identities::load(&identity, Right::Follow).unwrap().tls().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.unwrap().block_on(async {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        let is_there = |round| assert!(std::time::Instant::now() < deadline, "round {round}");
+        for round in 0.. {
+            is_there(round);
+            let ByHand {
+                link,
+                mut receive,
+                mut send,
+                mut frames,
+            } = ByHand::follow(&kit, tls()).await;
+            let answers = tokio::spawn(async move {
+                while let Ok(Some((kind, body))) = read_message(&mut receive).await {
+                    if let Ok(Message::Offer { hashes }) = Message::decode(kind, &body) {
+                        let bits = (1 << hashes.len()) - 1;
+                        let _ = send.write_all(&Message::Have { bits }.encode()).await;
+                    }
+                }
+            });
+            let mut kinds = Vec::new();
+            while kinds.len() as u64 <= FRAMES && kinds.last() != Some(&Kind::Thin) {
+                kinds.push(read_message(&mut frames).await.unwrap().unwrap().0);
+            }
+            answers.abort();
+            // A machine may be so slow that no answer was waited for.
+            if kinds.last() == Some(&Kind::Thin) {
+                crate::net::link::close(&link.connection, Close::Lacking, "it is gone");
+                link.close().await;
+                break;
+            }
+            link.close().await;
+        }
+        // The server may take a moment to hear of it.
+        for round in 0.. {
+            is_there(round);
+            let mut again = ByHand::follow(&kit, tls()).await;
+            let is_whole = again.gets_everything().await;
+            again.link.close().await;
+            if is_whole {
+                break;
+            }
+        }
+    });
+}
+
+/// Goal: who speaks the first format only is not offered anything, and gets every frame. Method: a follower of that format,
+/// by hand.
+#[test]
+fn who_knows_nothing_of_offers_is_sent_everything() {
+    let kit = kit_with_a_copy(Offers::Own);
+    let identity = kit.dir.path().join("follow");
+    kit.enroll("b", Right::Follow, &identity);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.unwrap().block_on(async {
+        let mut tls = Identities::load(&identity, Right::Follow).unwrap().tls().unwrap();
+        tls.alpn_protocols = vec![ALPNS[1].to_vec()];
+        let mut follower = ByHand::follow(&kit, tls).await;
+        assert_eq!(
+            crate::net::link::protocol(&follower.link.connection).as_deref(),
+            Some(ALPNS[1])
+        );
+        assert!(follower.gets_everything().await);
+        follower.link.close().await;
     });
 }
