@@ -103,6 +103,10 @@ impl Recorder {
                 }
             }
             if !touched {
+                // Its mark may have been taken with the losses before, and it be on its way all the same.
+                if volume.pending.is_some() || !matches!(volume.state, State::Exact { .. }) {
+                    volume.unseen.add(now);
+                }
                 continue;
             }
             volume.losses.add(&losses);

@@ -402,6 +402,23 @@ fn an_open_gap_begins_before_a_write_of_which_news_was_lost() {
     assert_eq!(gaps_from(&mut recorder), [in_doubt.prev()]);
 }
 
+/// A write may be dropped after the counters were read and before the marks are taken: it is counted at the next look, and
+/// its mark is not there any more.
+#[test]
+fn a_gap_does_not_close_while_a_write_may_be_on_its_way_whose_mark_was_taken_before_it_was_counted() {
+    let mut recorder = protected();
+    lose(&mut recorder, 1, 20 * SECOND, 21 * SECOND, 1, 0);
+    recorder.drained_to(1, BootNs(21 * SECOND));
+    let counted_late = Losses {
+        dropped: [1, 0, 0, 0],
+        lost_completions: 0,
+    };
+    recorder.losses(SLOT, counted_late, None, BootNs(23 * SECOND), 1, &[]);
+    read_everything(&mut recorder);
+    assert!(!recorder.try_close(volume_id(), None, BootNs(25 * SECOND)));
+    assert!(recorder.try_close(volume_id(), None, BootNs(27 * SECOND)));
+}
+
 /// A loss waits for its place among the records; another gap must not open behind it meanwhile.
 #[test]
 fn a_gap_that_opens_while_a_loss_waits_for_its_place_begins_before_the_loss() {
