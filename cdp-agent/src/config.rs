@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 
-use cdp_journal::ship::{Schedule, WINDOWS_MAX, Window};
+use cdp_journal::ship::{Limits, Schedule};
+use serde::Deserialize as _;
 
 use crate::cli::RunArgs;
 
@@ -178,16 +179,7 @@ impl Config {
 }
 
 fn schedule(key: &str, limits: &[String]) -> anyhow::Result<Schedule> {
-    let windows = limits.iter().map(|text| text.parse::<Window>());
-    let windows = windows
-        .collect::<Result<Vec<_>, _>>()
-        .with_context(|| key.to_owned())?;
-    Schedule::new(windows).with_context(|| {
-        format!(
-            "{key} has {} limits; {WINDOWS_MAX} at most can be given",
-            limits.len()
-        )
-    })
+    Schedule::parse(limits).with_context(|| key.to_owned())
 }
 
 fn check_servers(servers: &[String], has_identity: bool) -> anyhow::Result<()> {
@@ -279,16 +271,14 @@ fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
     Ok(args)
 }
 
-/// One limit, a list of them, or a table of time windows and their limits.
 fn limits(key: &str, value: &toml::Value) -> anyhow::Result<Vec<String>> {
-    match value {
-        toml::Value::String(limit) => Ok(vec![limit.clone()]),
-        toml::Value::Table(table) => table
-            .iter()
-            .map(|(window, limit)| Ok(format!("{window} {}", string(key, limit)?)))
-            .collect(),
-        _ => strings(key, value, "mon-fri 08:00-18:00 20 Mbit/s"),
-    }
+    let limits = Limits::deserialize(value.clone());
+    let limits = limits.ok().with_context(|| {
+        format!(
+            "{key} is \"mon-fri 08:00-18:00 20 Mbit/s\", a list of such limits, or a table of times and their rates"
+        )
+    });
+    limits.map(Vec::from)
 }
 
 fn strings(key: &str, value: &toml::Value, form: &str) -> anyhow::Result<Vec<String>> {
@@ -319,6 +309,8 @@ fn bytes(key: &str, value: &toml::Value) -> anyhow::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use cdp_journal::ship::WINDOWS_MAX;
+
     use super::*;
 
     fn flags(volume: &str) -> RunArgs {

@@ -93,6 +93,10 @@ pub(crate) struct ServeArgs {
     /// The folder that `enroll` put the certificate for the upstream into
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: Option<PathBuf>,
+    /// A limit on what is taken from the upstream, such as "20 Mbit/s" or "mon-fri 08:00-18:00 5 MiB/s", in local time; the
+    /// lowest that holds counts; may be given several times [default: none]
+    #[arg(long, value_name = "LIMIT")]
+    pub(crate) rate: Vec<String>,
     /// A TOML file with these settings
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

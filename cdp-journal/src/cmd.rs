@@ -10,6 +10,7 @@ use cdp_journal::net::TargetState;
 use cdp_journal::server::{
     AgentStatus, Offers, ServeOptions, Server, ServerStatus, UpstreamOptions, ask_status, status_of_folder,
 };
+use cdp_journal::ship::{Limits, Rate, Schedule};
 use cdp_journal::site::Site;
 use cdp_journal::store::WriterOptions;
 use cdp_journal::trust::{Authority, Grants, TokenGrant};
@@ -30,6 +31,7 @@ struct File {
     identity: Option<std::path::PathBuf>,
     store_bytes_max: Option<u64>,
     offers: Option<Offers>,
+    rate: Option<Limits>,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -44,11 +46,25 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let listen =
         listen.context("nowhere to listen: give --listen HOST:PORT, or `listen` in the file of --config")?;
     let upstream = args.upstream.clone().or(file.upstream);
+    let limits = match (&args.rate[..], file.rate) {
+        ([], Some(limits)) => limits.into(),
+        (limits, _) => limits.to_vec(),
+    };
+    let rate = Schedule::parse(&limits).context("rate")?;
+    if upstream.is_none() && !rate.is_empty() {
+        bail!(
+            "a rate, and no server to take from at that rate: give --upstream HOST:PORT, or leave --rate out"
+        );
+    }
     let upstream = upstream.map(|server| {
         let identity = args.identity.clone().or(file.identity).with_context(|| {
             format!("no certificate to follow {server} with: give --identity DIR, the folder of `cdp-journal enroll`")
         })?;
-        anyhow::Ok(UpstreamOptions { server, identity })
+        anyhow::Ok(UpstreamOptions {
+            server,
+            identity,
+            rate,
+        })
     });
     let options = ServeOptions {
         store,
@@ -188,7 +204,11 @@ fn print_status(out: &mut impl std::io::Write, status: &ServerStatus) -> std::io
             }
             (TargetState::Refused, why) => format!("refused: {}", why.as_deref().unwrap_or("by it")),
         };
-        writeln!(out, "follows {}, {state}", upstream.server)?;
+        write!(out, "follows {}, {state}", upstream.server)?;
+        match upstream.rate_bytes_per_s {
+            Some(limit) => writeln!(out, ", at {} at most now", Rate::new(limit))?,
+            None => writeln!(out)?,
+        }
     }
     for agent in &status.agents {
         print_agent(out, agent)?;

@@ -12,7 +12,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::link::{self, LinkError};
 use super::thread::on_own_thread;
-use super::throttle::Throttle;
+use super::throttle::{Charge, PIECE_BYTES, Throttle};
 use super::turns::Turns;
 use crate::error::{OpenError, ReadError};
 use crate::ship::{Flight, LogTail, Offerable, Sent, TailError};
@@ -23,8 +23,6 @@ use crate::wire::{ALPN, Kind, Message, Standing, WireError};
 const FRAMES_AHEAD: usize = 4;
 /// How often the reader of the log looks whether it is still wanted, and a holder that is ahead whether it still is.
 const DURABLE_WAIT: Duration = Duration::from_millis(100);
-/// Written at once where there is a limit.
-const PIECE_BYTES: usize = 16 << 10;
 /// For how long nothing is offered to a holder that had lost what it had said it has.
 const OFFERS_REST: Duration = Duration::from_secs(60);
 /// How often the holder is told how far behind it is.
@@ -395,22 +393,12 @@ impl Feed {
                 None => message.len(),
             };
             for piece in message.chunks(piece_bytes) {
-                self.wait_for_turn().await;
+                self.throttle.turn().await;
                 stream.write_all(piece).await.map_err(LinkError::from)?;
                 // Bytes of datagrams that have left for the other end.
                 let sent_bytes = connection.stats().udp_tx.bytes;
                 self.throttle.charge(charge.due(piece.len() as u64, sent_bytes));
             }
-        }
-    }
-
-    async fn wait_for_turn(&self) {
-        loop {
-            let wait = self.throttle.wait();
-            if wait.is_zero() {
-                return;
-            }
-            tokio::time::sleep(wait).await;
         }
     }
 
@@ -494,40 +482,4 @@ impl Feed {
 async fn send_standing(stream: &mut SendStream, standing: Standing) -> Result<(), FeedError> {
     let message = Message::Standing(standing).encode();
     Ok(stream.write_all(&message).await.map_err(LinkError::from)?)
-}
-
-/// What a connection counts against a limit: what was written to it or, where that is more, what has left the host for it,
-/// headers and all that was sent again included.
-#[derive(Debug, Default)]
-struct Charge {
-    written: u64,
-    charged: u64,
-}
-
-impl Charge {
-    /// What is due after a piece was written, of a connection that has sent `sent` bytes so far.
-    fn due(&mut self, piece: u64, sent: u64) -> u64 {
-        self.written += piece;
-        let due = self.written.max(sent).saturating_sub(self.charged);
-        self.charged += due;
-        due
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_has_left_the_host_is_charged_once() {
-        let mut charge = Charge::default();
-        assert_eq!(charge.due(1000, 0), 1000, "still in a buffer");
-        assert_eq!(charge.due(1000, 1500), 1000);
-        assert_eq!(
-            charge.due(1000, 3300),
-            1300,
-            "headers, and what was lost on the way"
-        );
-        assert_eq!(charge.due(1000, 3300), 700);
-    }
 }

@@ -159,15 +159,21 @@ impl From<ReadExactError> for LinkError {
     }
 }
 
-/// Reads one message; `None` where the stream ends between two.
-pub(crate) async fn read_message(stream: &mut RecvStream) -> Result<Option<(Kind, Vec<u8>)>, LinkError> {
+/// Reads what stands before a message; `None` where the stream ends between two.
+pub(crate) async fn read_header(stream: &mut RecvStream) -> Result<Option<Header>, LinkError> {
     let mut header = [0; HEADER_BYTES];
     match stream.read_exact(&mut header).await {
-        Ok(()) => {}
-        Err(ReadExactError::FinishedEarly(0)) => return Ok(None),
-        Err(error) => return Err(error.into()),
+        Ok(()) => Ok(Some(Header::decode(&header)?)),
+        Err(ReadExactError::FinishedEarly(0)) => Ok(None),
+        Err(error) => Err(error.into()),
     }
-    let header = Header::decode(&header)?;
+}
+
+/// Reads one message; `None` where the stream ends between two.
+pub(crate) async fn read_message(stream: &mut RecvStream) -> Result<Option<(Kind, Vec<u8>)>, LinkError> {
+    let Some(header) = read_header(stream).await? else {
+        return Ok(None);
+    };
     let mut body = vec![0; header.body_bytes];
     stream.read_exact(&mut body).await?;
     Ok(Some((header.kind, body)))
@@ -205,9 +211,12 @@ pub(crate) fn protocol(connection: &Connection) -> Option<Vec<u8>> {
     data.protocol
 }
 
-/// Closes with a reason that the other end can show.
+/// Closes with a reason that the other end can show. Of a connection that has ended it stays known why: to close it once
+/// more would hide that from whoever has not asked yet.
 pub(crate) fn close(connection: &Connection, close: Close, why: &str) {
-    connection.close(VarInt::from_u32(close.code()), why.as_bytes());
+    if connection.close_reason().is_none() {
+        connection.close(VarInt::from_u32(close.code()), why.as_bytes());
+    }
 }
 
 /// A connection of a client, and the socket it runs on.
@@ -220,14 +229,27 @@ pub(crate) struct Link {
 impl Link {
     /// Connects to `server` (HOST:PORT) with a certificate for `right` in the folder `identity`.
     pub(crate) async fn connect_as(identity: &Path, right: Right, server: &str) -> Result<Self, LinkError> {
+        Self::connect_narrow(identity, right, server, tls::WINDOW_BYTES).await
+    }
+
+    /// As [`Link::connect_as`], where no more than `window_bytes` may be on their way here.
+    pub(crate) async fn connect_narrow(
+        identity: &Path,
+        right: Right,
+        server: &str,
+        window_bytes: u32,
+    ) -> Result<Self, LinkError> {
         let identities = Identities::load(identity, right)?;
         identities.check(WallNs::now())?;
-        Self::connect(server, identities.tls()?).await
+        Self::connect_with(server, tls::client_transport(identities.tls()?, window_bytes)?).await
     }
 
     /// Connects to `server` (HOST:PORT), trying each of its addresses.
     pub(crate) async fn connect(server: &str, tls: rustls::ClientConfig) -> Result<Self, LinkError> {
-        let config = tls::client_transport(tls)?;
+        Self::connect_with(server, tls::client_transport(tls, tls::WINDOW_BYTES)?).await
+    }
+
+    async fn connect_with(server: &str, config: quinn::ClientConfig) -> Result<Self, LinkError> {
         let bad = |why: String| LinkError::Address {
             server: server.to_owned(),
             why,

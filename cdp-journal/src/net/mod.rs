@@ -22,4 +22,5 @@ pub use feed::DurableLog;
 pub use identity::{Identities, IdentityError};
 pub use link::LinkError;
 pub use shipper::{Shipper, TargetState, TargetStatus};
+pub(crate) use throttle::PacedReader;
 pub use throttle::Throttle;

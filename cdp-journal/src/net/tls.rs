@@ -21,7 +21,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 /// ... so each says something as often as this.
 const KEEP_ALIVE: Duration = Duration::from_secs(4);
 /// Bytes that one end holds for the other.
-const WINDOW_BYTES: u32 = 16 << 20;
+pub(crate) const WINDOW_BYTES: u32 = 16 << 20;
 /// Questions at once.
 pub(crate) const STREAMS_MAX: u32 = 64;
 
@@ -29,13 +29,13 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
-fn transport() -> Arc<TransportConfig> {
+fn transport(window_bytes: u32) -> Arc<TransportConfig> {
     let mut transport = TransportConfig::default();
     transport
         .max_idle_timeout(IdleTimeout::try_from(IDLE_TIMEOUT).ok())
         .keep_alive_interval(Some(KEEP_ALIVE))
         .stream_receive_window(VarInt::from_u32(WINDOW_BYTES))
-        .receive_window(VarInt::from_u32(WINDOW_BYTES))
+        .receive_window(VarInt::from_u32(window_bytes))
         .send_window(u64::from(WINDOW_BYTES))
         .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
         .max_concurrent_uni_streams(VarInt::from_u32(1))
@@ -70,7 +70,7 @@ pub(crate) fn server(authority: &Authority) -> Result<quinn::ServerConfig, Trust
         .collect();
     let crypto = QuicServerConfig::try_from(tls).map_err(|error| make(&error))?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    config.transport_config(transport());
+    config.transport_config(transport(WINDOW_BYTES));
     Ok(config)
 }
 
@@ -106,10 +106,14 @@ pub(crate) fn enrolling_client(authority: [u8; 32]) -> Result<ClientConfig, Link
     Ok(tls)
 }
 
-pub(crate) fn client_transport(tls: ClientConfig) -> Result<quinn::ClientConfig, LinkError> {
+/// `window_bytes`: what may be on its way here.
+pub(crate) fn client_transport(
+    tls: ClientConfig,
+    window_bytes: u32,
+) -> Result<quinn::ClientConfig, LinkError> {
     let crypto = QuicClientConfig::try_from(tls).map_err(|error| LinkError::Tls(error.to_string()))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-    config.transport_config(transport());
+    config.transport_config(transport(window_bytes));
     Ok(config)
 }
 

@@ -19,10 +19,11 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::logs::History;
-use super::{Refusal, Shared, ingest};
+use super::{Refusal, Shared, UpstreamOptions, ingest};
 use crate::net::link::{self, Link, LinkError};
-use crate::net::{Backoff, Session, TargetState, random};
+use crate::net::{Backoff, Session, TargetState, Throttle, random};
 use crate::remote::{Ask, AskError, Fault, Listed, ask_once};
+use crate::ship::Rate;
 use crate::site::{AgentName, Upstream};
 use crate::trust::hex;
 use crate::types::Seq;
@@ -48,6 +49,9 @@ pub struct UpstreamStatus {
     pub state: TargetState,
     /// Why it is not connected.
     pub why: Option<String>,
+    /// How much is taken from it in a second at most, now; nothing where there is no limit.
+    #[serde(default)]
+    pub rate_bytes_per_s: Option<u64>,
 }
 
 type Key = (AgentName, Uuid);
@@ -81,6 +85,8 @@ pub(super) struct Follower {
     identity: PathBuf,
     /// What names this server's own authority.
     authority: String,
+    /// How fast all histories together are taken.
+    throttle: Throttle,
     state: Mutex<State>,
 }
 
@@ -119,11 +125,14 @@ fn is_wanted(listed: &Listed, durable: Option<Option<Seq>>) -> bool {
 }
 
 impl Follower {
-    pub(super) fn new(upstream: String, identity: PathBuf, authority: &[u8]) -> Arc<Self> {
+    pub(super) fn new(options: UpstreamOptions, authority: &[u8]) -> Arc<Self> {
+        let throttle = Throttle::default();
+        throttle.set(options.rate);
         Arc::new(Self {
-            upstream,
-            identity,
+            upstream: options.server,
+            identity: options.identity,
             authority: hex(authority),
+            throttle,
             state: Mutex::default(),
         })
     }
@@ -166,7 +175,8 @@ impl Follower {
     }
 
     async fn connect(&self) -> Result<Link, LinkError> {
-        Link::connect_as(&self.identity, Right::Follow, &self.upstream).await
+        let window_bytes = self.throttle.window_bytes();
+        Link::connect_narrow(&self.identity, Right::Follow, &self.upstream, window_bytes).await
     }
 
     /// Asks what there is until that fails, and sees to it that it comes.
@@ -354,7 +364,17 @@ impl Follower {
         self.began(&history, there, held.map(|held| held.last));
         let held_seq = Seq::number_of(held.map(|held| held.last));
         tracing::info!(%agent, held = held_seq, upstream = %self.upstream, "follows");
-        let taken = ingest::take_in(shared, &link.connection, (send, receive), store, held, &history).await;
+        let (connection, throttle) = (&link.connection, Some(&self.throttle));
+        let taken = ingest::take_in(
+            shared,
+            connection,
+            (send, receive),
+            store,
+            held,
+            &history,
+            throttle,
+        )
+        .await;
         drop(writing);
         Ok(taken?)
     }
@@ -381,6 +401,7 @@ impl Follower {
             server: self.upstream.clone(),
             state: TargetState::of(state.is_connected, state.is_refused),
             why: state.why.clone(),
+            rate_bytes_per_s: self.throttle.limit().map(Rate::bytes_per_second),
         }
     }
 

@@ -29,6 +29,7 @@ use crate::index::IndexWriter;
 use crate::log::{FrameLocation, LogError, LogWriter};
 use crate::net::link::{self, LinkError};
 use crate::net::thread::on_own_thread;
+use crate::net::{PacedReader, Throttle};
 use crate::site::AgentName;
 use crate::store::StoreWriter;
 use crate::trust::Holder;
@@ -98,7 +99,7 @@ pub(super) async fn serve(
     let (store, held) = history.open(None, &shared.logs.options).await?;
     let from = connection.remote_address();
     tracing::info!(%agent, %from, held = held.map_or(0, |held| held.last.get()), "ships");
-    let ended = take_in(shared, connection, (send, receive), store, held, &history).await;
+    let ended = take_in(shared, connection, (send, receive), store, held, &history, None).await;
     drop(writing);
     tracing::info!(%agent, durable = Seq::number_of(history.durable().flatten()), "ships no more");
     ended
@@ -129,7 +130,7 @@ pub(super) fn owner_of_log(
 }
 
 /// Takes in what comes over `connection`, whichever end made it, until it ends: runs the two threads of a store, and feeds
-/// them. For who holds the history's lock.
+/// them. As fast as `throttle` allows. For who holds the history's lock.
 pub(super) async fn take_in(
     shared: &Shared,
     connection: &Connection,
@@ -137,6 +138,7 @@ pub(super) async fn take_in(
     store: StoreWriter,
     held: Option<FrameId>,
     history: &Arc<History>,
+    throttle: Option<&Throttle>,
 ) -> Result<(), Refusal> {
     let start = Acked {
         durable: held.map(|held| held.last),
@@ -164,7 +166,8 @@ pub(super) async fn take_in(
         let frames = async {
             // It begins with the first frame: who has nothing to say may be silent.
             let mut stream = connection.accept_uni().await?;
-            read_frames(&mut stream, frames, &intake).await
+            let mut paced = throttle.map(|throttle| PacedReader::new(throttle, connection));
+            read_frames(&mut stream, paced.as_mut(), frames, &intake).await
         };
         tokio::select! {
             ended = frames => ended,
@@ -188,10 +191,16 @@ pub(super) async fn take_in(
 
 async fn read_frames(
     stream: &mut RecvStream,
+    mut paced: Option<&mut PacedReader<'_>>,
     frames: mpsc::Sender<Shipped>,
     intake: &Intake,
 ) -> Result<(), Refusal> {
-    while let Some((kind, body)) = link::read_message(stream).await? {
+    loop {
+        let message = match &mut paced {
+            Some(paced) => paced.read_message(stream).await?,
+            None => link::read_message(stream).await?,
+        };
+        let Some((kind, body)) = message else { break };
         let shipped = match Message::decode(kind, &body).map_err(LinkError::from)? {
             Message::Frame { previous, frame } => Shipped {
                 previous,

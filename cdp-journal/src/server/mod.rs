@@ -39,6 +39,7 @@ use crate::error::OpenError;
 use crate::net::link::{self, LinkError};
 use crate::net::tls;
 use crate::remote::Ask;
+use crate::ship::Schedule;
 use crate::site::Site;
 use crate::store::{StoreLock, WriterOptions};
 use crate::trust::{Authority, Grants, Holder, TrustError};
@@ -85,6 +86,8 @@ pub struct UpstreamOptions {
     pub server: String,
     /// The folder that `enroll` put the certificate into.
     pub identity: PathBuf,
+    /// How fast all that it has is taken.
+    pub rate: Schedule,
 }
 
 /// A server could not start.
@@ -146,8 +149,7 @@ impl Server {
             options.writer.clone(),
             upstream.as_ref().map(|upstream| upstream.server.clone()),
         );
-        let follower = upstream
-            .map(|upstream| Follower::new(upstream.server, upstream.identity, &authority.fingerprint()));
+        let follower = upstream.map(|upstream| Follower::new(upstream, &authority.fingerprint()));
         let shared = Arc::new(Shared {
             authority,
             grants,

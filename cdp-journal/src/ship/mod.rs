@@ -11,5 +11,5 @@ mod tail;
 
 pub use flight::{Flight, Sent};
 pub use offers::{BadAnswer, Lookahead, Offerable, Outgoing, Turn};
-pub use rate::{BadWindow, Bucket, Rate, Schedule, WINDOWS_MAX, WeekMinute, Window};
+pub use rate::{BadSchedule, BadWindow, Bucket, Limits, Rate, Schedule, WINDOWS_MAX, WeekMinute, Window};
 pub use tail::{LogTail, TailError, TailFrame};

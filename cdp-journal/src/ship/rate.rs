@@ -4,9 +4,12 @@
 //! Without days it holds on every day, without hours all day; hours that end before they begin reach into the next day.
 //! Of several that hold at a time the lowest counts, so their order does not matter; where none holds there is no limit.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
+
+use serde::Deserialize;
 
 /// Limits of one schedule at most.
 pub const WINDOWS_MAX: usize = 64;
@@ -188,7 +191,50 @@ fn rate(text: &str) -> Result<Rate, String> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Schedule(Vec<Window>);
 
+/// Limits that make no schedule.
+#[derive(Debug, thiserror::Error)]
+pub enum BadSchedule {
+    /// One of them is none.
+    #[error(transparent)]
+    Window(#[from] BadWindow),
+    /// More than [`WINDOWS_MAX`].
+    #[error("{0} limits; {WINDOWS_MAX} at most can be given")]
+    TooMany(usize),
+}
+
+/// Limits as a file has them: one, a list of them, or a table of windows and the rate in each.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub enum Limits {
+    /// `"mon-fri 08:00-18:00 20 Mbit/s"`
+    One(String),
+    /// Several of that form.
+    List(Vec<String>),
+    /// `"mon-fri 08:00-18:00" = "20 Mbit/s"`
+    Table(BTreeMap<String, String>),
+}
+
+impl From<Limits> for Vec<String> {
+    fn from(limits: Limits) -> Self {
+        match limits {
+            Limits::One(limit) => vec![limit],
+            Limits::List(list) => list,
+            Limits::Table(table) => table
+                .into_iter()
+                .map(|(window, limit)| format!("{window} {limit}"))
+                .collect(),
+        }
+    }
+}
+
 impl Schedule {
+    /// Of limits as they are written.
+    pub fn parse(limits: &[String]) -> Result<Self, BadSchedule> {
+        let windows = limits.iter().map(|text| text.parse());
+        let windows = windows.collect::<Result<Vec<Window>, _>>()?;
+        Self::new(windows).ok_or(BadSchedule::TooMany(limits.len()))
+    }
+
     /// Of those limits; of [`WINDOWS_MAX`] at most.
     pub fn new(windows: Vec<Window>) -> Option<Self> {
         (windows.len() <= WINDOWS_MAX).then_some(Self(windows))

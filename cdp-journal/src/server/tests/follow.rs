@@ -6,6 +6,7 @@ use super::*;
 use crate::net::TargetState;
 use crate::remote::RemoteSite;
 use crate::server::{AgentStatus, ServerStatus, UpstreamOptions, ask_status};
+use crate::ship::Schedule;
 use crate::store::{Archive, StoreReader};
 use crate::wire::fuzz::Noise;
 
@@ -15,6 +16,7 @@ pub(super) struct Follower {
     identity: PathBuf,
     upstream: SocketAddr,
     writer: WriterOptions,
+    rate: Schedule,
     address: Option<SocketAddr>,
     server: Option<Running>,
 }
@@ -27,6 +29,7 @@ impl Follower {
             identity: kit.dir.path().join(format!("{label}-identity")),
             upstream,
             writer: WriterOptions::default(),
+            rate: Schedule::default(),
             address: None,
             server: None,
         };
@@ -50,6 +53,7 @@ impl Follower {
         let upstream = UpstreamOptions {
             server: self.upstream.to_string(),
             identity: self.identity.clone(),
+            rate: self.rate.clone(),
         };
         self.run_with(Some(upstream));
     }
@@ -339,6 +343,7 @@ fn to_follow_is_a_right_of_its_own() {
             identity,
             upstream: kit.address,
             writer: WriterOptions::default(),
+            rate: Schedule::default(),
             address: None,
             server: None,
         };
@@ -479,6 +484,40 @@ fn a_full_follower_is_behind_and_holds_nobody_up() {
     assert_eq!(told.followers[0].follower, "b");
 }
 
+/// Goal: a follower takes no more than its limit allows, and says so. Method: frames that take some seconds at it, against
+/// the clock; then without a limit.
+#[test]
+fn a_limit_on_what_is_taken_from_an_upstream_is_kept() {
+    let mut kit = Kit::new();
+    kit.source.write(100, 1);
+    drop(kit.shipped());
+    let limit = 400 << 10;
+    let mut b = Follower::of(&kit, "b");
+    let whole = kit.source.frame_bytes();
+    b.wait_for(&kit.source);
+    drop(b.server.take());
+    // Begins anew, under the limit.
+    std::fs::remove_dir_all(b.site.join("agents")).unwrap();
+    b.rate = Schedule::new(vec![format!("{limit} B/s").parse().unwrap()]).unwrap();
+    let began = std::time::Instant::now();
+    b.run();
+    b.wait_for(&kit.source);
+    let seconds = began.elapsed().as_secs_f64();
+    let upstream = status(&b.site).unwrap().upstream.unwrap();
+    assert_eq!(upstream.rate_bytes_per_s, Some(limit));
+    assert!(whole > 3 * limit, "{whole} bytes are too few to tell");
+    // A quarter of a second may go at once, and the last piece.
+    let most = limit as f64 * (seconds + 0.25) + f64::from(16 << 10);
+    assert!(whole as f64 <= most, "{whole} bytes in {seconds} s");
+    kit.source.assert_copied(&b.site);
+    b.rate = Schedule::default();
+    b.run();
+    kit.source.write(100, 2);
+    drop(kit.shipped());
+    b.wait_for(&kit.source);
+    assert_eq!(status(&b.site).unwrap().upstream.unwrap().rate_bytes_per_s, None);
+}
+
 /// Goal: two servers that follow each other, and one that follows itself, take nothing from an agent. Method: an agent that
 /// ships to one of them, restarted in between.
 #[test]
@@ -490,6 +529,7 @@ fn servers_that_follow_each_other_do_not_follow_themselves() {
         identity: kit.dir.path().join("a-identity"),
         upstream: b.address(),
         writer: WriterOptions::default(),
+        rate: Schedule::default(),
         address: Some(kit.address),
         server: None,
     };
