@@ -20,6 +20,59 @@ use crate::cmd::open_moment;
 use crate::ext4::{Ext4, Inode, Kind, ROOT};
 use crate::interrupt::Interrupt;
 use crate::mount::{Found, Part, Unmountable, probe};
+use crate::units::Bytes;
+
+/// What may be remembered of a file system while it is copied: some million folders, or links.
+const MEMORY_BYTES_MAX: usize = 256 << 20;
+/// What a folder, or a file with further names, costs beside its path: about.
+const REMEMBERED_BYTES: usize = 96;
+
+/// What is remembered of a file system, as far as it grows with that.
+#[derive(Debug, Default)]
+struct Memory {
+    bytes: usize,
+    folders: u64,
+    links: u64,
+}
+
+impl Memory {
+    /// A folder was found.
+    fn folder(&mut self, path: &Path) -> anyhow::Result<()> {
+        self.folders += 1;
+        self.add(path)
+    }
+
+    /// A file has further names.
+    fn link(&mut self, path: &Path) -> anyhow::Result<()> {
+        self.links += 1;
+        self.add(path)
+    }
+
+    fn add(&mut self, path: &Path) -> anyhow::Result<()> {
+        self.bytes += REMEMBERED_BYTES + path.as_os_str().len();
+        if self.bytes > MEMORY_BYTES_MAX {
+            bail!(
+                "to copy this, {} folders and {} files whose further names were not found yet would have to be remembered in \
+                 more than {}; give a part of the paths at a time, or run this as root, and it is mounted",
+                self.folders,
+                self.links,
+                Bytes(MEMORY_BYTES_MAX as u64)
+            );
+        }
+        Ok(())
+    }
+
+    /// The path of a folder is not needed any more: only that it was there.
+    fn folder_left(&mut self, path: &Path) {
+        self.bytes -= path.as_os_str().len();
+    }
+
+    /// All names of a file were found.
+    fn link_done(&mut self, path: &Path) {
+        self.links -= 1;
+        self.bytes -= REMEMBERED_BYTES + path.as_os_str().len();
+    }
+}
 
 /// What is to be copied of a folder, or of a path.
 #[derive(Debug, PartialEq, Eq)]
@@ -52,6 +105,7 @@ struct Copying<'c, 'w> {
     entered: HashSet<u32>,
     /// Files with more names than were found so far: the first of them, and how many are missing.
     linked: HashMap<u32, (PathBuf, u16)>,
+    memory: Memory,
 }
 
 /// Opens the moment and copies what is wanted.
@@ -77,6 +131,7 @@ pub(super) fn copy(args: &Files, paths: &[PathBuf], to: &Draft<'_>) -> anyhow::R
             tasks: Vec::new(),
             entered: HashSet::new(),
             linked: HashMap::new(),
+            memory: Memory::default(),
         };
         copying.run(wanted)?;
     }
@@ -172,6 +227,7 @@ impl Wanted {
 
 impl<'w> Copying<'_, 'w> {
     fn run(&mut self, wanted: &'w Wanted) -> anyhow::Result<()> {
+        self.memory.folder(Path::new(""))?;
         self.tasks.push(Task::Enter {
             path: PathBuf::new(),
             inode: ROOT,
@@ -180,7 +236,8 @@ impl<'w> Copying<'_, 'w> {
         while let Some(task) = self.tasks.pop() {
             match task {
                 Task::Enter { path, inode, wanted } => {
-                    self.enter(&path, inode, wanted).with_context(|| told(&path))?
+                    self.enter(&path, inode, wanted).with_context(|| told(&path))?;
+                    self.memory.folder_left(&path);
                 }
                 Task::Leave { path, inode } => self
                     .keep(&self.to.join(&path), &inode)
@@ -225,6 +282,7 @@ impl<'w> Copying<'_, 'w> {
         let fs = self.fs;
         let inode = fs.inode(number).with_context(|| told(path))?;
         if inode.kind() == Kind::Directory {
+            self.memory.folder(path).with_context(|| told(path))?;
             self.tasks.push(Task::Enter {
                 path: path.to_owned(),
                 inode: number,
@@ -252,8 +310,10 @@ impl<'w> Copying<'_, 'w> {
         if let Some((first, missing)) = self.linked.get_mut(&inode.number()) {
             fs::hard_link(&*first, to).context("link it")?;
             *missing -= 1;
-            if *missing == 0 {
-                self.linked.remove(&inode.number());
+            if *missing == 0
+                && let Some((first, _)) = self.linked.remove(&inode.number())
+            {
+                self.memory.link_done(&first);
             }
             return Ok(());
         }
@@ -268,6 +328,7 @@ impl<'w> Copying<'_, 'w> {
         self.keep(to, inode)?;
         if inode.links() > 1 {
             let missing = inode.links() - 1;
+            self.memory.link(to)?;
             self.linked.insert(inode.number(), (to.to_owned(), missing));
         }
         Ok(())
@@ -334,6 +395,38 @@ fn special(to: &Path, inode: &Inode) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal: what is remembered has a bound, and what is forgotten counts no more. Method: more than fits, the same again
+    /// and again, and both told.
+    #[test]
+    fn what_is_remembered_has_a_bound() {
+        let path = PathBuf::from("x".repeat(1000));
+        let fit = (MEMORY_BYTES_MAX / (REMEMBERED_BYTES + 1000)) as u64;
+        let mut memory = Memory::default();
+        for _ in 0..2 * fit {
+            memory.link(&path).unwrap();
+            memory.link_done(&path);
+        }
+        assert_eq!((memory.bytes, memory.links), (0, 0));
+        for _ in 0..fit {
+            memory.folder(&path).unwrap();
+            memory.folder_left(&path);
+            memory.folder(Path::new("")).unwrap();
+            memory.folder_left(Path::new(""));
+        }
+        let bytes = memory.bytes;
+        assert_eq!(bytes, 2 * fit as usize * REMEMBERED_BYTES);
+        let error = loop {
+            if let Err(error) = memory.link(&path) {
+                break error.to_string();
+            }
+        };
+        let expected = format!("{} folders and {} files", 2 * fit, memory.links);
+        assert!(
+            error.contains(&expected) && error.contains("256 MiB") && error.contains("part of the paths"),
+            "{error}"
+        );
+    }
 
     #[test]
     fn paths_become_what_is_wanted_of_each_folder() {
