@@ -368,7 +368,12 @@ impl Agent {
 
     /// Waits until all that was written before is durable.
     pub fn wait_synced(&mut self) -> Result<()> {
-        self.wait_for("synced", Duration::from_secs(60))
+        self.wait_synced_within(Duration::from_secs(60))
+    }
+
+    /// The same, where much may still be on its way.
+    pub fn wait_synced_within(&mut self, timeout: Duration) -> Result<()> {
+        self.wait_for("synced", timeout)
     }
 
     fn wait_for(&mut self, what: &str, timeout: Duration) -> Result<()> {

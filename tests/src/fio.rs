@@ -21,14 +21,43 @@ pub fn write_randomly(device: &Path, name: &str, bytes: u64, seed: u64, dir: &Pa
 pub struct Fio {
     name: String,
     args: Vec<String>,
+    side: Side,
+}
+
+/// What of a job is reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Reads,
+    Writes,
+}
+
+impl Side {
+    /// What a job of pattern `rw` is about.
+    fn of(rw: &str) -> Side {
+        if rw.ends_with("read") {
+            Side::Reads
+        } else {
+            Side::Writes
+        }
+    }
+
+    /// As fio's report names it.
+    fn key(self) -> &'static str {
+        match self {
+            Side::Reads => "read",
+            Side::Writes => "write",
+        }
+    }
 }
 
 impl Fio {
-    /// A job that writes to `target`, a file or a device, in the pattern `rw` (`write`, `randwrite`, …).
+    /// A job that writes to `target`, a file or a device, in the pattern `rw` (`write`, `randwrite`, …), or with `read`
+    /// and `randread` only reads it; what is reported is of that.
     pub fn new(name: &str, target: &Path, rw: &str) -> Fio {
         let fio = Fio {
             name: name.to_owned(),
             args: Vec::new(),
+            side: Side::of(rw),
         };
         fio.option("filename", target.display()).option("rw", rw)
     }
@@ -73,7 +102,7 @@ impl Fio {
     pub fn run(&self, dir: &Path) -> Result<FioReport> {
         let report = dir.join(format!("fio-{}.json", self.name));
         self.command(&report).run()?.success()?;
-        FioReport::read(&report)
+        FioReport::read(&report, self.side)
     }
 
     /// Starts it.
@@ -82,7 +111,11 @@ impl Fio {
         let process = self
             .command(&report)
             .spawn(&dir.join(format!("fio-{}.log", self.name)))?;
-        Ok(FioRun { process, report })
+        Ok(FioRun {
+            process,
+            report,
+            side: self.side,
+        })
     }
 }
 
@@ -91,6 +124,7 @@ impl Fio {
 pub struct FioRun {
     process: Background,
     report: PathBuf,
+    side: Side,
 }
 
 impl FioRun {
@@ -102,7 +136,7 @@ impl FioRun {
     /// Waits for its end.
     pub fn finish(mut self, timeout: Duration) -> Result<FioReport> {
         self.process.wait_success(timeout)?;
-        FioReport::read(&self.report)
+        FioReport::read(&self.report, self.side)
     }
 
     /// Ends it now, its work half done.
@@ -115,12 +149,12 @@ impl FioRun {
     }
 }
 
-/// What fio measured of writing.
+/// What fio measured of writing, or of reading where that is the job.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FioReport {
-    /// Bytes written.
+    /// Bytes written (read).
     pub bytes: u64,
-    /// Bytes written each second.
+    /// Bytes written (read) each second.
     pub bytes_per_second: f64,
     /// Requests each second.
     pub iops: f64,
@@ -131,7 +165,7 @@ pub struct FioReport {
 }
 
 impl FioReport {
-    fn read(path: &Path) -> Result<FioReport> {
+    fn read(path: &Path, side: Side) -> Result<FioReport> {
         let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
         let _ = std::fs::remove_file(path);
         // A note of fio's may stand before the JSON.
@@ -139,13 +173,9 @@ impl FioReport {
         let report: Value = serde_json::from_str(json).with_context(|| format!("fio's report: {text}"))?;
         let job = &report["jobs"][0];
         ensure!(job["error"] == 0, "fio's error {}", job["error"]);
-        let number = |key: &str| {
-            job["write"][key]
-                .as_f64()
-                .with_context(|| format!("{key} in fio's report"))
-        };
-        let percentile =
-            |key: &str| job["write"]["clat_ns"]["percentile"][key].as_f64().unwrap_or(0.0) / 1000.0;
+        let of = &job[side.key()];
+        let number = |key: &str| of[key].as_f64().with_context(|| format!("{key} in fio's report"));
+        let percentile = |key: &str| of["clat_ns"]["percentile"][key].as_f64().unwrap_or(0.0) / 1000.0;
         Ok(FioReport {
             bytes: number("io_bytes")? as u64,
             bytes_per_second: number("bw_bytes")?,

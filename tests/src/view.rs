@@ -21,8 +21,12 @@ pub struct View {
 impl View {
     /// The folder `then` of the scene.
     pub fn new(scene: &Scene, restore: Restore) -> Result<View> {
-        let dir = scene.path("then");
-        fs::create_dir(&dir)?;
+        View::at(scene.path("then"), restore)
+    }
+
+    /// The new folder `dir`.
+    pub fn at(dir: PathBuf, restore: Restore) -> Result<View> {
+        fs::create_dir(&dir).with_context(|| format!("make {}", dir.display()))?;
         Ok(View { restore, dir })
     }
 

@@ -6,11 +6,13 @@
 //! own, which protects another device where nothing happens.
 
 mod bytes;
+mod history;
 mod latency;
 mod measure;
 mod report;
 mod restore;
 mod ship;
+mod views;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -46,14 +48,17 @@ pub(crate) struct BenchArgs {
     /// Only the bytes of log that a database's writes become; writes no file
     #[arg(long, conflicts_with_all = ["latency", "held"])]
     bytes: bool,
-    /// Only how long `rewind` and `mount` take; writes no file
+    /// What `--rewind` and `--views` measure; writes no file
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes"])]
     restore: bool,
     /// Only how long `rewind` takes; writes no file
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore"])]
     rewind: bool,
-    /// Only a server's lag, what travels to it, and how fast it takes in; writes no file
+    /// Only how long `mount`, `image` and single reads take with a long history; writes no file
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore", "rewind"])]
+    views: bool,
+    /// Only a server's lag, what travels to it, and how fast it takes in; writes no file
+    #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore", "rewind", "views"])]
     ship: bool,
     /// How often both sides take turns (5; with --quick 2)
     #[arg(long, value_name = "N")]
@@ -136,6 +141,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
         (_, true) => restore::measure(&scene, restore_effort(args)),
         _ if args.rewind => restore::measure_rewinds(&scene, restore_effort(args)),
         _ if args.ship => measure_ship(&scene, Effort::of(args), &stream),
+        _ if args.views => views::measure(&scene, restore_effort(args)),
         _ => measure(&scene, args).and_then(|report| report.markdown()),
     };
     if measured.is_err() {
@@ -145,8 +151,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     let text = measured?;
     cleared?;
     println!("{text}");
-    let is_part = args.latency || args.held || args.bytes || args.restore || args.rewind || args.ship;
-    if !args.quick && !is_part {
+    if !args.quick && !parts(args).iter().any(|(is_asked, _)| *is_asked) {
         let path = workspace.root.join(&args.to);
         let folder = path.parent().context("a folder for the table")?;
         std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
@@ -159,15 +164,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
 fn again(args: &BenchArgs) -> Vec<String> {
     let mut again = vec!["bench".to_owned(), "--prepared".to_owned(), "--to".to_owned()];
     again.push(args.to.display().to_string());
-    for (is_given, flag) in [
-        (args.quick, "--quick"),
-        (args.latency, "--latency"),
-        (args.held, "--held"),
-        (args.bytes, "--bytes"),
-        (args.restore, "--restore"),
-        (args.rewind, "--rewind"),
-        (args.ship, "--ship"),
-    ] {
+    for (is_given, flag) in [(args.quick, "--quick")].into_iter().chain(parts(args)) {
         if is_given {
             again.push(flag.to_owned());
         }
@@ -178,12 +175,26 @@ fn again(args: &BenchArgs) -> Vec<String> {
     again
 }
 
+/// What is measured alone: whether it is asked for, and its flag.
+fn parts(args: &BenchArgs) -> [(bool, &'static str); 7] {
+    [
+        (args.latency, "--latency"),
+        (args.held, "--held"),
+        (args.bytes, "--bytes"),
+        (args.restore, "--restore"),
+        (args.rewind, "--rewind"),
+        (args.views, "--views"),
+        (args.ship, "--ship"),
+    ]
+}
+
 fn restore_effort(args: &BenchArgs) -> RestoreEffort {
     let mib: u64 = if args.quick { 512 } else { 4096 };
     RestoreEffort {
         rounds: Effort::of(args).rounds,
         volume_bytes: mib << 20,
         long_writes: if args.quick { 100_000 } else { 1_000_000 },
+        reads: if args.quick { 2_000 } else { 10_000 },
     }
 }
 

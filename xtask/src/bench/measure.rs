@@ -309,17 +309,7 @@ impl<'a> Bench<'a> {
             .image("bench", "latest", &image)?
             .success()?;
         let image_time = started.elapsed();
-        forget_caches()?;
-        let started = Instant::now();
-        cmd("cp")
-            .args(["--sparse=never", "--reflink=never"])
-            .args([self.raw.backing(), &copy])
-            .timeout(COPY_TIMEOUT)
-            .run()?
-            .success()?;
-        let copy_time = started.elapsed();
-        cmd("sync").arg(&copy).timeout(COPY_TIMEOUT).run()?.success()?;
-        let synced_time = started.elapsed();
+        let (copy_time, synced_time) = time_copy(self.raw.backing(), &copy, "--sparse=never")?;
         cmd("cmp")
             .args([&image, &copy])
             .timeout(COPY_TIMEOUT)
@@ -362,6 +352,21 @@ pub(super) fn cost_so_far(agent: &Agent) -> Result<AgentCost> {
         dropped_writes: volume.dropped_writes,
         peak_memory_bytes: agent.peak_memory_bytes()?,
     })
+}
+
+/// Copies a file from a cold cache: how long until `cp` ends, and until `sync` of the copy does.
+pub(super) fn time_copy(from: &Path, to: &Path, holes: &str) -> Result<(Duration, Duration)> {
+    forget_caches()?;
+    let started = Instant::now();
+    cmd("cp")
+        .args([holes, "--reflink=never"])
+        .args([from, to])
+        .timeout(COPY_TIMEOUT)
+        .run()?
+        .success()?;
+    let copied = started.elapsed();
+    cmd("sync").arg(to).timeout(COPY_TIMEOUT).run()?.success()?;
+    Ok((copied, started.elapsed()))
 }
 
 pub(super) fn forget_caches() -> Result<()> {

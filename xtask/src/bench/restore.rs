@@ -1,33 +1,24 @@
-//! How long it takes to be back: `rewind` against a full `image`, and `mount` with a short and a long history.
+//! How long it takes to be back: `rewind` against a full `image`. What is read without going back is in [`super::views`].
 
 use std::fmt;
 use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use cdp_tests::Scene;
-use cdp_tests::agent::{Agent, AgentPlan};
+use cdp_tests::agent::AgentPlan;
 use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
 use cdp_tests::fio::Fio;
-use cdp_tests::mount::{FileSystem, Mount};
 use cdp_tests::process::cmd;
 use cdp_tests::restore::Restore;
 
 use super::measure::forget_caches;
 use super::report::{median, verdict};
+use super::views;
 use crate::sh;
 
 /// `rewind` of 1 % may take that much of what `image` takes.
 const REWIND_RATIO_MAX: f64 = 0.05;
-/// A mount may take that long until its first file is listed...
-const MOUNT_SECONDS_MAX: f64 = 1.0;
-/// ... and a long history so much longer than a short one.
-const MOUNT_GROWTH_MAX: f64 = 1.3;
-const MOUNTED_BYTES: u64 = 4096 * MIB;
-const SHORT_WRITES: u64 = 100;
-/// The file that the writes go to.
-const FILE_BYTES: u64 = 2048 * MIB;
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug)]
@@ -37,19 +28,21 @@ pub(super) struct RestoreEffort {
     pub(super) volume_bytes: u64,
     /// Writes of the long history.
     pub(super) long_writes: u64,
+    /// Random reads in each round.
+    pub(super) reads: u64,
 }
 
 /// What the page cache knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cache {
+pub(super) enum Cache {
     Warm,
     Cold,
 }
 
 impl Cache {
-    const BOTH: [Cache; 2] = [Cache::Warm, Cache::Cold];
+    pub(super) const BOTH: [Cache; 2] = [Cache::Warm, Cache::Cold];
 
-    fn prepare(self) -> Result<()> {
+    pub(super) fn prepare(self) -> Result<()> {
         match self {
             Cache::Warm => Ok(()),
             Cache::Cold => forget_caches(),
@@ -78,7 +71,7 @@ enum Pattern {
 /// Measures and gives the tables.
 pub(super) fn measure(scene: &Scene, effort: RestoreEffort) -> Result<String> {
     let rewinds = measure_rewinds(scene, effort)?;
-    Ok(format!("{rewinds}\n{}", mounts(scene, effort)?))
+    Ok(format!("{rewinds}\n{}", views::measure(scene, effort)?))
 }
 
 /// Measures `rewind` alone and gives its table.
@@ -193,112 +186,10 @@ fn damage(scene: &Scene, device: &LoopDevice, pattern: Pattern, bytes: u64, seed
     job.direct(4).seed(100 + seed).run(scene.dir()).map(drop)
 }
 
-/// A store, and the device whose history it is.
-struct History {
-    // In the order in which they are let go.
-    agent: Option<Agent>,
-    _device: LoopDevice,
-    restore: Restore,
-}
-
-impl History {
-    /// A file system with so many writes to a file in it.
-    fn make(scene: &Scene, name: &str, writes: u64) -> Result<History> {
-        let path = scene.path(&format!("disk-{name}"));
-        let device = LoopDevice::create(&path, LoopOptions::of_bytes(MOUNTED_BYTES))?;
-        FileSystem::Ext4.make(device.path())?;
-        let store = scene.path(&format!("store-{name}"));
-        let plan = AgentPlan::new(scene, &store)?
-            .log(scene.log(&format!("agent-{name}")))
-            .volume("v", device.path());
-        let mut agent = plan.protect()?;
-        let mount = Mount::new(device.path(), FileSystem::Ext4, &scene.path("mnt"))?;
-        let file = mount.dir().join("file");
-        fs::File::create(&file)?.set_len(FILE_BYTES)?;
-        let job = Fio::new("writes", &file, "randwrite")
-            .option("bs", "4k")
-            .option("size", FILE_BYTES)
-            .option("io_size", writes * 4096)
-            .option("norandommap", 1);
-        job.direct(16).seed(7).run(scene.dir())?;
-        mount.unmount()?;
-        agent.wait_synced()?;
-        let captured = agent.volume("v")?.captured_writes;
-        ensure!(captured >= writes, "{captured} of {writes} writes were captured");
-        Ok(History {
-            agent: Some(agent),
-            _device: device,
-            restore: Restore::from(&store)?,
-        })
-    }
-
-    fn stop(&mut self) -> Result<()> {
-        self.agent.take().map_or(Ok(()), Agent::stop)
-    }
-
-    /// Mounts it and lists its first file.
-    fn mount(&self, dir: &Path) -> Result<Duration> {
-        let command = self.restore.command("mount").args(["v", "--at", "latest"]);
-        let started = Instant::now();
-        command.arg(dir).run()?.success()?;
-        let first = fs::read_dir(dir)?.next().context("nothing is listed")??;
-        let time = started.elapsed();
-        drop(first);
-        let program = cdp_tests::agent::binary("cdp-restore")?;
-        cmd(program).arg("umount").arg(dir).run()?.success()?;
-        Ok(time)
-    }
-}
-
-fn mounts(scene: &Scene, effort: RestoreEffort) -> Result<String> {
-    let dir = scene.path("then");
-    fs::create_dir(&dir)?;
-    let mut histories = [
-        History::make(scene, "short", SHORT_WRITES)?,
-        History::make(scene, "long", effort.long_writes)?,
-    ];
-    let mut rows = mount_rows("the agent runs", &histories, &dir, effort.rounds)?;
-    for history in &mut histories {
-        history.stop()?;
-    }
-    rows.extend(mount_rows("it has stopped", &histories, &dir, effort.rounds)?);
-    Ok(format!(
-        "| mount of {} GiB until its first file is listed | {SHORT_WRITES} writes | {} writes | growth | targets | |\n\
-         |---|---:|---:|---:|---:|---|\n{}",
-        MOUNTED_BYTES / MIB / 1024,
-        effort.long_writes,
-        rows.concat()
-    ))
-}
-
-fn mount_rows(state: &str, histories: &[History; 2], dir: &Path, rounds: usize) -> Result<Vec<String>> {
-    let mut rows = Vec::new();
-    for cache in Cache::BOTH {
-        let mut times = [Vec::new(), Vec::new()];
-        for _ in 0..rounds {
-            for (history, times) in histories.iter().zip(&mut times) {
-                cache.prepare()?;
-                times.push(history.mount(dir)?);
-            }
-        }
-        let [short_ms, long_ms] = times.each_ref().map(|times| median(&milliseconds(times)));
-        let growth = long_ms / short_ms;
-        let is_met = long_ms.max(short_ms) <= 1000.0 * MOUNT_SECONDS_MAX && growth <= MOUNT_GROWTH_MAX;
-        let [short, long] = times.each_ref().map(|times| spread(times));
-        let targets = format!("{MOUNT_SECONDS_MAX:.1} s, {MOUNT_GROWTH_MAX:.1}");
-        rows.push(format!(
-            "| {state}, {cache} | {short} | {long} | {growth:.2} | {targets} | {} |\n",
-            verdict(is_met),
-        ));
-        sh::say(rows[rows.len() - 1].trim_end());
-    }
-    Ok(rows)
-}
-
-fn milliseconds(times: &[Duration]) -> Vec<f64> {
+pub(super) fn milliseconds(times: &[Duration]) -> Vec<f64> {
     times.iter().map(|time| time.as_secs_f64() * 1000.0).collect()
 }
 
-fn spread(times: &[Duration]) -> String {
+pub(super) fn spread(times: &[Duration]) -> String {
     super::report::spread(&milliseconds(times))
 }
