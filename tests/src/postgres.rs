@@ -11,7 +11,7 @@ use crate::process::{Background, Cmd, Conversation, User, cmd, poll_until, tail}
 /// Where Debian keeps the server's programs, one folder for each major version.
 const DEBIAN_FOLDER: &str = "/usr/lib/postgresql";
 /// How long crash recovery may take.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// The programs of an installed PostgreSQL and the user to run them as.
 #[derive(Clone, Debug)]
@@ -61,6 +61,11 @@ impl Installation {
 
     /// Makes a cluster in the new folder `data`, with small log segments so that small volumes do.
     pub fn create_cluster(&self, data: &Path) -> Result<()> {
+        self.create_cluster_with(data, 1)
+    }
+
+    /// The same with log segments of so many MiB; PostgreSQL's own choice is 16.
+    pub fn create_cluster_with(&self, data: &Path, wal_segment_mib: u32) -> Result<()> {
         std::fs::create_dir_all(data).with_context(|| format!("make {}", data.display()))?;
         std::os::unix::fs::chown(data, Some(self.user.uid), Some(self.user.gid))
             .context("give it to postgres")?;
@@ -68,11 +73,11 @@ impl Installation {
             "--auth=trust",
             "--encoding=UTF8",
             "--no-locale",
-            "--wal-segsize=1",
             "--username=postgres",
         ];
         self.program("initdb")
             .args(flags)
+            .arg(format!("--wal-segsize={wal_segment_mib}"))
             .arg("--pgdata")
             .arg(data)
             .run()?

@@ -9,6 +9,7 @@ mod bytes;
 mod history;
 mod latency;
 mod measure;
+mod recovery;
 mod report;
 mod restore;
 mod ship;
@@ -27,6 +28,7 @@ use crate::workspace::Workspace;
 use crate::{demo, sh};
 
 use measure::{Bench, Side};
+use recovery::RecoveryEffort;
 use report::Report;
 use restore::RestoreEffort;
 
@@ -57,8 +59,11 @@ pub(crate) struct BenchArgs {
     /// Only how long `mount`, `image` and single reads take with a long history; writes no file
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore", "rewind"])]
     views: bool,
-    /// Only a server's lag, what travels to it, and how fast it takes in; writes no file
+    /// Only how long it takes until PostgreSQL runs again, with a mount, restic, borg and WAL replay; writes no file
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore", "rewind", "views"])]
+    recovery: bool,
+    /// Only a server's lag, what travels to it, and how fast it takes in; writes no file
+    #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore", "rewind", "views", "recovery"])]
     ship: bool,
     /// How often both sides take turns (5; with --quick 2)
     #[arg(long, value_name = "N")]
@@ -125,6 +130,9 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
                 sh::run(build.args(["--release", "--package", "cdp-journal", "--bins", "--examples"]))
             },
         )?;
+        if args.recovery {
+            recovery::get_rivals();
+        }
     }
     if !sh::is_root() {
         return demo::again_as_root(workspace, &again(args));
@@ -142,6 +150,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
         _ if args.rewind => restore::measure_rewinds(&scene, restore_effort(args)),
         _ if args.ship => measure_ship(&scene, Effort::of(args), &stream),
         _ if args.views => views::measure(&scene, restore_effort(args)),
+        _ if args.recovery => recovery::measure(&scene, recovery_effort(args)),
         _ => measure(&scene, args).and_then(|report| report.markdown()),
     };
     if measured.is_err() {
@@ -176,7 +185,7 @@ fn again(args: &BenchArgs) -> Vec<String> {
 }
 
 /// What is measured alone: whether it is asked for, and its flag.
-fn parts(args: &BenchArgs) -> [(bool, &'static str); 7] {
+fn parts(args: &BenchArgs) -> [(bool, &'static str); 8] {
     [
         (args.latency, "--latency"),
         (args.held, "--held"),
@@ -184,6 +193,7 @@ fn parts(args: &BenchArgs) -> [(bool, &'static str); 7] {
         (args.restore, "--restore"),
         (args.rewind, "--rewind"),
         (args.views, "--views"),
+        (args.recovery, "--recovery"),
         (args.ship, "--ship"),
     ]
 }
@@ -195,6 +205,14 @@ fn restore_effort(args: &BenchArgs) -> RestoreEffort {
         volume_bytes: mib << 20,
         long_writes: if args.quick { 100_000 } else { 1_000_000 },
         reads: if args.quick { 2_000 } else { 10_000 },
+    }
+}
+
+fn recovery_effort(args: &BenchArgs) -> RecoveryEffort {
+    RecoveryEffort {
+        rounds: Effort::of(args).rounds,
+        scale: if args.quick { 20 } else { 100 },
+        transactions: if args.quick { 20_000 } else { 200_000 },
     }
 }
 
