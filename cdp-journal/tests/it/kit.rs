@@ -123,7 +123,7 @@ impl Writer {
     /// Ends the frame and appends it.
     pub(crate) fn append(&mut self) {
         let Some(frame) = self.frame.take() else { return };
-        self.cache.pack_densely(self.unapplied.len() % 2 == 0);
+        self.cache.pack_densely(self.unapplied.len().is_multiple_of(2));
         let Some(sealed) = frame.seal_with(&mut self.cache, BOOT, self.wall_offset_ns) else {
             return;
         };
