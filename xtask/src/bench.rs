@@ -122,7 +122,7 @@ impl Effort {
 /// Prepares the machine, builds, measures, and writes the table.
 pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     if !args.prepared {
-        demo::prepare(workspace, &["cdp-agent", "cdp-restore"])?;
+        demo::prepare(workspace)?;
         sh::step(
             "build cdp-journal, and a stream that does nothing but QUIC",
             || {

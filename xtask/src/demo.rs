@@ -44,7 +44,7 @@ pub(crate) struct DemoArgs {
 /// Prepares the machine, builds, and plays the story.
 pub(crate) fn run(workspace: &Workspace, args: &DemoArgs) -> Result<()> {
     if !args.prepared {
-        prepare(workspace, &["cdp-agent", "cdp-restore"])?;
+        prepare(workspace)?;
     }
     if !sh::is_root() {
         let sqlite = args.sqlite.then(|| "--sqlite".to_owned());
@@ -71,16 +71,12 @@ pub(crate) fn run(workspace: &Workspace, args: &DemoArgs) -> Result<()> {
     Ok(())
 }
 
-/// Gets what is missing and builds the release binaries of `packages`.
-pub(crate) fn prepare(workspace: &Workspace, packages: &[&str]) -> Result<()> {
+/// Gets what is missing and builds the release binaries.
+pub(crate) fn prepare(workspace: &Workspace) -> Result<()> {
     setup::run(workspace, false)?;
-    sh::step(&format!("build {}", packages.join(", ")), || {
+    sh::step("build cdp-agent and cdp-restore", || {
         let mut build = workspace.cargo("build");
-        build.arg("--release");
-        for package in packages {
-            build.args(["--package", package]);
-        }
-        sh::run(&mut build)
+        sh::run(build.args(["--release", "--package", "cdp-agent", "--package", "cdp-restore"]))
     })
 }
 

@@ -224,12 +224,18 @@ impl Kernel {
                 model.crashed_after_a_miss(since_ns, range, at_ns);
             }
         }
+        self.forget_growth(model, next, at_ns);
+        self.unwatch();
+    }
+
+    /// The agent died, and with it its knowledge that the volume had grown, unless the log, which ends before `next`, has
+    /// it: the one limit. It may have shrunk to its old size since, so that nobody will ever know.
+    pub(super) fn forget_growth(&mut self, model: &mut Model, next: u64, at_ns: u64) {
         for (since_ns, known) in self.grown.drain(..) {
             if known.is_none_or(|seq| seq >= next) {
                 model.crashed_after_a_miss(since_ns, START..START + SECTORS as u64, at_ns);
             }
         }
-        self.unwatch();
     }
 
     /// The probe is gone, and what it had with it.

@@ -102,6 +102,8 @@ impl Agent {
         if let (true, Some(exact), Some(position)) = (is_watched, exact, position)
             && kernel.skip_to(position)
         {
+            let at_ns = kernel.instant();
+            kernel.forget_growth(model, last + 1, at_ns);
             return Some(self.take_over(kernel, model, last, exact, position));
         }
         kernel.goes_down(model, last + 1);
