@@ -20,8 +20,8 @@ use crate::recorder::{Recorder, Sealed};
 
 /// Events taken from the ring before the lock is given up.
 const EVENTS_PER_TURN: usize = 64;
-/// How long the capture thread sleeps at most when the last turn found nothing.
-const NAP_IDLE: Duration = Duration::from_millis(20);
+/// How long the capture thread sleeps at most: others wait for it, such as who asks for the counters or the ring's end.
+const NAP_MAX: Duration = Duration::from_millis(20);
 /// How often it looks whether the log has what waits for it.
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// What was repaired last is noted before the end, if the log is not slower than this.
@@ -125,9 +125,12 @@ impl Capture {
             }
             let unkept = self.probe.positions().consumed() - shared.appended_position().0;
             let hurries = shared.hurries.swap(false, Ordering::SeqCst);
-            // All there is goes into one frame before a nap: what comes during the nap is the next.
-            let age_max = if empty || stopping || hurries || unkept > self.probe.ring_bytes() / 4 {
+            // What there is goes into one frame before a nap, unless there is time for what comes during the nap.
+            let nap_max = shared.gather_interval().min(NAP_MAX);
+            let age_max = if stopping || hurries || unkept > self.probe.ring_bytes() / 4 {
                 Duration::ZERO
+            } else if empty {
+                shared.gather_interval() - nap_max
             } else {
                 shared.gather_interval()
             };
@@ -156,9 +159,9 @@ impl Capture {
                 let nap = if unkept > self.probe.ring_bytes() / 8 {
                     LOOK_INTERVAL
                 } else if events > 0 {
-                    shared.gather_interval()
+                    nap_max
                 } else {
-                    NAP_IDLE.min(shared.commit_interval())
+                    NAP_MAX.min(shared.commit_interval())
                 };
                 self.sleep(nap);
             }

@@ -9,10 +9,10 @@ use zstd::bulk::Decompressor;
 use super::build::parts;
 use super::group::{Group, GroupHeader, decode_group};
 use super::{
-    CODEC_LZ4, CODEC_PLAIN, FORM_DIRECTORY, FORM_PLAIN, FORMAT, FRAME_ALIGN_BYTES, FRAME_BYTES_MAX,
-    FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX, FRAME_ZEROED_BYTES_MAX,
-    GROUP_BYTES_MAX, GROUP_CONTENT_BYTES_MAX, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES, RECORD_ENTRY_BYTES,
-    Record, bytes_at, i64_at, u32_at, u64_at,
+    CODEC_LZ4, CODEC_PLAIN, CODEC_ZSTD, FORM_DIRECTORY, FORM_PLAIN, FORMAT, FORMAT_ZSTD, FRAME_ALIGN_BYTES,
+    FRAME_BYTES_MAX, FRAME_GROUPS_MAX, FRAME_HEADER_BYTES, FRAME_RECORDS_MAX, FRAME_TAIL_BYTES_MAX,
+    FRAME_ZEROED_BYTES_MAX, GROUP_BYTES_MAX, GROUP_CONTENT_BYTES_MAX, GROUP_ENTRY_BYTES, GROUP_HEADER_BYTES,
+    RECORD_ENTRY_BYTES, Record, bytes_at, i64_at, u32_at, u64_at,
 };
 use crate::types::{BootNs, Seq, WallNs};
 
@@ -60,6 +60,8 @@ pub struct FrameHeader {
     pub boot_ns_min: BootNs,
     /// Largest time of a record.
     pub boot_ns_max: BootNs,
+    /// That it takes to read it.
+    format: u32,
     group_count: usize,
     table_raw_bytes: usize,
     table_bytes: usize,
@@ -87,6 +89,7 @@ impl FrameHeader {
             return Err(FrameError::TooNew(format));
         }
         let header = Self {
+            format,
             first_seq: Seq::new(u64_at(bytes, 8)).ok_or(FrameError::Header)?,
             frame_bytes: u32_at(bytes, 16) as usize,
             record_count: u32_at(bytes, 20) as usize,
@@ -315,6 +318,9 @@ impl Frame {
             let stored = &bytes[group.offset_in_frame..end];
             let bad = || FrameError::Group(number);
             let header = decode_group(stored, Some(group.crc), &mut raw).ok_or_else(bad)?;
+            if header.codec == CODEC_ZSTD && self.header.format < FORMAT_ZSTD {
+                return Err(bad());
+            }
             let expected = GroupHeader {
                 crc: group.crc,
                 stored_bytes: group.stored_bytes,

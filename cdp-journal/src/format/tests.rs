@@ -282,6 +282,13 @@ fn frame_2_is_read() {
         let header = decode_group(&bytes[group.offset_in_frame..], Some(group.crc), &mut raw).unwrap();
         assert_eq!((header.codec, &raw[..header.raw_bytes]), (CODEC_ZSTD, &data[..]));
     }
+    // The first format has no such groups.
+    let mut lies = then.clone();
+    lies[4] = FORMAT_FIRST as u8;
+    let crc = crc32c::crc32c(&lies[..92]);
+    lies[92..96].copy_from_slice(&crc.to_le_bytes());
+    let frame = Frame::parse(&lies).unwrap();
+    assert_eq!(frame.check_groups(&lies), Err(FrameError::Group(0)));
 }
 
 #[test]

@@ -111,13 +111,15 @@ pub(crate) struct PacedReader<'c> {
 }
 
 impl<'c> PacedReader<'c> {
-    /// Of a connection that was made with the window of now.
+    /// Gives the connection the window of now: that of when it was made may be of another time of the schedule.
     pub(crate) fn new(throttle: &'c Throttle, connection: &'c Connection) -> Self {
+        let window_bytes = throttle.window_bytes();
+        connection.set_receive_window(VarInt::from_u32(window_bytes));
         Self {
             throttle,
             connection,
             charge: Charge::default(),
-            window_bytes: throttle.window_bytes(),
+            window_bytes,
         }
     }
 

@@ -156,6 +156,18 @@ pub(crate) fn bytes_of(number: u64, len: usize) -> Vec<u8> {
         .collect()
 }
 
+/// The same, of which nothing can be left out.
+pub(crate) fn noise_of(number: u64, len: usize) -> Vec<u8> {
+    let mut state = number + 1;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
 /// A target in memory.
 #[derive(Default)]
 pub(crate) struct MemorySink(pub(crate) Mutex<Vec<u8>>);

@@ -9,7 +9,7 @@ use cdp_journal::when::{NotExact, NotExactCause, When, WhenError};
 use cdp_journal::{OpenError, ReadError, Seq, VolumeId, WallNs};
 use uuid::Uuid;
 
-use crate::kit::{BOOT, Writer, bytes_of, listing, volume};
+use crate::kit::{BOOT, Writer, bytes_of, listing, noise_of, volume};
 
 fn not_exact(reader: &StoreReader, when: &When) -> NotExact {
     match reader.resolve(volume(), when) {
@@ -591,7 +591,7 @@ fn records_are_handed_out_in_order_without_their_data() {
     let mut writer = Writer::open_with(
         dir.path(),
         &WriterOptions {
-            segment_bytes_max: 1 << 14,
+            segment_bytes_max: 1 << 20,
             ..WriterOptions::default()
         },
     );
@@ -610,7 +610,7 @@ fn records_are_handed_out_in_order_without_their_data() {
             offset: number << 20,
             len: 200 << 10,
         };
-        writer.push(body.clone(), &bytes_of(number, 200 << 10));
+        writer.push(body.clone(), &noise_of(number, 200 << 10));
         written.push(body);
         match number {
             13 => writer.flush(),

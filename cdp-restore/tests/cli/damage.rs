@@ -134,7 +134,7 @@ fn a_segment_of_a_newer_format_asks_for_an_upgrade() {
     let mut bytes = fs::read(store.segment()).unwrap();
     bytes[4] = 99;
     fs::write(store.segment(), bytes).unwrap();
-    let told = [".seg", "format 99", "up to 1", "upgrade"];
+    let told = [".seg", "format 99", "up to 2", "upgrade"];
     store.run("verify", &[]).exits(1).says(&told);
     // Without an index, every command has to read the log.
     fs::remove_dir_all(store.path().join("index")).unwrap();
