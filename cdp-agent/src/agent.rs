@@ -448,7 +448,7 @@ impl Agent {
 
     /// Looks whether volumes have changed their size or gone away.
     pub(crate) fn check_devices(&mut self) {
-        self.shared.recorder.lock().look_at_sizes();
+        let look = self.shared.recorder.lock().look();
         let devices: Vec<(VolumeId, BlockDevice)> = self
             .devices
             .lock()
@@ -459,18 +459,20 @@ impl Agent {
             if !device.is_present() {
                 continue;
             }
-            match device.size() {
-                Ok(bytes) if bytes != device.bytes && bytes > 0 => {
-                    tracing::info!(path = %device.path.display(), from = device.bytes, to = bytes, "resized");
-                    device.bytes = bytes;
-                    let disk = device.disk;
-                    self.devices.lock().insert(id, device);
-                    self.shared.recorder.lock().resized(id, bytes, clock::boot_ns());
-                    if let Err(error) = self.watch(disk) {
-                        self.shared.fail("watch a resized disk", &error);
-                    }
+            // One that is not there just now has no size that counts.
+            let Some(bytes) = device.size().ok().filter(|&bytes| bytes > 0) else {
+                continue;
+            };
+            let found = clock::boot_ns();
+            self.shared.recorder.lock().size_found(id, bytes, look, found);
+            if bytes != device.bytes {
+                tracing::info!(path = %device.path.display(), from = device.bytes, to = bytes, "resized");
+                device.bytes = bytes;
+                let disk = device.disk;
+                self.devices.lock().insert(id, device);
+                if let Err(error) = self.watch(disk) {
+                    self.shared.fail("watch a resized disk", &error);
                 }
-                _ => {}
             }
         }
     }

@@ -105,6 +105,7 @@ fn a_device_that_grows_and_shrinks_keeps_the_size_of_every_moment() {
 
         device.resize(smaller)?;
         wait_for_size(&mut agent, smaller)?;
+        agent.wait_protected(PROTECT_TIMEOUT)?;
         write(scene, &mut rng, &device, smaller - MIB, MIB)?;
         moments.push(QuietMoment::of_raw("v", device.path())?);
         agent.wait_and_check()?;
@@ -118,7 +119,7 @@ fn a_device_that_grows_and_shrinks_keeps_the_size_of_every_moment() {
         moments.push(QuietMoment::of_raw("v", device.path())?);
         agent.wait_and_check()?;
         moments[3].check_at(&restore, "latest", &scene.path("image"))?;
-        expect_gaps(&restore.points("v")?, &["resized", "agent-down"])?;
+        expect_gaps(&restore.points("v")?, &["resized", "resized", "agent-down"])?;
         for moment in &moments {
             moment.check(&restore, &mut rng, &scene.path("image"))?;
         }

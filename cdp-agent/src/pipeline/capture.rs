@@ -247,7 +247,7 @@ impl Capture {
                 slot,
                 new,
                 first_at,
-                now,
+                clock::boot_ns(),
                 self.probe.positions().produced(),
                 &marks,
             );
@@ -378,8 +378,8 @@ impl Capture {
     /// data that waits below that mark does not wake us.
     fn sleep(&self, nap: Duration) {
         let timeout = Timespec {
-            tv_sec: 0,
-            tv_nsec: nap.as_nanos() as i64,
+            tv_sec: nap.as_secs() as i64,
+            tv_nsec: i64::from(nap.subsec_nanos()),
         };
         let mut events = Vec::with_capacity(1);
         let _ = epoll::wait(

@@ -67,7 +67,7 @@ impl Recorder {
 
     /// What the probe's counters say was lost since the last call, read before the ring is drained. `ring_position`:
     /// when the ring has been emptied to here, everything queued before this call has been seen. `marks`: regions of
-    /// the disk (in bytes).
+    /// the disk (in bytes). `now`: after they were taken, since some may be of losses that are counted later.
     pub(crate) fn losses(
         &mut self,
         slot: Slot,
@@ -103,10 +103,6 @@ impl Recorder {
                 }
             }
             if !touched {
-                // Its mark may have been taken with the losses before, and it be on its way all the same.
-                if volume.pending.is_some() || !matches!(volume.state, State::Exact { .. }) {
-                    volume.unseen.add(now);
-                }
                 continue;
             }
             volume.losses.add(&losses);

@@ -153,9 +153,6 @@ pub(crate) struct Recorder {
     /// The last record, each time that [`Recorder::give_up_overdue`] looked: next at `overdue_at`.
     overdue: VecDeque<Option<Seq>>,
     overdue_at: BootNs,
-    /// The last record when sizes were looked at: the time before, and this time.
-    sizes_seen: Option<Seq>,
-    sizes_looked: Option<Seq>,
     /// The oldest write that came to be in doubt since [`Recorder::take_reopened`].
     reopened: Option<Seq>,
     /// How often the probe's counters were looked at.
@@ -189,8 +186,6 @@ impl Recorder {
             last_write: BootNs(0),
             overdue: VecDeque::new(),
             overdue_at: BootNs(0),
-            sizes_seen: last_seq,
-            sizes_looked: last_seq,
             reopened: None,
             polls: 0,
             are_losses_asked_for: false,
@@ -261,6 +256,7 @@ impl Recorder {
             disk: new.disk,
             start_sector: new.start_sector,
             bytes: new.bytes,
+            size_seen: self.last_seq,
             state: match (new.exact, new.cause) {
                 (Some((since, seq)), _) => State::Exact { since, seq },
                 (None, Some(cause)) => State::Resyncing(cause),

@@ -3,40 +3,57 @@
 use cdp_journal::format::{Body, GapCause};
 use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 
-use super::Recorder;
+use super::{Epoch, Recorder};
 use crate::inflight::Sectors;
 
+/// A time before volumes are looked at: see [`Recorder::look`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Look {
+    last: Option<Seq>,
+    epoch: Epoch,
+}
+
 impl Recorder {
-    /// The sizes of all volumes are looked at after this call, as they were after the call before.
-    pub(crate) fn look_at_sizes(&mut self) {
-        self.sizes_seen = std::mem::replace(&mut self.sizes_looked, self.last_seq);
+    /// Comes before sizes are looked at: what is found then holds for all later records, at least.
+    pub(crate) fn look(&self) -> Look {
+        Look {
+            last: self.last_seq,
+            epoch: self.epoch,
+        }
     }
 
     /// Records from `next` on are lost.
     pub(super) fn forget_looks_from(&mut self, next: Seq) {
-        self.sizes_seen = self.sizes_seen.min(next.prev());
-        self.sizes_looked = self.sizes_looked.min(next.prev());
+        for volume in &mut self.volumes {
+            volume.size_seen = volume.size_seen.min(next.prev());
+        }
     }
 
-    /// A volume was found to have another size than at the look before. What it gained has to be read, and no moment
-    /// since that look is exact: it may have been written to beyond its old end.
-    pub(crate) fn resized(&mut self, id: VolumeId, bytes: u64, now: BootNs) {
+    /// A volume was found to have this size. If it had another at the look before that found one, no moment since then
+    /// is exact, whatever happened between: it may have been larger than it was and than it is, and written to there.
+    /// What it gained has to be read.
+    pub(crate) fn size_found(&mut self, id: VolumeId, bytes: u64, look: Look, now: BootNs) {
         let Some(i) = self.volumes.iter().position(|volume| volume.id == id) else {
             return;
         };
         let old = self.volumes[i].bytes;
-        if bytes == old {
-            return;
+        if bytes != old {
+            self.resize(i, bytes, now);
         }
-        let is_in_doubt = match bytes < old {
-            true => self.lose_end(i, bytes),
-            false => {
-                // A gap that is open may have begun after it grew.
-                self.volumes[i].doubt_since(Some(Seq::after(self.sizes_seen)));
-                true
-            }
-        };
+        // Seqs of another epoch are given anew.
+        if look.epoch == self.epoch {
+            self.volumes[i].size_seen = look.last;
+        }
+    }
+
+    fn resize(&mut self, i: usize, bytes: u64, now: BootNs) {
+        let old = self.volumes[i].bytes;
+        if bytes < old {
+            self.lose_end(i, bytes);
+        }
         let volume = &mut self.volumes[i];
+        // Also where a gap is open: it may have begun later.
+        volume.doubt_since(Some(Seq::after(volume.size_seen)));
         volume.bytes = bytes;
         let regions = bytes.div_ceil(volume.region_bytes);
         volume.dirty.resize(regions);
@@ -46,15 +63,14 @@ impl Recorder {
             volume.mark(old..bytes);
             volume.attached = false;
         }
+        let id = volume.id;
         self.note(now, Some(id), Body::Resize { bytes });
-        if is_in_doubt {
-            self.open_gap(i, GapCause::Resized, self.last_seq, now);
-        }
+        self.open_gap(i, GapCause::Resized, self.last_seq, now);
     }
 
     /// What a volume loses at its end will not be compared with anything: how writes ended there that are suspect, or in
-    /// flight, nobody will know. Is there any?
-    fn lose_end(&mut self, i: usize, bytes: u64) -> bool {
+    /// flight, nobody will know.
+    fn lose_end(&mut self, i: usize, bytes: u64) {
         let volume = &mut self.volumes[i];
         let lost = Sectors {
             start: volume.start_sector + bytes / SECTOR_BYTES,
@@ -69,6 +85,5 @@ impl Recorder {
         }
         volume.doubt_since(suspect);
         volume.doubt_since(in_flight);
-        suspect.is_some() || in_flight.is_some()
     }
 }

@@ -47,6 +47,8 @@ pub(crate) struct VolumeRun {
     /// Where the volume begins on its disk.
     pub(crate) start_sector: u64,
     pub(crate) bytes: u64,
+    /// It had this size after this record was made.
+    pub(super) size_seen: Option<Seq>,
     pub(crate) state: State,
     pub(crate) captured_writes: u64,
     pub(crate) captured_bytes: u64,

@@ -109,7 +109,8 @@ pub enum GapCause {
     SpoolFull,
     /// Records are missing from the log.
     LogHole,
-    /// The volume grew, and what it gained was not read yet.
+    /// The volume was found to have another size: it may have been written to beyond its end since the last look, and what
+    /// it gained was not read yet.
     Resized,
     /// More was changed while it was written than could be compared with the device.
     ChangedInFlight,

@@ -272,7 +272,9 @@ fn explain(cause: GapCause) -> &'static str {
         GapCause::IoError => "the device failed a write",
         GapCause::SpoolFull => "the store was full",
         GapCause::LogHole => "records are missing from the log",
-        GapCause::Resized => "the volume grew, and what it gained was not read yet",
+        GapCause::Resized => {
+            "the volume was found to have another size, and may have been written to beyond its end"
+        }
         GapCause::ChangedInFlight => {
             "more was changed while it was written than could be compared with the device"
         }

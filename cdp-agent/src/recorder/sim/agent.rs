@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use cdp_journal::format::VolumeKind;
 
+use super::super::size::Look;
 use super::super::*;
 use super::job::{Job, Phase};
 use super::kernel::{Counters, Kernel, RingEvent};
@@ -82,7 +83,8 @@ pub(super) struct Agent {
     readback: ReadBack,
     /// Of the volume, as far as it is known.
     sectors: usize,
-    /// As `check_devices`: what it was found to be just now, and when.
+    /// As `check_devices`: since when it is being looked at, and what it was found to be, and when.
+    look: Option<Look>,
     found_size: Option<(usize, u64)>,
     store: Store,
     seen: Counters,
@@ -164,7 +166,7 @@ impl Agent {
                 },
             );
         }
-        let bytes = kernel.size as u64 * SECTOR_BYTES;
+        let bytes = kernel.size_looked_at() as u64 * SECTOR_BYTES;
         let declared = Body::Volume {
             kind: VolumeKind::Block,
             bytes,
@@ -208,6 +210,7 @@ impl Agent {
             capture: Capture::Top,
             readback: ReadBack::Suspects,
             sectors: 0,
+            look: None,
             found_size: None,
             store: Store {
                 appended: last,
@@ -293,22 +296,29 @@ impl Agent {
     }
 
     /// One step of who looks after the devices.
-    pub(super) fn sizing_step(&mut self, kernel: &mut Kernel, model: &mut Model) {
+    pub(super) fn sizing_step(&mut self, rng: &mut Rng, kernel: &mut Kernel, model: &mut Model) {
         if matches!(self.capture, Capture::Counters(..) | Capture::Marks(..)) {
             return; // the recorder is locked
         }
         let now_ns = kernel.instant();
-        let Some((sectors, seen_ns)) = self.found_size.take() else {
+        let Some(look) = self.look else {
             // What is watched of it is changed before it is looked at again.
-            if self.is_attached(kernel) {
-                self.recorder.look_at_sizes();
-                self.found_size = Some((kernel.size, now_ns));
+            self.look = self.is_attached(kernel).then(|| self.recorder.look());
+            return;
+        };
+        let Some((sectors, seen_ns)) = self.found_size.take() else {
+            // It may not be there just now.
+            if rng.one_in(4) {
+                self.look = None;
+            } else {
+                self.found_size = Some((kernel.size_looked_at(), now_ns));
             }
             return;
         };
+        self.look = None;
         self.sectors = sectors;
-        self.recorder
-            .resized(volume_id(), sectors as u64 * SECTOR_BYTES, BootNs(now_ns));
+        let bytes = sectors as u64 * SECTOR_BYTES;
+        self.recorder.size_found(volume_id(), bytes, look, BootNs(now_ns));
         self.tapped(model, None);
         kernel.size_known(seen_ns, model.last_seq());
     }
@@ -434,15 +444,17 @@ impl Agent {
                     lost_completions: found.lost_completions - self.seen.lost_completions,
                 };
                 let first_at = (found.first_drop_ns != 0).then_some(BootNs(found.first_drop_ns));
+                // Its clock is read once more.
+                let taken = BootNs(now_ns);
                 self.recorder
-                    .losses(SLOT, losses, first_at, now, kernel.produced, &marks);
+                    .losses(SLOT, losses, first_at, taken, kernel.produced, &marks);
                 self.tapped(model, None);
                 let counted = (found.dropped + found.lost_completions)
                     - (self.seen.dropped + self.seen.lost_completions);
                 self.seen = found;
                 // In the order in which they were counted.
                 let last_ns = kernel.losses_ns.drain(..counted as usize).next_back();
-                kernel.dropped_known(last_ns, now.0);
+                kernel.dropped_known(last_ns, now_ns);
                 self.polled(kernel, model, now);
                 self.note();
                 kernel.release(self.store.position, self.ring_units);

@@ -89,8 +89,10 @@ pub(super) struct Kernel {
     pub(super) size: usize,
     /// … and of it that the probe captures writes to.
     pub(super) watched: usize,
-    /// When it grew, and the record that the agent made when it noticed.
-    grown: Vec<(u64, Option<u64>)>,
+    /// What an agent found it to be when it looked last, and when.
+    looked_at: (usize, u64),
+    /// When it grew, from how many sectors, and the record that the agent made when it noticed.
+    grown: Vec<(u64, usize, Option<u64>)>,
     pub(super) ring: VecDeque<InRing>,
     /// What was read and not given back.
     kept: VecDeque<InRing>,
@@ -125,6 +127,7 @@ impl Kernel {
             is_watched: false,
             size: SECTORS,
             watched: SECTORS,
+            looked_at: (SECTORS, 0),
             grown: Vec::new(),
             ring: VecDeque::new(),
             kept: VecDeque::new(),
@@ -159,11 +162,13 @@ impl Kernel {
         let at_ns = self.instant();
         let size = 8 * (1 + rng.below(SECTORS as u64 / 8) as usize);
         // Whose size is as before when it is looked at next has not changed, as far as anybody knows.
-        if size < self.size && self.oldest_growth().is_some() {
+        let (looked_at, looked_ns) = self.looked_at;
+        let has_grown = self.grown.iter().any(|&(grown_ns, ..)| grown_ns > looked_ns);
+        if size < self.size && size == looked_at && has_grown {
             return;
         }
         if size > self.size {
-            self.grown.push((at_ns, None));
+            self.grown.push((at_ns, self.size, None));
         }
         for sector in size.min(self.size)..size.max(self.size) {
             let at = START as usize + sector;
@@ -182,14 +187,20 @@ impl Kernel {
         self.size = size;
     }
 
+    /// An agent looks at the volume's size.
+    pub(super) fn size_looked_at(&mut self) -> usize {
+        self.looked_at = (self.size, self.now_ns);
+        self.size
+    }
+
     fn oldest_growth(&self) -> Option<u64> {
-        let unknown = self.grown.iter().find(|(_, known)| known.is_none());
-        unknown.map(|&(grown_ns, _)| grown_ns)
+        let unknown = self.grown.iter().find(|(.., known)| known.is_none());
+        unknown.map(|&(grown_ns, ..)| grown_ns)
     }
 
     /// The agent has seen its size then, and has made a record of it.
     pub(super) fn size_known(&mut self, at_ns: u64, seq: u64) {
-        for (_, known) in self.grown.iter_mut().filter(|(grown_ns, _)| *grown_ns <= at_ns) {
+        for (.., known) in self.grown.iter_mut().filter(|(grown_ns, ..)| *grown_ns <= at_ns) {
             known.get_or_insert(seq);
         }
     }
@@ -231,9 +242,9 @@ impl Kernel {
     /// The agent died, and with it its knowledge that the volume had grown, unless the log, which ends before `next`, has
     /// it: the one limit. It may have shrunk to its old size since, so that nobody will ever know.
     pub(super) fn forget_growth(&mut self, model: &mut Model, next: u64, at_ns: u64) {
-        for (since_ns, known) in self.grown.drain(..) {
+        for (since_ns, from, known) in self.grown.drain(..) {
             if known.is_none_or(|seq| seq >= next) {
-                model.crashed_after_a_miss(since_ns, START..START + SECTORS as u64, at_ns);
+                model.crashed_after_a_miss(since_ns, START + from as u64..START + SECTORS as u64, at_ns);
             }
         }
     }

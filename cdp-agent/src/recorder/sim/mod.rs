@@ -196,7 +196,7 @@ impl Sim {
                 4..8 => kernel.complete(rng, profile, model),
                 8..15 => running.capture_step(rng, kernel, model),
                 15..21 => running.readback_step(rng, kernel, model, profile.read_errors),
-                21 => running.sizing_step(kernel, model),
+                21 => running.sizing_step(rng, kernel, model),
                 _ => running.store_step(rng, *has_room),
             }
         }
@@ -247,7 +247,7 @@ impl Sim {
             let agent = self
                 .agent
                 .get_or_insert_with(|| Agent::start(&mut self.kernel, &mut self.model, &self.profile));
-            agent.sizing_step(&mut self.kernel, &mut self.model);
+            agent.sizing_step(&mut self.rng, &mut self.kernel, &mut self.model);
             if !agent.is_attached(&self.kernel) {
                 agent.attach(&mut self.kernel);
             }

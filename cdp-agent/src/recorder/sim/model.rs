@@ -243,11 +243,11 @@ impl Model {
         told.checked_sub(1).map(|told| self.sizes[told].1)
     }
 
-    /// Is the volume too small at a Seq to have the sector, though nothing that was recorded since `from_ns` says so?
-    fn is_missing(&self, sector: usize, seq: u64, from_ns: u64) -> bool {
+    /// If the volume is too small at a Seq to have the sector: when that was recorded.
+    fn is_missing(&self, sector: usize, seq: u64) -> Option<u64> {
         let told = self.sizes.partition_point(|&(told, _)| told <= seq);
-        let told = told.checked_sub(1).map(|told| self.sizes[told]);
-        told.is_some_and(|(told, size)| size <= sector && self.log[told as usize - 1].at_ns <= from_ns)
+        let (told, size) = self.sizes[told.checked_sub(1)?];
+        (size <= sector).then(|| self.log[told as usize - 1].at_ns)
     }
 
     /// The agent died. A gap that it had not made durable is lost, and with it that a write had failed just before:
@@ -529,14 +529,14 @@ impl Model {
                     .filter(|place| (from..=to).contains(place));
                 // A stretch that ends between two chunks of a bio has no moment of it.
                 for seq in between.chain([from]).filter(|&seq| seq <= to) {
-                    if self.is_missing(sector, seq, quiet.from_ns) {
+                    if let Some(told_ns) = self.is_missing(sector, seq) {
+                        if quiet.from_ns < told_ns && quiet.to_ns <= told_ns {
+                            continue;
+                        }
                         return Err(format!(
                             "moment {seq} is called exact (of {from}..={to}), and the volume has no sector {sector} then: \
                              the device held {quiet:?}"
                         ));
-                    }
-                    if self.size_at(seq).is_some_and(|size| size <= sector) {
-                        continue;
                     }
                     let found = self.content_at(sector, seq);
                     if found != quiet.content {

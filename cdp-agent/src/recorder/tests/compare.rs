@@ -111,7 +111,8 @@ fn of_writes_in_flight_to_one_place_the_overlap_is_compared() {
 fn more_changes_in_flight_than_can_be_compared_are_a_gap() {
     let mut recorder = recorder();
     let bytes = (suspects::SUSPECT_BLOCKS_MAX as u64 + 1) * BLOCK_BYTES;
-    recorder.resized(volume_id(), bytes, BootNs(1));
+    let look = recorder.look();
+    recorder.size_found(volume_id(), bytes, look, BootNs(1));
     recorder.attached(DISK, BootNs(1));
     read_everything(&mut recorder);
     assert!(recorder.try_close(volume_id(), None, BootNs(10 * SECOND)));
