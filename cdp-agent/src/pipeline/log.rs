@@ -45,7 +45,11 @@ impl LogStage<'_> {
                     Ok(_) => {}
                     Err(_) => return self.commit(),
                 },
-                recv(self.synced) -> told => told.context("the sync stage has ended")?,
+                recv(self.synced) -> told => if told.is_err() {
+                    // It ended with the error of its last sync, if that failed.
+                    self.is_synced()?;
+                    anyhow::bail!("the sync stage has ended");
+                },
                 default(wait) => {}
             }
             self.look_for_room();

@@ -369,8 +369,11 @@ thread_local! {
     static DENSE: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
 }
 
-/// The same of zstd.
+/// The same of zstd: of one frame, and nothing behind it.
 pub(super) fn decompress_dense_into(stored: &[u8], raw: &mut [u8]) -> Option<()> {
+    if zstd::zstd_safe::find_frame_compressed_size(stored).ok()? != stored.len() {
+        return None;
+    }
     DENSE.with_borrow_mut(|dense| {
         let decompressor = match dense {
             Some(decompressor) => decompressor,

@@ -39,6 +39,11 @@ impl SegmentHeader {
         bytes
     }
 
+    /// The format of a header that is good.
+    pub(crate) fn format(bytes: &[u8]) -> Option<u32> {
+        Self::decode(bytes).ok().map(|_| u32_at(bytes, 4))
+    }
+
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, SegmentHeaderError> {
         if bytes.len() < SEGMENT_HEADER_BYTES || bytes[..4] != SEGMENT_MAGIC {
             return Err(SegmentHeaderError::Bad);
@@ -126,6 +131,7 @@ mod tests {
         let crc = crc32c::crc32c(&first[..60]);
         first[60..].copy_from_slice(&crc.to_le_bytes());
         assert_eq!(SegmentHeader::decode(&first), Ok(header), "of format 1");
+        assert_eq!(SegmentHeader::format(&first), Some(1));
 
         let envelope = Envelope {
             frame_bytes: 4096,

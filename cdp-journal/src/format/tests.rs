@@ -1,5 +1,6 @@
 use uuid::Uuid;
 
+use super::frame::decompress_dense_into;
 use super::*;
 use crate::types::{BootNs, Seq, UNIT_BYTES, VolumeId};
 
@@ -289,6 +290,23 @@ fn frame_2_is_read() {
     lies[92..96].copy_from_slice(&crc.to_le_bytes());
     let frame = Frame::parse(&lies).unwrap();
     assert_eq!(frame.check_groups(&lies), Err(FrameError::Group(0)));
+}
+
+/// What lies behind the frame of a group would be bytes that nobody reads.
+#[test]
+fn a_group_of_zstd_is_one_frame_and_nothing_else() {
+    let data = [7; 4096];
+    let one = zstd::bulk::compress(&data, 1).unwrap();
+    let mut raw = [0; 4096];
+    assert!(decompress_dense_into(&one, &mut raw).is_some());
+    assert_eq!(raw, data);
+    let nothing = zstd::bulk::compress(&[], 1).unwrap();
+    for behind in [&nothing[..], &[0][..]] {
+        assert_eq!(
+            decompress_dense_into(&[&one[..], behind].concat(), &mut raw),
+            None
+        );
+    }
 }
 
 #[test]

@@ -10,7 +10,8 @@
 //! | 5 | newest segment                      | bad data of a durable frame             | damaged     | kept, named; reads of that data fail     |
 //! | 6 | newest segment                      | Seq is not the last + 1, but later      | hole        | both sides kept; a gap `log-hole`        |
 //! | 7 | newest segment                      | Seq goes back                           | corrupt     | stop                                     |
-//! | 8 | newest segment                      | another store's, or a newer format      | stranger    | stop                                     |
+//! | 8 | newest segment                      | another store's, or it or a frame of it | stranger    | stop, cut nothing                        |
+//! |   |                                     | of a newer format                       |             |                                          |
 //! | 9 | newest segment ends early           | the index knows later durable records   | lost        | goes on after them; a gap `log-hole`     |
 //!
 //! "Durable" is what a later envelope or the index vouches for. The newest segment alone is read, in full:

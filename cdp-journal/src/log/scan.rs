@@ -10,7 +10,7 @@ use super::FrameLocation;
 use super::disk::{Disk, DiskFile};
 use crate::error::{OpenError, ReadError};
 use crate::format::{
-    ENVELOPE_BYTES, Envelope, FORMAT, Frame, FrameHeader, SEGMENT_HEADER_BYTES, SegmentHeader,
+    ENVELOPE_BYTES, Envelope, FORMAT, Frame, FrameError, FrameHeader, SEGMENT_HEADER_BYTES, SegmentHeader,
     SegmentHeaderError,
 };
 use crate::types::{SegmentId, Seq};
@@ -107,7 +107,16 @@ impl Segment {
         })
     }
 
-    /// Reads the frame whose envelope begins at `at`.
+    /// Was it made by a build that knew no format as new as [`FORMAT`]? What is newer does not belong in it: that build
+    /// would have refused it by its header.
+    pub(crate) fn is_of_older_format(&self) -> io::Result<bool> {
+        let mut bytes = [0; SEGMENT_HEADER_BYTES];
+        let filled = self.file.read_at(0, &mut bytes)?;
+        Ok(SegmentHeader::format(&bytes[..filled]).is_some_and(|format| format < FORMAT))
+    }
+
+    /// Reads the frame whose envelope begins at `at`. A frame of a newer format than this build knows is an error: it is
+    /// neither damaged nor torn.
     pub(crate) fn read(&self, at: u64, depth: Depth) -> io::Result<Found> {
         let mut bytes = vec![0; PROBE_BYTES];
         let filled = self.file.read_at(at, &mut bytes)?;
@@ -120,6 +129,7 @@ impl Segment {
         };
         let header = match FrameHeader::decode(&bytes[ENVELOPE_BYTES..]) {
             Ok(header) => header,
+            Err(FrameError::TooNew(found)) => return Err(newer_frame(at, found)),
             Err(error) => return Ok(Found::Bad(error.to_string())),
         };
         if header.frame_bytes as u64 != envelope.frame_bytes || header.first_seq != envelope.first_seq {
@@ -210,6 +220,15 @@ impl Segment {
             }
         }
     }
+}
+
+fn newer_frame(at: u64, found: u32) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::Unsupported,
+        format!(
+            "the frame at byte {at} is of format {found}, and this program reads up to {FORMAT}: use a newer one"
+        ),
+    )
 }
 
 /// The segments of a folder, in order.

@@ -517,6 +517,46 @@ fn recovery_8_a_stranger_or_a_newer_format_stops() {
     ));
 }
 
+/// Goal: a frame that this build cannot read is not taken for a torn one, and cut.
+#[test]
+fn recovery_8_a_frame_of_a_newer_format_stops() {
+    let (disk, starts, name) = one_segment();
+    disk.edit(&name, |bytes| {
+        let header = &mut bytes[starts[2] as usize + ENVELOPE_BYTES..];
+        header[4] = FORMAT as u8 + 1;
+        let crc = crc32c::crc32c(&header[..92]);
+        header[92..96].copy_from_slice(&crc.to_le_bytes());
+    });
+    let before = disk.open(&name).unwrap().len().unwrap();
+    let why = |error: &dyn std::error::Error| error.source().unwrap().to_string();
+    let refused = why(&recover(&disk, STORE, None).unwrap_err());
+    assert!(refused.ends_with("use a newer one"), "{refused}");
+    assert_eq!(disk.open(&name).unwrap().len().unwrap(), before);
+    let read = Tail::from_start(STORE).follow::<crate::ReadError>(&disk, |_| Ok(()));
+    assert_eq!(why(&read.unwrap_err()), refused);
+    let verified = verify_log(&disk, STORE, None, &|_| None, &mut |_| {});
+    assert_eq!(why(&verified.unwrap_err()), refused);
+}
+
+/// Goal: an older build refuses what it cannot read, by the header of its segment.
+#[test]
+fn nothing_is_appended_to_a_segment_of_an_older_format() {
+    let (disk, _, name) = one_segment();
+    disk.edit(&name, |bytes| {
+        bytes[4] = 1;
+        let crc = crc32c::crc32c(&bytes[..60]);
+        bytes[60..64].copy_from_slice(&crc.to_le_bytes());
+    });
+    let mut log = open(&disk, None).unwrap();
+    let begun = log.next_seq();
+    for _ in 0..2 {
+        let appended = log.append(&frame(log.next_seq())).unwrap();
+        assert_eq!(appended.segment, SegmentId(begun));
+    }
+    log.sync().unwrap();
+    assert_eq!(read_all(&disk), log.durable());
+}
+
 #[test]
 fn recovery_9_what_the_index_knew_is_not_numbered_again() {
     let (disk, starts, name) = one_segment();

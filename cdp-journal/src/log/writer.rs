@@ -47,6 +47,8 @@ pub struct LogWriter {
     store: Uuid,
     limits: LogLimits,
     newest: Option<(Segment, u64)>,
+    /// The newest segment is of an older format: nothing is appended to it.
+    is_older: bool,
     /// Bytes of the segments before the newest.
     closed_bytes: u64,
     /// Space is asked for up to here.
@@ -75,11 +77,17 @@ impl LogWriter {
             }
         }
         let end = state.newest.as_ref().map_or(0, |(_, end)| *end);
+        let is_older = match &state.newest {
+            // The next one would have the name of one without a frame.
+            Some((segment, end)) if *end > SEGMENT_HEADER_BYTES as u64 => segment.is_of_older_format()?,
+            _ => false,
+        };
         Ok(Self {
             disk,
             store,
             limits,
             newest: state.newest,
+            is_older,
             closed_bytes,
             reserved_until: end,
             appended: state.last,
@@ -164,7 +172,8 @@ impl LogWriter {
             true => self.limits.segment_bytes_max / SEGMENT_LATE_PART,
             false => 0,
         };
-        self.newest.as_ref().is_some_and(|(_, end)| {
+        let newest = self.newest.as_ref().filter(|_| !self.is_older);
+        newest.is_some_and(|(_, end)| {
             end + bytes <= self.limits.segment_bytes_max + late_bytes || *end == SEGMENT_HEADER_BYTES as u64
         })
     }
@@ -288,6 +297,7 @@ impl LogWriter {
         self.closed_bytes = self.log_bytes();
         let file = Arc::from(file);
         self.newest = Some((Segment { id, path, file }, SEGMENT_HEADER_BYTES as u64));
+        self.is_older = false;
         self.reserved_until = SEGMENT_HEADER_BYTES as u64;
         Ok(())
     }
