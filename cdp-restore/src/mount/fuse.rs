@@ -5,9 +5,9 @@ use std::io;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, KernelConfig,
-    LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
-    ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 use rustix::fs::FallocateFlags;
 
@@ -19,6 +19,8 @@ const IMAGE: INodeNo = INodeNo(2);
 const TTL: Duration = Duration::from_secs(3600);
 /// One request at most, and what the kernel reads ahead.
 const REQUEST_BYTES_MAX: u32 = 1 << 20;
+/// Requests that nobody waits for one by one: reads ahead, and those of a loop device.
+const REQUESTS_MAX: u16 = 64;
 
 /// The file system.
 #[derive(Debug)]
@@ -72,6 +74,8 @@ impl Filesystem for ImageFs {
         // Where the kernel allows less, it is what it allows.
         let _ = config.set_max_write(REQUEST_BYTES_MAX);
         let _ = config.set_max_readahead(REQUEST_BYTES_MAX);
+        let _ = config.set_max_background(REQUESTS_MAX);
+        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
         Ok(())
     }
 

@@ -28,10 +28,11 @@ pub(crate) struct LoopDevice {
 }
 
 impl LoopDevice {
-    /// Makes a loop device over a part of an image.
+    /// Makes a loop device over a part of an image. Past the image's page cache, where the kernel can: what lies inside
+    /// has one of its own, and many requests are on their way at once where that cache would wait for each.
     pub(crate) fn attach(image: &Path, part: &Part) -> anyhow::Result<Self> {
         let output = Command::new("losetup")
-            .args(["--find", "--show"])
+            .args(["--find", "--show", "--direct-io=on"])
             .arg(format!("--offset={}", part.offset))
             .arg(format!("--sizelimit={}", part.len))
             .arg(image)
