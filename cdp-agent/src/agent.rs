@@ -23,6 +23,7 @@ use crate::config::{Config, VolumeConfig};
 use crate::control::Status;
 use crate::device::{self, BlockDevice};
 use crate::pipeline::{Capture, Encoding, Pipeline, Request, Shared};
+use crate::priority;
 use crate::readback::{Devices, ReadBack};
 use crate::recorder::{NewVolume, Recorder, State};
 use crate::ship::Ships;
@@ -112,6 +113,8 @@ impl Agent {
             delta_cache_bytes: config.delta_cache_bytes,
         };
         let pipeline = Pipeline::start(&shared, capture, encoding, log, index)?;
+        // This thread, and those that it starts from here on: the ring does not wait for them.
+        priority::give_way();
         let found = taken.iter().map(|volume| (volume.id, volume.device.clone()));
         let devices_shared: Devices = Arc::new(Mutex::new(found.collect()));
         // Before the first run: what is read without a limit cannot be taken back.

@@ -298,7 +298,7 @@ impl Pipeline {
             let run = move || {
                 // The ring does not wait for the capture thread; all others may wait a little.
                 if name != CAPTURE {
-                    priority::do_not_preempt();
+                    priority::give_way();
                 }
                 if let Err(error) = work(&shared) {
                     tracing::error!("{name}: {error:#}");

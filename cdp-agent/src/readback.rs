@@ -111,7 +111,7 @@ impl Pace {
 impl ReadBack {
     /// Runs until the agent stops.
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        priority::do_not_preempt();
+        priority::give_way();
         priority::read_when_idle();
         let mut idle_at: HashMap<VolumeId, BootNs> = HashMap::new();
         let mut paces: HashMap<VolumeId, Pace> = HashMap::new();
