@@ -89,8 +89,9 @@ pub(super) struct Kernel {
     pub(super) size: usize,
     /// … and of it that the probe captures writes to.
     pub(super) watched: usize,
-    /// What an agent found it to be when it looked last, and when.
-    looked_at: (usize, u64),
+    /// What an agent found it to be when it looked last, and the most that it has been since.
+    looked_at: usize,
+    largest: usize,
     /// When it grew, from how many sectors, and the record that the agent made when it noticed.
     grown: Vec<(u64, usize, Option<u64>)>,
     pub(super) ring: VecDeque<InRing>,
@@ -127,7 +128,8 @@ impl Kernel {
             is_watched: false,
             size: SECTORS,
             watched: SECTORS,
-            looked_at: (SECTORS, 0),
+            looked_at: SECTORS,
+            largest: SECTORS,
             grown: Vec::new(),
             ring: VecDeque::new(),
             kept: VecDeque::new(),
@@ -161,12 +163,12 @@ impl Kernel {
     pub(super) fn resize(&mut self, rng: &mut Rng, model: &mut Model, may_change: bool) {
         let at_ns = self.instant();
         let size = 8 * (1 + rng.below(SECTORS as u64 / 8) as usize);
-        // Whose size is as before when it is looked at next has not changed, as far as anybody knows.
-        let (looked_at, looked_ns) = self.looked_at;
-        let has_grown = self.grown.iter().any(|&(grown_ns, ..)| grown_ns > looked_ns);
-        if size < self.size && size == looked_at && has_grown {
+        // Whose size is as before when it is looked at next has not changed, as far as anybody knows: what it had beyond
+        // that in between is a limit of ARCHITECTURE.md.
+        if size == self.looked_at && self.largest > size {
             return;
         }
+        self.largest = self.largest.max(size);
         if size > self.size {
             self.grown.push((at_ns, self.size, None));
         }
@@ -189,7 +191,7 @@ impl Kernel {
 
     /// An agent looks at the volume's size.
     pub(super) fn size_looked_at(&mut self) -> usize {
-        self.looked_at = (self.size, self.now_ns);
+        (self.looked_at, self.largest) = (self.size, self.size);
         self.size
     }
 
