@@ -149,11 +149,11 @@ impl Job {
             for at in run.bytes.clone().step_by(BLOCK_BYTES as usize) {
                 let (block, rest) = read.split_at(8);
                 read = rest;
-                let last = sectors_of(&run.bytes).end;
+                let bytes = at..at + BLOCK_BYTES;
+                let last = sectors_of(&bytes).end;
                 if model.size_at(self.applied).is_some_and(|size| size < last) {
                     continue;
                 }
-                let bytes = at..at + BLOCK_BYTES;
                 let head: Vec<(Content, u64)> = sectors_of(&bytes)
                     .map(|sector| model.head(sector, self.applied))
                     .collect();
