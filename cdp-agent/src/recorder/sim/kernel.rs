@@ -376,6 +376,18 @@ impl Kernel {
         true
     }
 
+    /// The log ends before `next` for the agent that takes over: what the one before it knew beyond that, it has to find
+    /// out again.
+    pub(super) fn misses_forgotten(&mut self, next: u64) {
+        self.misses_ns.clear();
+        for (at_ns, _, known) in &mut self.missed {
+            if known.is_none_or(|seq| seq >= next) {
+                *known = None;
+                self.misses_ns.push_back(*at_ns);
+            }
+        }
+    }
+
     fn mark(&mut self, range: &Range<u64>) {
         let regions = range.start / REGION_SECTORS..range.end.div_ceil(REGION_SECTORS);
         for region in regions {

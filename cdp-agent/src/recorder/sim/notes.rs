@@ -104,6 +104,7 @@ impl Agent {
         {
             let at_ns = kernel.instant();
             kernel.forget_growth(model, last + 1, at_ns);
+            kernel.misses_forgotten(last + 1);
             kernel.size_looked_at();
             return Some(self.take_over(kernel, model, last, exact, position));
         }
