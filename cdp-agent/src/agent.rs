@@ -162,11 +162,9 @@ impl Agent {
             watch: Watch::default(),
             config: config.clone(),
         };
-        if let Err(error) = agent.begin(devices, &taken) {
-            agent.finish();
-            return Err(error);
-        }
-        if let Err(error) = agent.ships.set(&agent.config) {
+        // Before anything is read back: it waits for servers, and would not know of any.
+        let ships = agent.ships.set(&agent.config);
+        if let Err(error) = ships.and_then(|()| agent.begin(devices, &taken)) {
             agent.finish();
             return Err(error);
         }

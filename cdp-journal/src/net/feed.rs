@@ -23,6 +23,8 @@ use crate::wire::{ALPN, Kind, Message, Standing, WireError};
 const FRAMES_AHEAD: usize = 4;
 /// How often the reader of the log looks whether it is still wanted, and a holder that is ahead whether it still is.
 const DURABLE_WAIT: Duration = Duration::from_millis(100);
+/// For so long, a holder that was never reached counts as one that will be.
+const FIRST_TRY_MAX: Duration = Duration::from_secs(2);
 /// For how long nothing is offered to a holder that had lost what it had said it has.
 const OFFERS_REST: Duration = Duration::from_secs(60);
 /// How often the holder is told how far behind it is.
@@ -132,6 +134,8 @@ pub(crate) struct Feed {
     throttle: Arc<Throttle>,
     ahead: Ahead,
     rest: Arc<OffersRest>,
+    /// When feeding began, and how much of the log there was.
+    began: (Instant, u64),
     progress: Mutex<Progress>,
     /// Signalled at every change of `progress`.
     changed: Condvar,
@@ -162,6 +166,7 @@ impl Feed {
         Arc::new(Self {
             to,
             store: store.to_owned(),
+            began: (Instant::now(), log.log_bytes()),
             log,
             throttle,
             ahead,
@@ -216,12 +221,22 @@ impl Feed {
     }
 
     /// About how many bytes of the log the holder has still to get, without a look at the disk; `None` if it takes
-    /// nothing now.
+    /// nothing now. One that is being reached for the first time lacks what there is more since then, at least.
     pub(crate) fn backlog(&self) -> Option<u64> {
+        self.backlog_after(self.began.0.elapsed())
+    }
+
+    /// So long after feeding began.
+    fn backlog_after(&self, since: Duration) -> Option<u64> {
+        let log_bytes = self.log.log_bytes();
         let progress = self.progress.lock();
-        let held = progress.held_bytes + i128::from(progress.flight.acked_bytes());
-        let backlog = i128::from(self.log.log_bytes()) - held;
-        (progress.is_running && !progress.full).then(|| u64::try_from(backlog).unwrap_or(0))
+        if progress.is_running {
+            let held = progress.held_bytes + i128::from(progress.flight.acked_bytes());
+            let backlog = u64::try_from(i128::from(log_bytes) - held).unwrap_or(0);
+            return (!progress.full).then_some(backlog);
+        }
+        let is_first_try = progress.why.is_none() && since < FIRST_TRY_MAX;
+        is_first_try.then(|| log_bytes.saturating_sub(self.began.1))
     }
 
     /// Waits until everything up to `seq` is durable there; false after `timeout`.
@@ -482,4 +497,48 @@ impl Feed {
 async fn send_standing(stream: &mut SendStream, standing: Standing) -> Result<(), FeedError> {
     let message = Message::Standing(standing).encode();
     Ok(stream.write_all(&message).await.map_err(LinkError::from)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Log(AtomicU64);
+
+    impl DurableLog for Arc<Log> {
+        fn wait_durable_beyond(&self, _: Option<Seq>, _: Duration) -> Option<Seq> {
+            None
+        }
+
+        fn log_bytes(&self) -> u64 {
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+
+    /// Goal: what is read back right after a start does not run ahead of a server that is about to be reached, nor wait for
+    /// one that is not there.
+    #[test]
+    fn a_server_that_was_never_reached_lacks_what_came_since_for_a_while() {
+        let log = Arc::new(Log::default());
+        log.0.store(1 << 30, Ordering::Relaxed);
+        let new = || {
+            Feed::new(
+                "dr1:7443".to_owned(),
+                Path::new("store"),
+                Arc::new(Arc::clone(&log)),
+                Arc::default(),
+                Ahead::Diverged,
+                Arc::default(),
+            )
+        };
+        let (away, slow) = (new(), new());
+        log.0.fetch_add(9 << 20, Ordering::Relaxed);
+        assert_eq!(slow.backlog_after(Duration::from_secs(1)), Some(9 << 20));
+        assert_eq!(slow.backlog_after(FIRST_TRY_MAX), None);
+        away.note(&FeedError::Other("nobody listens".into()));
+        assert_eq!(away.backlog_after(Duration::ZERO), None);
+    }
 }
