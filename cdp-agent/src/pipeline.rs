@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use cdp_ebpf::DiskFilter;
-use cdp_journal::format::{DeltaCache, SealedFrame};
+use cdp_journal::format::{DeltaCache, Packing, SealedFrame};
 use cdp_journal::index::IndexWriter;
 use cdp_journal::log::{FrameLocation, LogWriter, Room, SyncJob};
 use cdp_journal::view::View;
@@ -266,6 +266,15 @@ pub(crate) struct Encoding {
 /// Name of the stage that empties the ring.
 const CAPTURE: &str = "capture";
 
+/// As short as may be, unless that keeps the ring waiting.
+fn packing(waiting: usize, waiting_max: usize) -> Packing {
+    match waiting * 4 / waiting_max.max(1) {
+        0 => Packing::Dense,
+        1 => Packing::Quick,
+        _ => Packing::Plain,
+    }
+}
+
 /// What one thread does.
 type Stage = Box<dyn FnOnce(&Shared) -> anyhow::Result<()> + Send>;
 
@@ -344,8 +353,7 @@ impl Pipeline {
             Box::new(move |_| {
                 let mut cache = DeltaCache::new(encoding.delta_cache_bytes);
                 for sealed in &encode_queue {
-                    // Short, unless that keeps the ring waiting.
-                    cache.pack_densely(encode_queue.len() * 4 < encode_queue_frames);
+                    cache.pack(packing(encode_queue.len(), encode_queue_frames));
                     let Sealed { epoch, position, .. } = sealed;
                     let frame = sealed
                         .builder

@@ -9,7 +9,7 @@
 //!   that some of them never came into the log (it was full): then everything is forgotten.
 //! - Memory stays below the bound that was given.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 use super::DELTA_DEPTH_MAX;
 use super::delta::Block;
@@ -61,18 +61,30 @@ pub struct EncodedBlocks {
     pub at_depth_max: u64,
 }
 
+/// How frames are packed: what takes less room takes more time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Packing {
+    /// Deltas, and nothing is compressed.
+    Plain,
+    /// LZ4.
+    #[default]
+    Quick,
+    /// zstd.
+    Dense,
+}
+
 /// The last contents of blocks, within a bound.
 #[derive(Debug)]
 pub struct DeltaCache {
     contents: Vec<u8>,
     slots: Vec<Slot>,
-    places: HashMap<BlockName, u32>,
+    places: FxHashMap<BlockName, u32>,
     slots_max: usize,
     /// Where to look for a slot to give away.
     hand: usize,
     /// The Seq that follows the last frame encoded.
     next: Option<Seq>,
-    pub(super) is_dense: bool,
+    pub(super) packing: Packing,
     pub(super) counts: EncodedBlocks,
 }
 
@@ -84,18 +96,18 @@ impl DeltaCache {
         Self {
             contents: vec![0; slots_max * BLOCK_BYTES as usize],
             slots: Vec::with_capacity(slots_max),
-            places: HashMap::with_capacity(slots_max),
+            places: FxHashMap::with_capacity_and_hasher(slots_max, rustc_hash::FxBuildHasher),
             slots_max,
             hand: 0,
             next: None,
-            is_dense: false,
+            packing: Packing::default(),
             counts: EncodedBlocks::default(),
         }
     }
 
-    /// Are the next frames to be short (zstd), or soon done (LZ4)? Units that were read back are always the latter.
-    pub fn pack_densely(&mut self, is_dense: bool) {
-        self.is_dense = is_dense;
+    /// How the next frames are packed. Units that were read back are always packed by LZ4.
+    pub fn pack(&mut self, packing: Packing) {
+        self.packing = packing;
     }
 
     /// How the blocks so far were encoded.

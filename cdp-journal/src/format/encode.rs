@@ -5,7 +5,7 @@
 
 use zstd::bulk::Compressor;
 
-use super::bases::{DeltaCache, Home};
+use super::bases::{DeltaCache, Home, Packing};
 use super::delta::{self, Block};
 use super::group::{Add, Delta, Directory};
 use super::{
@@ -18,6 +18,8 @@ use crate::types::{BLOCK_BYTES, SECTOR_BYTES, Seq, UNIT_BYTES};
 const BLOCK: usize = BLOCK_BYTES as usize;
 /// What is tried of a group before all of it is compressed.
 const SAMPLE_BYTES: usize = 4096;
+/// Compressed is only what gets shorter by one part in so many: less is not worth the host's time.
+const SAVED_PART_MIN: usize = 8;
 /// Of zstd: higher ones take far more time and save little.
 const ZSTD_LEVEL: i32 = 1;
 /// What a thread keeps at most to compress into: enough for a group.
@@ -90,17 +92,37 @@ fn compress_densely<'s>(
     (bytes < raw.len()).then(|| &scratch[..bytes])
 }
 
-/// Is it worth while to compress a group? Two samples tell noise (encrypted or compressed data) from the rest, so
-/// that it costs a fraction of the time to find that nothing is gained.
-fn is_noise(raw: &[u8], scratch: &mut Vec<u8>) -> bool {
+/// Is so little to be gained from compressing a group that it is stored as it is? Two samples tell noise (encrypted or
+/// compressed data) from the rest, so that it costs a fraction of the time to find that.
+fn is_noise(raw: &[u8], packing: Packing, scratch: &mut Vec<u8>) -> bool {
     let mut saves = |sample: &[u8]| {
-        compress(sample, scratch).is_some_and(|shorter| shorter.len() < sample.len() - sample.len() / 32)
+        compress(sample, scratch)
+            .is_some_and(|shorter| shorter.len() <= sample.len() - sample.len() / SAVED_PART_MIN)
+            || packing == Packing::Dense && has_few_bytes(sample)
     };
     let middle = raw.len() / 2;
     raw.len() >= 4 * SAMPLE_BYTES
         && !saves(&raw[..SAMPLE_BYTES])
         && !saves(&raw[middle..middle + SAMPLE_BYTES])
 }
+
+/// Are some byte values so frequent that codes of different lengths save one part in [`SAVED_PART_MIN`], as of digits and
+/// text? Of zstd, that is: LZ4 has no such codes.
+fn has_few_bytes(sample: &[u8]) -> bool {
+    let mut counts = [0u16; 256];
+    for byte in sample {
+        counts[usize::from(*byte)] += 1;
+    }
+    let bytes = sample.len() as f32;
+    let bits: f32 = counts
+        .iter()
+        .filter(|count| **count > 0)
+        .map(|&count| f32::from(count) * (bytes / f32::from(count)).log2())
+        .sum();
+    bits <= 8.0 * bytes * (1.0 - 1.0 / SAVED_PART_MIN as f32)
+}
+
+const _: () = assert!(SAMPLE_BYTES <= u16::MAX as usize);
 
 /// Where the bytes lie that an entry of the open group's directory takes.
 #[derive(Clone, Copy, Debug)]
@@ -289,11 +311,15 @@ impl<'a> GroupEncoder<'a> {
         };
         let raw_bytes = data.len();
         // A unit by itself is the same bytes wherever its content is read back: always by the same codec.
-        let is_dense = self.cache.is_dense && !self.open_is_alone;
-        let shorter = match (is_noise(probe, stored), is_dense) {
-            (true, _) => None,
-            (false, true) => compress_densely(data, stored, dense),
-            (false, false) => compress(data, stored),
+        let packing = match self.open_is_alone {
+            true => Packing::Quick,
+            false => self.cache.packing,
+        };
+        let shorter = match packing {
+            Packing::Plain => None,
+            _ if is_noise(probe, packing, stored) => None,
+            Packing::Quick => compress(data, stored),
+            Packing::Dense => compress_densely(data, stored, dense),
         };
         let stored_at = self.end + GROUP_HEADER_BYTES;
         debug_assert!(stored_at + shorter.map_or(raw_bytes, <[u8]>::len) <= plain.end);
@@ -301,7 +327,10 @@ impl<'a> GroupEncoder<'a> {
             Some(stored) => {
                 self.end = stored_at + stored.len();
                 self.bytes[stored_at..self.end].copy_from_slice(stored);
-                if is_dense { CODEC_ZSTD } else { CODEC_LZ4 }
+                match packing {
+                    Packing::Dense => CODEC_ZSTD,
+                    Packing::Plain | Packing::Quick => CODEC_LZ4,
+                }
             }
             None => {
                 self.end = stored_at + raw_bytes;

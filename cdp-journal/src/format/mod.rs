@@ -139,7 +139,7 @@ mod packed;
 mod record;
 mod segment;
 
-pub use bases::{DeltaCache, EncodedBlocks};
+pub use bases::{DeltaCache, EncodedBlocks, Packing};
 pub use build::{FrameBuilder, PushError, SealedFrame};
 pub(crate) use delta::{Block, apply as apply_patch};
 pub use frame::{Frame, FrameError, FrameHeader, GroupRef, Part, PlacedRecord};

@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use cdp_journal::format::{
-    Body, DeltaCache, FrameBuilder, Origin, PushError, RecordFlags, SealedFrame, VolumeKind,
+    Body, DeltaCache, FrameBuilder, Origin, Packing, PushError, RecordFlags, SealedFrame, VolumeKind,
 };
 use cdp_journal::index::IndexWriter;
 use cdp_journal::log::LogWriter;
@@ -123,7 +123,8 @@ impl Writer {
     /// Ends the frame and appends it.
     pub(crate) fn append(&mut self) {
         let Some(frame) = self.frame.take() else { return };
-        self.cache.pack_densely(self.unapplied.len().is_multiple_of(2));
+        let packings = [Packing::Plain, Packing::Quick, Packing::Dense];
+        self.cache.pack(packings[self.unapplied.len() % packings.len()]);
         let Some(sealed) = frame.seal_with(&mut self.cache, BOOT, self.wall_offset_ns) else {
             return;
         };
