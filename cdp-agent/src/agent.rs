@@ -113,7 +113,7 @@ impl Agent {
             delta_cache_bytes: config.delta_cache_bytes,
         };
         let pipeline = Pipeline::start(&shared, capture, encoding, log, index)?;
-        // This thread, and those that it starts from here on: the ring does not wait for them.
+        // This thread, and those that it starts from here on: the ring waits for them no longer than they hold the recorder.
         priority::give_way();
         let found = taken.iter().map(|volume| (volume.id, volume.device.clone()));
         let devices_shared: Devices = Arc::new(Mutex::new(found.collect()));

@@ -266,11 +266,12 @@ pub(crate) struct Encoding {
 /// Name of the stage that empties the ring.
 const CAPTURE: &str = "capture";
 
-/// As short as may be, unless that keeps the ring waiting.
-fn packing(waiting: usize, waiting_max: usize) -> Packing {
+/// As short as may be, unless that keeps the ring waiting. What is longer does not help where the log is what all wait for.
+fn packing(waiting: usize, waiting_max: usize, is_log_behind: bool) -> Packing {
     match waiting * 4 / waiting_max.max(1) {
         0 => Packing::Dense,
         1 => Packing::Quick,
+        _ if is_log_behind => Packing::Quick,
         _ => Packing::Plain,
     }
 }
@@ -295,6 +296,8 @@ impl Pipeline {
         log: LogWriter,
         index: IndexWriter,
     ) -> anyhow::Result<Self> {
+        // Servers lack what comes on top of it.
+        shared.log_bytes.store(log.log_bytes(), Ordering::Relaxed);
         // What a burst may hold beside the ring.
         let encode_queue_frames = (encoding.queue_bytes as usize / FRAME_BYTES_SEAL).max(1);
         let (to_encode, encode_queue) = bounded::<Sealed>(encode_queue_frames);
@@ -353,7 +356,8 @@ impl Pipeline {
             Box::new(move |_| {
                 let mut cache = DeltaCache::new(encoding.delta_cache_bytes);
                 for sealed in &encode_queue {
-                    cache.pack(packing(encode_queue.len(), encode_queue_frames));
+                    let is_log_behind = to_log.len() > QUEUE_FRAMES / 2;
+                    cache.pack(packing(encode_queue.len(), encode_queue_frames, is_log_behind));
                     let Sealed { epoch, position, .. } = sealed;
                     let frame = sealed
                         .builder
@@ -412,4 +416,20 @@ fn index_loop(shared: &Shared, mut index: IndexWriter, queue: &Receiver<IndexReq
     }
     index.flush()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_packed_less_while_the_ring_would_wait_and_not_where_the_log_is_late() {
+        let packed = |waiting| [false, true].map(|is_log_behind| packing(waiting, 64, is_log_behind));
+        assert_eq!(packed(15), [Packing::Dense; 2]);
+        assert_eq!(packed(16), [Packing::Quick; 2]);
+        assert_eq!(packed(31), [Packing::Quick; 2]);
+        assert_eq!(packed(32), [Packing::Plain, Packing::Quick]);
+        assert_eq!(packed(64), [Packing::Plain, Packing::Quick]);
+        assert_eq!(packing(0, 1, false), Packing::Dense);
+    }
 }

@@ -17,11 +17,13 @@ const SLICE: Duration = Duration::from_millis(100);
 /// with a shorter slice, as all do that ask for none (`PREEMPT_SHORT` of the scheduler). Its share stays the same: what it
 /// did not get it gets later, in longer turns.
 pub(crate) fn give_way() {
+    // SAFETY: plain numbers, for the calling thread. It has no error that is possible here.
+    let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
     let attr = libc::sched_attr {
         size: size_of::<libc::sched_attr>() as u32,
         sched_policy: libc::SCHED_BATCH.cast_unsigned(),
         sched_flags: 0,
-        sched_nice: 0,
+        sched_nice: nice,
         sched_priority: 0,
         sched_runtime: SLICE.as_nanos() as u64,
         sched_deadline: 0,

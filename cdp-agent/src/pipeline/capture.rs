@@ -113,7 +113,7 @@ impl Capture {
                     Some(StoreChange::Room) => recorder.room_again(now),
                     None => {}
                 }
-                self.poll_losses(&mut recorder, now);
+                self.poll_losses(&mut recorder);
                 self.note(&recorder, shared.appended());
             }
             self.probe.release(shared.appended_position());
@@ -216,7 +216,7 @@ impl Capture {
         }
     }
 
-    fn poll_losses(&mut self, recorder: &mut Recorder, now: BootNs) {
+    fn poll_losses(&mut self, recorder: &mut Recorder) {
         let mut quiet = true;
         let slots: Vec<DiskNumber> = self.watched.keys().copied().collect();
         for disk in slots {
@@ -260,7 +260,8 @@ impl Capture {
             match self.probe.recursion_misses() {
                 Ok(misses) => {
                     if misses > self.misses {
-                        recorder.everything_unknown(self.misses_seq, now);
+                        // Some may have been skipped since the counters were read.
+                        recorder.everything_unknown(self.misses_seq, clock::boot_ns());
                     }
                     self.misses = misses;
                     self.misses_seq = recorder.last_seq();

@@ -103,6 +103,7 @@ impl Recorder {
                 }
             }
             if !touched {
+                self.begin_before(i, first_at, now);
                 continue;
             }
             volume.losses.add(&losses);
@@ -118,8 +119,21 @@ impl Recorder {
             if !matches!(self.volumes[i].state, State::Exact { .. }) {
                 self.doubt_in_flight(i);
             }
-            self.reach_back(i, now);
+            self.begin_before(i, first_at, now);
         }
+    }
+
+    /// Losses are not told in the order in which they were queued, and a mark may be found before its loss is counted: a
+    /// gap that waits for its place, or is open, begins before this one too.
+    fn begin_before(&mut self, i: usize, first_at: Option<BootNs>, now: BootNs) {
+        let before = first_at.and_then(|at| self.last_seq_before(at));
+        let volume = &mut self.volumes[i];
+        if let (Some(pending), Some(at)) = (&mut volume.pending, first_at) {
+            pending.at = pending.at.min(at);
+        } else if before.is_some() && !matches!(volume.state, State::Exact { .. }) {
+            volume.doubt_since(Some(Seq::after(before)));
+        }
+        self.reach_back(i, now);
     }
 
     /// Events were lost, and nobody knows of which disk: since `since`.

@@ -14,6 +14,9 @@ const SEQ_CST: AtomicOrdering = AtomicOrdering::SeqCst;
 /// Words that one bio can mark: 4 GiB of 512-byte regions would be 131 072.
 const MARK_WORDS_MAX: u32 = DIRTY_WORDS_PER_DISK;
 
+/// Each try that fails is one in which another CPU, or the agent, was first.
+const LOWER_TRIES: u32 = 16;
+
 /// State of marking, on the stack of the caller: plain numbers only.
 #[repr(C)]
 pub(super) struct Marking {
@@ -42,11 +45,28 @@ pub(super) fn counter_index(slot: u32, counter: u32) -> u32 {
 pub(super) fn drop_write(slot: u32, region_shift: u32, sector: u64, bytes: u32, cause: u32, now_ns: u64) {
     mark(slot, region_shift, sector, bytes);
     if let Some(first) = COUNTERS.get_ptr_mut(counter_index(slot, Counter::FirstDropNs as u32)) {
-        // SAFETY: as in `add`.
-        unsafe { atomic_cxchg::<u64, SEQ_CST, SEQ_CST>(first, 0, now_ns) };
+        lower(first, now_ns);
     }
     // Last, so that who sees the count finds the marks and the time.
     add(counter_index(slot, Counter::Dropped as u32 + cause), 1);
+}
+
+/// Keeps the earlier time; 0 is none. Who is told first need not have been queued first: a long bio is copied before it
+/// finds no room.
+#[inline(always)]
+fn lower(first: *mut u64, now_ns: u64) {
+    for _ in 0..LOWER_TRIES {
+        // SAFETY: a live, aligned map value, as in `add`; nobody writes it but by atomic operations.
+        let known = unsafe { first.read_volatile() };
+        if known != 0 && known <= now_ns {
+            return;
+        }
+        // SAFETY: as above.
+        let (found, _) = unsafe { atomic_cxchg::<u64, SEQ_CST, SEQ_CST>(first, known, now_ns) };
+        if found == known {
+            return;
+        }
+    }
 }
 
 #[inline(always)]

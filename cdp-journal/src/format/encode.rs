@@ -18,7 +18,7 @@ use crate::types::{BLOCK_BYTES, SECTOR_BYTES, Seq, UNIT_BYTES};
 const BLOCK: usize = BLOCK_BYTES as usize;
 /// What is tried of a group before all of it is compressed.
 const SAMPLE_BYTES: usize = 4096;
-/// Compressed is only what gets shorter by one part in so many: less is not worth the host's time.
+/// Samples must get shorter by one part in so many: less is not worth the host's time.
 const SAVED_PART_MIN: usize = 8;
 /// Of zstd: higher ones take far more time and save little.
 const ZSTD_LEVEL: i32 = 1;

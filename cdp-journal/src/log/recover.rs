@@ -67,7 +67,22 @@ pub(crate) fn recover(disk: &dyn Disk, store: Uuid, indexed: Option<Seq>) -> Res
             HeaderState::Good => {
                 // Who made it may have been killed before its name was durable.
                 disk.sync_names().map_err(OpenError::io("sync", disk.path("")))?;
-                return recover_newest(segment, indexed, cut);
+                let is_older = segment
+                    .is_of_older_format()
+                    .map_err(OpenError::io("read", &path))?;
+                let state = recover_newest(segment, indexed, cut.take())?;
+                let is_empty = |(_, end): &(Segment, u64)| *end == SEGMENT_HEADER_BYTES as u64;
+                let is_named_as_the_next =
+                    indexed < Some(id.0) && state.newest.as_ref().is_some_and(is_empty);
+                if !(is_older && is_named_as_the_next) {
+                    return Ok(state);
+                }
+                // The next one has its name, and another header.
+                tracing::info!(path = %path.display(), "removed an empty segment of an older format");
+                disk.remove(&id.file_name())
+                    .map_err(OpenError::io("remove", &path))?;
+                disk.sync_names().map_err(OpenError::io("sync", disk.path("")))?;
+                cut = state.cut;
             }
             HeaderState::TooNew(found) => {
                 return Err(OpenError::TooNew {

@@ -541,20 +541,28 @@ fn recovery_8_a_frame_of_a_newer_format_stops() {
 /// Goal: an older build refuses what it cannot read, by the header of its segment.
 #[test]
 fn nothing_is_appended_to_a_segment_of_an_older_format() {
-    let (disk, _, name) = one_segment();
-    disk.edit(&name, |bytes| {
-        bytes[4] = 1;
-        let crc = crc32c::crc32c(&bytes[..60]);
-        bytes[60..64].copy_from_slice(&crc.to_le_bytes());
-    });
-    let mut log = open(&disk, None).unwrap();
-    let begun = log.next_seq();
-    for _ in 0..2 {
-        let appended = log.append(&frame(log.next_seq())).unwrap();
-        assert_eq!(appended.segment, SegmentId(begun));
+    for is_empty in [false, true] {
+        let (disk, _, name) = one_segment();
+        disk.edit(&name, |bytes| {
+            bytes[4] = 1;
+            let crc = crc32c::crc32c(&bytes[..60]);
+            bytes[60..64].copy_from_slice(&crc.to_le_bytes());
+            if is_empty {
+                bytes.truncate(SEGMENT_HEADER_BYTES);
+            }
+        });
+        let mut log = open(&disk, None).unwrap();
+        let begun = log.next_seq();
+        for _ in 0..2 {
+            let appended = log.append(&frame(log.next_seq())).unwrap();
+            assert_eq!(appended.segment, SegmentId(begun));
+        }
+        log.sync().unwrap();
+        assert_eq!(read_all(&disk), log.durable());
+        disk.edit(&SegmentId(begun).file_name(), |bytes| {
+            assert_eq!(SegmentHeader::format(bytes), Some(FORMAT));
+        });
     }
-    log.sync().unwrap();
-    assert_eq!(read_all(&disk), log.durable());
 }
 
 #[test]

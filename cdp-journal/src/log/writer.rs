@@ -78,9 +78,9 @@ impl LogWriter {
         }
         let end = state.newest.as_ref().map_or(0, |(_, end)| *end);
         let is_older = match &state.newest {
-            // The next one would have the name of one without a frame.
-            Some((segment, end)) if *end > SEGMENT_HEADER_BYTES as u64 => segment.is_of_older_format()?,
-            _ => false,
+            // Recovery has removed one whose name the next one gets.
+            Some((segment, _)) => segment.is_of_older_format()?,
+            None => false,
         };
         Ok(Self {
             disk,

@@ -32,7 +32,7 @@ impl LoopDevice {
     /// has one of its own, and many requests are on their way at once where that cache would wait for each.
     pub(crate) fn attach(image: &Path, part: &Part) -> anyhow::Result<Self> {
         let output = Command::new("losetup")
-            .args(["--find", "--show", "--direct-io=on"])
+            .args(["--find", "--show"])
             .arg(format!("--offset={}", part.offset))
             .arg(format!("--sizelimit={}", part.len))
             .arg(image)
@@ -40,16 +40,21 @@ impl LoopDevice {
             .context("run losetup")?;
         let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
         let path = said(&output.stdout);
-        match path.strip_prefix("/dev/").filter(|_| output.status.success()) {
-            Some(name) => Ok(LoopDevice {
-                name: name.to_owned(),
-            }),
-            None => bail!(
+        let Some(name) = path.strip_prefix("/dev/").filter(|_| output.status.success()) else {
+            bail!(
                 "make a loop device over {}: {}",
                 image.display(),
                 said(&output.stderr)
-            ),
+            );
+        };
+        // It works without, and slower.
+        match Command::new("losetup").args(["--direct-io=on", &path]).output() {
+            Ok(output) if output.status.success() => {}
+            refused => tracing::debug!(?refused, "no direct I/O on {path}"),
         }
+        Ok(LoopDevice {
+            name: name.to_owned(),
+        })
     }
 
     /// All that lie over an image.

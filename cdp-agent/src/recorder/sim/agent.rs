@@ -427,7 +427,7 @@ impl Agent {
                     Capture::Marks(now, target, found)
                 } else {
                     self.recorder.no_loss();
-                    self.polled(kernel, model, now);
+                    self.polled(kernel, model);
                     self.note();
                     kernel.release(self.store.position, self.ring_units);
                     Capture::Drain { now, target }
@@ -452,10 +452,9 @@ impl Agent {
                 let counted = (found.dropped + found.lost_completions)
                     - (self.seen.dropped + self.seen.lost_completions);
                 self.seen = found;
-                // In the order in which they were counted.
-                let last_ns = kernel.losses_ns.drain(..counted as usize).next_back();
+                let last_ns = kernel.losses_taken(counted as usize);
                 kernel.dropped_known(last_ns, now_ns);
-                self.polled(kernel, model, now);
+                self.polled(kernel, model);
                 self.note();
                 kernel.release(self.store.position, self.ring_units);
                 Capture::Drain { now, target }
@@ -485,13 +484,15 @@ impl Agent {
         };
     }
 
-    fn polled(&mut self, kernel: &mut Kernel, model: &mut Model, now: BootNs) {
+    fn polled(&mut self, kernel: &mut Kernel, model: &mut Model) {
         if self.recorder.are_losses_asked_for() || kernel.now_ns - self.misses_at_ns >= MISSES_INTERVAL_NS {
             self.misses_at_ns = kernel.now_ns;
             if kernel.counters.misses > self.misses {
-                self.recorder.everything_unknown(self.misses_seq, now);
+                // Its clock is read once more.
+                let now_ns = kernel.instant();
+                self.recorder.everything_unknown(self.misses_seq, BootNs(now_ns));
                 self.tapped(model, None);
-                kernel.missed_known(now.0);
+                kernel.missed_known(now_ns);
             }
             self.misses = kernel.counters.misses;
             kernel.misses_ns.clear();

@@ -7,7 +7,7 @@ use cdp_ebpf::event::{CompleteEvent, EventKind, Op, WriteEvent};
 use cdp_journal::SECTOR_BYTES;
 
 use super::model::{Content, Ended, Model};
-use super::{DISK, PLUG_NS, Profile, REGION_SECTORS, Rng, SECTORS, START};
+use super::{DISK, MS, PLUG_NS, Profile, REGION_SECTORS, Rng, SECTORS, START};
 
 const DISK_SECTORS: u64 = START + SECTORS as u64 + 8;
 
@@ -60,6 +60,9 @@ pub(super) struct Counters {
     pub(super) misses: u64,
 }
 
+/// For so long a write may be marked and not counted.
+const LATE_NS_MAX: u64 = 5 * MS;
+
 /// An end that nobody saw.
 #[derive(Debug)]
 struct Skipped {
@@ -103,6 +106,8 @@ pub(super) struct Kernel {
     pub(super) counters: Counters,
     /// Times of losses that the agent may not have read the counters for.
     pub(super) losses_ns: VecDeque<u64>,
+    /// When a write was queued whose range is marked, and that is not counted as dropped yet.
+    late_drop_ns: Option<u64>,
     pub(super) misses_ns: VecDeque<u64>,
     /// Writes that nobody saw: since when, where, and the record that the agent made when it knew.
     pub(super) missed: Vec<(u64, Range<u64>, Option<u64>)>,
@@ -138,6 +143,7 @@ impl Kernel {
             released: 0,
             counters: Counters::default(),
             losses_ns: VecDeque::new(),
+            late_drop_ns: None,
             misses_ns: VecDeque::new(),
             missed: Vec::new(),
             skipped: Vec::new(),
@@ -219,9 +225,10 @@ impl Kernel {
     /// Up to when the agent has been told everything.
     pub(super) fn known_ns(&self) -> u64 {
         let oldest = self.ring.front().map(|event| event.at_ns);
-        let losses = self.losses_ns.front().copied();
+        // They are not counted in the order in which they were queued.
+        let losses = self.losses_ns.iter().min().copied();
         let misses = self.misses_ns.front().copied();
-        [oldest, losses, misses, self.oldest_growth()]
+        [oldest, losses, misses, self.late_drop_ns, self.oldest_growth()]
             .into_iter()
             .flatten()
             .min()
@@ -260,6 +267,7 @@ impl Kernel {
         self.released = self.produced;
         self.counters = Counters::default();
         self.losses_ns.clear();
+        self.late_drop_ns = None;
         self.misses_ns.clear();
         self.missed.clear();
         self.skipped.clear();
@@ -397,13 +405,43 @@ impl Kernel {
         }
     }
 
-    fn drop_write(&mut self, range: &Range<u64>, at_ns: u64) {
-        self.mark(range);
-        if self.counters.first_drop_ns == 0 {
-            self.counters.first_drop_ns = at_ns;
-        }
+    fn count_drop(&mut self, at_ns: u64) {
+        let first = &mut self.counters.first_drop_ns;
+        *first = match *first {
+            0 => at_ns,
+            known => known.min(at_ns),
+        };
         self.counters.dropped += 1;
         self.losses_ns.push_back(at_ns);
+    }
+
+    /// What marked the write's range goes on, and counts it: before the write gets to the device.
+    fn count_late_drop(&mut self) {
+        if let Some(at_ns) = self.late_drop_ns.take() {
+            self.count_drop(at_ns);
+        }
+    }
+
+    fn may_count_late_drop(&mut self, rng: &mut Rng) {
+        if self.late_drop_ns.is_some() && rng.one_in(4) {
+            self.count_late_drop();
+        }
+    }
+
+    /// A write does not stay with the probe for long.
+    pub(super) fn passes(&mut self, ns: u64) {
+        self.now_ns += ns;
+        if self
+            .late_drop_ns
+            .is_some_and(|late_ns| self.now_ns > late_ns + LATE_NS_MAX)
+        {
+            self.count_late_drop();
+        }
+    }
+
+    /// The agent took marks and counts, of losses up to this time among others.
+    pub(super) fn losses_taken(&mut self, counted: usize) -> Option<u64> {
+        self.losses_ns.drain(..counted).chain(self.late_drop_ns).max()
     }
 
     /// Somebody writes.
@@ -477,9 +515,17 @@ impl Kernel {
             // Nobody looks there; where the volume has grown nobody knows of it yet.
             bio.unseen_since_ns = (range.start >= START).then_some(u64::MAX);
         } else if !self.capture(rng, profile, &bio, at_ns) {
-            self.drop_write(&range, at_ns);
+            self.mark(&range);
+            // Other processors may be faster.
+            match self.late_drop_ns.is_none() && rng.one_in(3) {
+                true => self.late_drop_ns = Some(at_ns),
+                false => self.count_drop(at_ns),
+            }
             model.tear(number);
             bio.unseen_since_ns = Some(u64::MAX);
+        }
+        if self.late_drop_ns != Some(at_ns) {
+            self.may_count_late_drop(rng);
         }
         if bio.unseen_since_ns.is_some() {
             self.is_lost[range.start as usize..range.end as usize].fill(true);
@@ -524,12 +570,14 @@ impl Kernel {
     }
 
     fn pick(&self, rng: &mut Rng, may: impl Fn(&Bio) -> bool) -> Option<usize> {
-        let able: Vec<usize> = (0..self.bios.len()).filter(|&i| may(&self.bios[i])).collect();
+        let is_able = |bio: &Bio| self.late_drop_ns != Some(bio.queued_ns) && may(bio);
+        let able: Vec<usize> = (0..self.bios.len()).filter(|&i| is_able(&self.bios[i])).collect();
         (!able.is_empty()).then(|| able[rng.below(able.len() as u64) as usize])
     }
 
     /// The device takes some bytes of some write.
     pub(super) fn take(&mut self, rng: &mut Rng) {
+        self.may_count_late_drop(rng);
         let now_ns = self.instant();
         let Some(i) = self.pick(rng, |bio| {
             bio.counted_from_ns <= now_ns && bio.taken.contains(&false)
@@ -558,6 +606,7 @@ impl Kernel {
 
     /// Some write ends, in part or with its neighbour.
     pub(super) fn complete(&mut self, rng: &mut Rng, profile: &Profile, model: &mut Model) {
+        self.may_count_late_drop(rng);
         let at_ns = self.instant();
         let may = |bio: &Bio| bio.counted_from_ns.max(bio.ends_from_ns) <= at_ns;
         let Some(i) = self.pick(rng, may) else { return };
@@ -665,7 +714,8 @@ impl Kernel {
                 // Its end must not be seen without it.
                 self.counters.lost_completions += 1;
                 self.losses_ns.push_back(at_ns);
-                self.drop_write(&piece, at_ns);
+                self.mark(&piece);
+                self.count_drop(at_ns);
                 model.lost(at_ns);
                 return;
             }

@@ -140,7 +140,7 @@ impl Sim {
             40..160 => 5 * MS,
             _ => MS / 5,
         };
-        self.kernel.now_ns += self.rng.below(most);
+        self.kernel.passes(self.rng.below(most));
     }
 
     fn step(&mut self) {
@@ -216,7 +216,7 @@ impl Sim {
         self.profile.skips = false;
         self.profile.read_errors = false;
         for _ in 0..SETTLE_STEPS_MAX {
-            self.kernel.now_ns += self.rng.below(4 * MS);
+            self.kernel.passes(self.rng.below(4 * MS));
             if self.kernel.is_idle()
                 && self
                     .agent

@@ -420,6 +420,34 @@ fn a_gap_does_not_close_while_a_write_may_be_on_its_way_whose_mark_was_taken_bef
     assert!(recorder.try_close(volume_id(), None, BootNs(25 * SECOND)));
 }
 
+/// A long write is copied before it finds no room: it is counted after one that was queued later, and its mark may have been
+/// found with that one's. Captured in between: a write that the moments before the gap must not show without it.
+#[test]
+fn a_gap_begins_before_a_write_that_was_queued_earlier_and_counted_later() {
+    for (has_mark, is_placed) in [(true, true), (true, false), (false, true), (false, false)] {
+        let mut recorder = protected();
+        write(&mut recorder, 0, 20 * SECOND);
+        let before = recorder.last_seq();
+        write(&mut recorder, 8, 21 * SECOND + 2);
+        complete(&mut recorder, 0, 2 * 4096, false, 21 * SECOND + 3);
+        lose(&mut recorder, 1, 21 * SECOND + 4, 22 * SECOND, 1, 4);
+        if is_placed {
+            recorder.drained_to(1, BootNs(22 * SECOND));
+            assert_eq!(gaps_from(&mut recorder), [Seq::new(before.unwrap().get() + 1)]);
+        }
+        let counted_late = Losses {
+            dropped: [1, 0, 0, 0],
+            lost_completions: 0,
+        };
+        let first_at = Some(BootNs(21 * SECOND + 1));
+        let marks = [4 * REGION..5 * REGION];
+        let marks = &marks[..usize::from(has_mark)];
+        recorder.losses(SLOT, counted_late, first_at, BootNs(23 * SECOND), 2, marks);
+        recorder.drained_to(2, BootNs(23 * SECOND));
+        assert_eq!(gaps_from(&mut recorder), [before], "{has_mark} {is_placed}");
+    }
+}
+
 /// A loss waits for its place among the records; another gap must not open behind it meanwhile.
 #[test]
 fn a_gap_that_opens_while_a_loss_waits_for_its_place_begins_before_the_loss() {
