@@ -440,8 +440,8 @@ fn a_gap_begins_before_a_write_that_was_queued_earlier_and_counted_later() {
             lost_completions: 0,
         };
         let first_at = Some(BootNs(21 * SECOND + 1));
-        let marks = [4 * REGION..5 * REGION];
-        let marks = &marks[..usize::from(has_mark)];
+        let mark = 4 * REGION..5 * REGION;
+        let marks = &std::slice::from_ref(&mark)[..usize::from(has_mark)];
         recorder.losses(SLOT, counted_late, first_at, BootNs(23 * SECOND), 2, marks);
         recorder.drained_to(2, BootNs(23 * SECOND));
         assert_eq!(gaps_from(&mut recorder), [before], "{has_mark} {is_placed}");
