@@ -79,7 +79,8 @@ fn kills_under_load_leave_no_gap() {
         let mut moments: Vec<QuietMoment> = Vec::new();
         let mut agent = plan.protect()?;
         for round in 0..rounds {
-            let load = job(&device, &format!("load-{round}"), 400 * MIB)
+            // Less than the ring holds, however long the next agent takes to come.
+            let load = job(&device, &format!("load-{round}"), 28 * MIB)
                 .option("rate", "40m")
                 .start(scene.dir())?;
             let captured = agent.volume("v")?.captured_bytes;
