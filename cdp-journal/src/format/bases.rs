@@ -9,7 +9,9 @@
 //!   that some of them never came into the log (it was full): then everything is forgotten.
 //! - Memory stays below the bound that was given.
 
-use rustc_hash::FxHashMap;
+use std::collections::HashMap;
+
+use foldhash::fast::RandomState;
 
 use super::DELTA_DEPTH_MAX;
 use super::delta::Block;
@@ -78,7 +80,8 @@ pub enum Packing {
 pub struct DeltaCache {
     contents: Vec<u8>,
     slots: Vec<Slot>,
-    places: FxHashMap<BlockName, u32>,
+    /// Hashed by another seed in each process: who writes cannot know what collides.
+    places: HashMap<BlockName, u32, RandomState>,
     slots_max: usize,
     /// Where to look for a slot to give away.
     hand: usize,
@@ -96,7 +99,7 @@ impl DeltaCache {
         Self {
             contents: vec![0; slots_max * BLOCK_BYTES as usize],
             slots: Vec::with_capacity(slots_max),
-            places: FxHashMap::with_capacity_and_hasher(slots_max, rustc_hash::FxBuildHasher),
+            places: HashMap::with_capacity_and_hasher(slots_max, RandomState::default()),
             slots_max,
             hand: 0,
             next: None,
