@@ -3,7 +3,8 @@
 //! | # | where                               | found                                   | case        | done                                     |
 //! |--:|-------------------------------------|-----------------------------------------|-------------|------------------------------------------|
 //! | 1 | no segment                          |                                         | new         | starts at the Seq after the index's last |
-//! | 2 | newest segment                      | short or bad header, no frame           | torn birth  | removed, the one before is the newest    |
+//! | 2 | newest segment                      | short or bad header, no frame; or the   | torn birth  | removed, the one before is the newest    |
+//! |   |                                     | header of an older format, no frame     |             |                                          |
 //! | 3 | newest segment                      | short or bad frame, never durable       | torn tail   | cut to the last good frame               |
 //! | 4 | newest segment                      | bad header or table of a durable frame, | corrupt     | stop, name it, cut nothing               |
 //! |   |                                     | or header of a segment with frames      |             |                                          |
@@ -63,6 +64,11 @@ pub(crate) fn recover(disk: &dyn Disk, store: Uuid, indexed: Option<Seq>) -> Res
             what: what.to_owned(),
             last_good: id.0.prev(),
         };
+        let remove = || {
+            disk.remove(&id.file_name())
+                .map_err(OpenError::io("remove", &path))?;
+            disk.sync_names().map_err(OpenError::io("sync", disk.path("")))
+        };
         match segment.header(store).map_err(OpenError::io("read", &path))? {
             HeaderState::Good => {
                 // Who made it may have been killed before its name was durable.
@@ -78,10 +84,8 @@ pub(crate) fn recover(disk: &dyn Disk, store: Uuid, indexed: Option<Seq>) -> Res
                     return Ok(state);
                 }
                 // The next one has its name, and another header.
+                remove()?;
                 tracing::info!(path = %path.display(), "removed an empty segment of an older format");
-                disk.remove(&id.file_name())
-                    .map_err(OpenError::io("remove", &path))?;
-                disk.sync_names().map_err(OpenError::io("sync", disk.path("")))?;
                 cut = state.cut;
             }
             HeaderState::TooNew(found) => {
@@ -96,10 +100,8 @@ pub(crate) fn recover(disk: &dyn Disk, store: Uuid, indexed: Option<Seq>) -> Res
             HeaderState::Unmade if indexed >= Some(id.0) => return Err(corrupt("bad segment header")),
             HeaderState::Unmade => {
                 let bytes = segment.file.len().map_err(OpenError::io("read", &path))?;
+                remove()?;
                 tracing::info!(path = %path.display(), bytes, "removed a segment whose making was interrupted");
-                disk.remove(&id.file_name())
-                    .map_err(OpenError::io("remove", &path))?;
-                disk.sync_names().map_err(OpenError::io("sync", disk.path("")))?;
                 cut = Some(Cut {
                     path,
                     offset: 0,
