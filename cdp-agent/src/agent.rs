@@ -117,8 +117,9 @@ impl Agent {
         priority::give_way();
         let found = taken.iter().map(|volume| (volume.id, volume.device.clone()));
         let devices_shared: Devices = Arc::new(Mutex::new(found.collect()));
-        // Before the first run: what is read without a limit cannot be taken back.
-        shared.pace.set(config.rate_readback.clone());
+        // Before the first run: what is read without a limit, or before a server is known, cannot be taken back.
+        let ships = Ships::new(&shared);
+        let is_shipping = ships.set(&config);
         let readback = ReadBack {
             shared: Arc::clone(&shared),
             index: pipeline.index.clone(),
@@ -141,7 +142,7 @@ impl Agent {
             .unwrap_or(0)
             + 1;
         let mut agent = Self {
-            ships: Ships::new(&shared),
+            ships,
             shared,
             agent_id,
             boot_id,
@@ -162,9 +163,7 @@ impl Agent {
             watch: Watch::default(),
             config: config.clone(),
         };
-        // Before anything is read back: it waits for servers, and would not know of any.
-        let ships = agent.ships.set(&agent.config);
-        if let Err(error) = ships.and_then(|()| agent.begin(devices, &taken)) {
+        if let Err(error) = is_shipping.and_then(|()| agent.begin(devices, &taken)) {
             agent.finish();
             return Err(error);
         }
