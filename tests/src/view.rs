@@ -16,7 +16,12 @@ use crate::scene::Scene;
 pub struct View {
     restore: Restore,
     dir: PathBuf,
+    /// Folders of mounts that were there before.
+    others: Vec<String>,
 }
+
+/// Where each mount has a folder of its own.
+const MOUNTS: &str = "/run/cdp-restore";
 
 impl View {
     /// The folder `then` of the scene.
@@ -27,7 +32,8 @@ impl View {
     /// The new folder `dir`.
     pub fn at(dir: PathBuf, restore: Restore) -> Result<View> {
         fs::create_dir(&dir).with_context(|| format!("make {}", dir.display()))?;
-        Ok(View { restore, dir })
+        let others = mount_folders();
+        Ok(View { restore, dir, others })
     }
 
     /// The folder.
@@ -63,21 +69,22 @@ impl View {
     /// No mount, loop device, process or file of ours.
     pub fn expect_nothing_left(&self) -> Result<()> {
         let dir = self.dir.display().to_string();
-        let mounts = fs::read_to_string("/proc/self/mounts")?;
-        ensure!(
-            !mounts.contains(&dir) && !mounts.contains("/run/cdp-restore"),
-            "mounted still:\n{mounts}"
-        );
+        let is_ours = |text: &str| !self.others.iter().any(|other| text.contains(other.as_str()));
+        for mount in fs::read_to_string("/proc/self/mounts")?.lines() {
+            let is_left = mount.contains(&dir) || mount.contains(MOUNTS) && is_ours(mount);
+            ensure!(!is_left, "mounted still: {mount}");
+        }
         for entry in fs::read_dir("/sys/block")? {
             let backing = fs::read_to_string(entry?.path().join("loop/backing_file")).unwrap_or_default();
             ensure!(
-                !backing.contains("cdp-restore"),
+                !backing.contains("cdp-restore") || !is_ours(&backing),
                 "a loop device lies over {backing}"
             );
         }
         ensure!(self.server().is_err(), "a process serves still");
-        let left = fs::read_dir("/run/cdp-restore").map_or(0, Iterator::count);
-        ensure!(left == 0, "{left} folders are left in /run/cdp-restore");
+        let mut left = mount_folders();
+        left.retain(|folder| !self.others.contains(folder));
+        ensure!(left.is_empty(), "left in {MOUNTS}: {left:?}");
         ensure!(fs::read_dir(&self.dir)?.count() == 0, "{dir} is not empty");
         Ok(())
     }
@@ -128,4 +135,12 @@ pub fn files_in(dir: &Path) -> Result<BTreeMap<PathBuf, String>> {
         }
     }
     Ok(files)
+}
+
+fn mount_folders() -> Vec<String> {
+    let Ok(entries) = fs::read_dir(MOUNTS) else {
+        return Vec::new();
+    };
+    let names = entries.flatten().map(|entry| entry.file_name());
+    names.map(|name| name.to_string_lossy().into_owned()).collect()
 }
