@@ -47,6 +47,30 @@ impl Timeline<'_> {
         Ok(within.chain(before).max())
     }
 
+    /// The time of one record; `None` if the log has none there.
+    fn wall_of(&self, seq: Seq) -> Result<Option<WallNs>, ReadError> {
+        let Some(entry) = self.store.ask(|lookup| lookup.frame_at_or_before(seq.get()))? else {
+            return Ok(None);
+        };
+        if seq.get() > entry.last_seq {
+            return Ok(None);
+        }
+        let frame = self.frame(&entry)?;
+        let found = frame.records.iter().find(|placed| placed.record.seq == seq);
+        Ok(found.map(|placed| placed.wall))
+    }
+
+    /// The end of a stretch whose last record is `last`: a time at which none that comes after it counts. Records may be of
+    /// one time, and after a step of the clock of an earlier one.
+    fn end_point(&self, last: Seq, since: Point) -> Result<Point, ReadError> {
+        let mut end = self.point(last)?;
+        if let Some(next) = self.wall_of(Seq::after(Some(last)))? {
+            let before = WallNs(next.0.saturating_sub(1));
+            end.wall = end.wall.min(before).max(since.wall);
+        }
+        Ok(end)
+    }
+
     /// The latest time in the last frame.
     pub(super) fn last_boot_ns(&self) -> Result<Option<BootNs>, ReadError> {
         let Some(head) = self.head else { return Ok(None) };
@@ -276,7 +300,7 @@ impl<'a, 'b> Scribe<'a, 'b> {
             return self.reach_back(last_exact);
         };
         let end = match last_exact.filter(|last| *last >= since.seq) {
-            Some(last) => self.timeline.point(last)?,
+            Some(last) => self.timeline.end_point(last, since)?,
             None => {
                 self.take_back(since, cause);
                 return self.reach_back(last_exact);
@@ -308,7 +332,7 @@ impl<'a, 'b> Scribe<'a, 'b> {
                 self.take_back(from_point(&exact), cause);
                 continue;
             };
-            let end = self.timeline.point(last_exact)?;
+            let end = self.timeline.end_point(last_exact, from_point(&exact))?;
             self.history.exact.push(ExactInterval {
                 to: end.wall,
                 to_seq: end.seq,
