@@ -24,6 +24,8 @@ const BACKLOG_LOW: u64 = 4 << 20;
 const FLOOR_BYTES: u64 = 1 << 20;
 /// ... in so long.
 const FLOOR_INTERVAL: Duration = Duration::from_secs(1);
+/// Read back at once where there is a limit: what it allows in a second, and this at least.
+const LIMITED_STEP_BYTES_MIN: u64 = 64 << 10;
 /// Read back at once where there are servers or a limit ...
 const STEP_BYTES: u64 = 4 << 20;
 /// ... and where little of what was read had to be recorded: zeroes, or what the log has.
@@ -127,11 +129,16 @@ impl Pace {
         }
         let ships = self.ships.get().and_then(Weak::upgrade);
         let largest = ships.and_then(|ships| ships.largest_backlog());
-        let is_free = largest.is_none() && self.throttle.limit().is_none();
-        match self.gate.lock().bytes_now(largest, Instant::now()) {
-            u64::MAX if !is_free => self.step.lock().bytes,
-            bytes => bytes,
-        }
+        let limit = self.throttle.limit();
+        let step = match (&largest, limit) {
+            (None, None) => u64::MAX,
+            _ => self.step.lock().bytes,
+        };
+        let second = limit.map_or(u64::MAX, |limit| {
+            limit.bytes_per_second().max(LIMITED_STEP_BYTES_MIN)
+        });
+        let now = self.gate.lock().bytes_now(largest, Instant::now());
+        now.min(step).min(second)
     }
 
     /// So many bytes were read back and recorded.
