@@ -40,12 +40,34 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         Some(path) => read_config(path)?,
         None => File::default(),
     };
-    let store = args.store.clone().or(file.store);
-    let store = store.context("no store: give --store DIR, or `store = \"DIR\"` in the file of --config")?;
-    let listen = args.listen.clone().or(file.listen);
+    let listen = listen(args, &file).map_err(Usage)?;
+    let listen = address(&listen)?;
+    let options = options(args, file, listen).map_err(Usage)?;
+    run(&options)
+}
+
+/// Settings that make no sense, or are missing: wrong usage, exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub(crate) struct Usage(anyhow::Error);
+
+/// Where to listen: a name that is not looked up yet.
+fn listen(args: &ServeArgs, file: &File) -> anyhow::Result<String> {
+    let listen = args.listen.clone().or_else(|| file.listen.clone());
     let listen =
         listen.context("nowhere to listen: give --listen HOST:PORT, or `listen` in the file of --config")?;
+    host_and_port(&listen).with_context(|| format!("listen on {listen:?}"))?;
+    Ok(listen)
+}
+
+/// What the flags and the file say together.
+fn options(args: &ServeArgs, file: File, listen: SocketAddr) -> anyhow::Result<ServeOptions> {
+    let store = args.store.clone().or(file.store);
+    let store = store.context("no store: give --store DIR, or `store = \"DIR\"` in the file of --config")?;
     let upstream = args.upstream.clone().or(file.upstream);
+    if let Some(upstream) = &upstream {
+        host_and_port(upstream).with_context(|| format!("follow {upstream:?}"))?;
+    }
     let limits = match (&args.rate[..], file.rate) {
         ([], Some(limits)) => limits.into(),
         (limits, _) => limits.to_vec(),
@@ -66,16 +88,19 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
             rate,
         })
     });
-    let options = ServeOptions {
+    Ok(ServeOptions {
         store,
-        listen: address(&listen)?,
+        listen,
         writer: WriterOptions {
             store_bytes_max: args.store_bytes_max.or(file.store_bytes_max),
             ..WriterOptions::default()
         },
         upstream: upstream.transpose()?,
         offers: args.offers.or(file.offers).unwrap_or_default(),
-    };
+    })
+}
+
+fn run(options: &ServeOptions) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -83,14 +108,19 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        // A terminal that closes ends nobody's history.
+        let mut hangup = signal(SignalKind::hangup())?;
         let (stop, stopped) = watch::channel(false);
-        let server = Server::start(&options)?;
+        let server = Server::start(options)?;
         tracing::info!(listen = %server.address()?, store = %options.store.display(), "serving");
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         let stopper = tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => break,
+                    _ = interrupt.recv() => break,
+                    _ = hangup.recv() => tracing::info!("SIGHUP: settings are read at the start only"),
+                }
             }
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
             let _ = stop.send(true);
@@ -104,6 +134,13 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
 fn read_config(path: &Path) -> anyhow::Result<File> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     toml::from_str(&text).with_context(|| format!("{}", path.display()))
+}
+
+fn host_and_port(text: &str) -> anyhow::Result<()> {
+    let parts = text
+        .rsplit_once(':')
+        .filter(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    parts.map(drop).context("give HOST:PORT, such as 0.0.0.0:7443")
 }
 
 fn address(listen: &str) -> anyhow::Result<SocketAddr> {

@@ -30,7 +30,7 @@ fn main() -> ExitCode {
             } else {
                 eprintln!("error: {error:#}");
             }
-            ExitCode::from(1)
+            ExitCode::from(if error.is::<cmd::Usage>() { 2 } else { 1 })
         }
     }
 }
