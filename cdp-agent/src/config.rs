@@ -71,13 +71,23 @@ pub(crate) struct Config {
     pub(crate) rate_readback: Schedule,
 }
 
+/// Settings that make no sense, or are missing: wrong usage, exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub(crate) struct Usage(anyhow::Error);
+
 impl Config {
-    /// Reads the file that the flags name, if any, and lays the flags over it.
+    /// Reads the file that the flags name, if any, and lays the flags over it. What they say together is checked: see
+    /// [`Usage`].
     pub(crate) fn load(flags: &RunArgs) -> anyhow::Result<Self> {
         let file = match &flags.config {
             Some(path) => read_file(path)?,
             None => RunArgs::default(),
         };
+        Self::over(flags, file).map_err(|error| Usage(error).into())
+    }
+
+    fn over(flags: &RunArgs, file: RunArgs) -> anyhow::Result<Self> {
         let store = flags
             .store
             .clone()

@@ -45,7 +45,7 @@ fn main() -> ExitCode {
             } else {
                 eprintln!("error: {error:#}");
             }
-            ExitCode::from(1)
+            ExitCode::from(if error.is::<config::Usage>() { 2 } else { 1 })
         }
     }
 }
