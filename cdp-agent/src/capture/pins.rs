@@ -98,6 +98,12 @@ impl PinnedSet {
         Ok(Notes(words))
     }
 
+    /// Whose it is, or was to be.
+    pub(crate) fn agent(&self) -> Option<Uuid> {
+        let name = self.folder.file_name()?.to_str()?;
+        name.strip_suffix(UNFINISHED).unwrap_or(name).parse().ok()
+    }
+
     /// The store that it captures for; None if it is of another version.
     pub(crate) fn store(&self) -> Option<PathBuf> {
         self.notes().ok()?.store()

@@ -15,9 +15,17 @@ pub(crate) fn run(store: Option<&Path>) -> anyhow::Result<()> {
     );
     let mut out = std::io::stdout().lock();
     let wanted = store.map(std::path::absolute).transpose()?;
+    // What was never finished, or is of another version, is known by its agent only.
+    let wanted_agent = match &wanted {
+        Some(store) => cdp_journal::store::id_of(store)?,
+        None => None,
+    };
     let mut unloaded = 0;
     for pinned in capture::pinned() {
-        let of_store = pinned.store();
+        let is_of_wanted_agent = wanted_agent.is_some() && pinned.agent() == wanted_agent;
+        let of_store = pinned
+            .store()
+            .or_else(|| wanted.clone().filter(|_| is_of_wanted_agent));
         if wanted.is_some() && of_store != wanted {
             continue;
         }

@@ -35,8 +35,13 @@ pub use records::{FrameData, FrameRecords, Records};
 pub use writer::{Cut, Recovered, StoreWriter, VolumeState, WriterOptions};
 
 /// Does anybody write to the store in this folder? Asks without taking its lock.
-pub fn is_locked(dir: &std::path::Path) -> std::io::Result<bool> {
+pub fn is_locked(dir: &Path) -> std::io::Result<bool> {
     StoreLock::is_held(&dir.join(LOCK_FILE))
+}
+
+/// The id of the store in this folder; `None` if the folder is not a store.
+pub fn id_of(dir: &Path) -> Result<Option<Uuid>, OpenError> {
+    Ok(identity(dir)?.map(|store| store.uuid))
 }
 
 /// The format of the folder as a whole.
