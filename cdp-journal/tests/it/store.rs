@@ -239,6 +239,38 @@ fn a_gap_that_began_earlier_than_was_said_takes_moments_back() {
     assert_eq!(stretches(dir.path()), (vec![], vec![(Some(2), None)]));
 }
 
+/// Goal: the time at which a stretch is said to end can be asked for. Method: a gap that opens at the very time of the last
+/// exact record, and one that opens after the clock was set back.
+#[test]
+fn the_end_of_a_stretch_is_a_time_before_the_gap() {
+    for back_ns in [1_000, 1_500] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path());
+        writer.declare(1 << 20);
+        for _ in 0..3 {
+            writer.write(0, &bytes_of(1, 4096));
+        }
+        writer.boot_ns -= back_ns;
+        let (cause, last_exact) = (GapCause::AgentDown, Seq::new(5));
+        writer.push(Body::GapOpen { cause, last_exact }, &[]);
+        writer.sync();
+        let reader = StoreReader::open(dir.path()).unwrap();
+        let exact = reader.history(volume()).unwrap().unwrap().exact[0];
+        assert_eq!(exact.to_seq.get(), 5);
+        let end = reader.resolve(volume(), &When::At(exact.to)).unwrap();
+        assert_eq!(
+            end.seq.unwrap().get(),
+            4,
+            "record 5 has the time of what is not exact"
+        );
+        if back_ns == 1_000 {
+            let later = When::At(WallNs(exact.to.0 + 1));
+            let before = not_exact(&reader, &later).before.unwrap();
+            assert_eq!(before.wall, exact.to);
+        }
+    }
+}
+
 /// Nobody knows since when: no moment is called exact any more, also when a gap was open already.
 #[test]
 fn a_gap_that_began_before_everything_takes_all_moments_back() {
