@@ -219,6 +219,18 @@ mod tests {
         assert_eq!([32 << 20, 4 << 20].map(&mut after), [4, 4]);
     }
 
+    #[test]
+    fn under_a_limit_no_more_than_a_seconds_worth_is_read_at_once() {
+        let pace = Pace::default();
+        pace.set(Schedule::parse(&["1 MiB/s".to_owned()]).unwrap());
+        for _ in 0..8 {
+            pace.run_done();
+            assert_eq!(pace.bytes_now(), 1 << 20);
+        }
+        pace.recorded(1 << 20);
+        assert_eq!(pace.bytes_now(), 0);
+    }
+
     /// Goal: a line that is too slow for what is written keeps no gap open for ever.
     #[test]
     fn a_little_is_read_back_however_far_behind_a_server_is() {
