@@ -10,22 +10,23 @@ use anyhow::{Context as _, bail, ensure};
 use cdp_ebpf::DiskFilter;
 use cdp_ebpf::map::{DIRTY_WORDS_PER_DISK, DISKS_MAX, RANGES_MAX, SectorRange};
 use cdp_journal::format::{Body, GapCause, VOLUME_BYTES_MAX, VolumeKind};
+use cdp_journal::history::VolumeInfo;
 use cdp_journal::ship::Rate;
-use cdp_journal::store::{StoreWriter, VolumeState, WriterOptions};
+use cdp_journal::store::{StoreReader, StoreWriter, VolumeState, WriterOptions};
 use cdp_journal::{SECTOR_BYTES, Seq, VolumeId};
 use parking_lot::Mutex;
 use rustix::fs::Mode;
 use uuid::Uuid;
 
-use crate::capture::{DiskNumber, Slot, WatchedDisk};
+use crate::capture::{DiskNumber, RingPosition, Slot, WatchedDisk};
 use crate::clock;
 use crate::config::{Config, VolumeConfig};
-use crate::control::Status;
+use crate::control::{Status, VolumeStatus};
 use crate::device::{self, BlockDevice};
 use crate::pipeline::{Capture, Encoding, Pipeline, Request, Shared};
 use crate::priority;
 use crate::readback::{Devices, ReadBack};
-use crate::recorder::{NewVolume, Recorder, State};
+use crate::recorder::{End, NewVolume, Recorder};
 use crate::ship::Ships;
 use crate::status::Watch;
 use crate::takeover::{self, TakenOver};
@@ -35,6 +36,15 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a stop waits for the last blocks to be compared with their device.
 const LAST_CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A volume and its device.
+type Found = (VolumeConfig, BlockDevice);
+
+/// A volume that the store knows, while its device is not there.
+struct Absent {
+    volume: VolumeConfig,
+    why: String,
+}
 
 /// See the module's head.
 pub(crate) struct Agent {
@@ -48,6 +58,8 @@ pub(crate) struct Agent {
     pub(crate) ships: Arc<Ships>,
     /// Volumes that the store knows of, protected just now or not.
     known: Vec<VolumeState>,
+    /// Volumes whose device is not there.
+    absent: Vec<Absent>,
     interrupted: GapCause,
     slots: HashMap<DiskNumber, Slot>,
     next_volume: u16,
@@ -64,13 +76,9 @@ impl Agent {
         // The store holds what the devices hold: nobody else's business.
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
         // All that can be refused is refused before anything is made.
-        let devices = config
-            .volumes
-            .iter()
-            .map(|volume| BlockDevice::find(&volume.path).with_context(|| format!("volume {}", volume.name)))
-            .collect::<anyhow::Result<Vec<_>>>()?;
-        for (volume, device) in config.volumes.iter().zip(&devices) {
-            refuse_store_on(&config.store, volume, device)?;
+        let (devices, absent) = find_devices(&config.store, &config.volumes)?;
+        for absent in &absent {
+            tracing::warn!(volume = %absent.volume.name, "stopped: {}", absent.why);
         }
         crate::capture::btf::Btf::of_running_kernel()?;
         let options = WriterOptions {
@@ -89,10 +97,12 @@ impl Agent {
             tracing::info!("index rebuilt from the log: {why}");
         }
         let boot_id = clock::boot_id()?;
-        let agent_id = recovered.agent.unwrap_or_else(Uuid::new_v4);
+        let agent_id = recovered.agent.unwrap_or(store.uuid());
         let rebooted = recovered.boot_id.is_some_and(|then| then != boot_id);
         let (mut probe, is_resumed) = takeover::open_probe(&config, agent_id, &recovered, !rebooted)?;
         let mut recorder = Recorder::new(recovered.last_seq, clock::wall_offset_ns());
+        let position = RingPosition(probe.positions().consumed());
+        recorder.read_from(position);
         let taken = if is_resumed {
             let taken = takeover::choose(&mut probe, &config, &devices, &recovered.volumes)?;
             let unsettled = probe.notes().unsettled();
@@ -102,6 +112,7 @@ impl Agent {
             Vec::new()
         };
         let shared = Arc::new(Shared::new(recorder, probe.positions(), config.commit_interval));
+        shared.set_appended(recovered.last_seq, position);
         // What was found is durable: recovery has synced it.
         shared.set_durable(recovered.last_seq);
         let (log, index) = store.split();
@@ -150,6 +161,7 @@ impl Agent {
             readback,
             devices: devices_shared,
             known: recovered.volumes,
+            absent,
             interrupted: if rebooted {
                 GapCause::Reboot
             } else {
@@ -171,7 +183,7 @@ impl Agent {
     }
 
     /// The first records of this agent: behind all that was waiting in the ring, so that they hide nothing.
-    fn begin(&mut self, devices: Vec<BlockDevice>, taken: &[TakenOver]) -> anyhow::Result<()> {
+    fn begin(&mut self, devices: Vec<Found>, taken: &[TakenOver]) -> anyhow::Result<()> {
         ensure!(self.shared.drained().is_some(), "the pipeline has ended");
         {
             let mut recorder = self.shared.recorder.lock();
@@ -181,16 +193,39 @@ impl Agent {
             };
             recorder.note(clock::boot_ns(), None, start);
         }
-        let volumes = self.config.volumes.clone();
-        for (volume, device) in volumes.iter().zip(devices) {
+        for (volume, device) in devices {
             if taken.iter().any(|taken| taken.device.path == device.path) {
                 tracing::info!(volume = %volume.name, path = %device.path.display(), "watched all the time");
             } else {
-                self.protect(volume, device)?;
+                self.protect(&volume, device)?;
             }
+        }
+        let absent: Vec<String> = self
+            .absent
+            .iter()
+            .map(|absent| absent.volume.name.clone())
+            .collect();
+        for name in absent {
+            self.begin_without(&name);
         }
         self.end_others();
         Ok(())
+    }
+
+    /// A volume whose device is not there: what the log has of it is not what it will be when it is back.
+    fn begin_without(&mut self, name: &str) {
+        let Some(state) = self.known.iter_mut().find(|state| state.info.name == name) else {
+            return;
+        };
+        if state.inexact.is_some() {
+            return;
+        }
+        let cause = GapCause::Detached;
+        let last_exact = state.last_exact;
+        let body = Body::GapOpen { cause, last_exact };
+        let mut recorder = self.shared.recorder.lock();
+        recorder.note(clock::boot_ns(), Some(state.info.id), body);
+        (state.inexact, state.gaps) = (Some(cause), state.gaps + 1);
     }
 
     /// Nobody watches the volumes any more that the store knows and the configuration does not name.
@@ -253,7 +288,8 @@ impl Agent {
             let mut cause = None;
             if let Some(i) = known {
                 let state = &self.known[i];
-                cause = Some(self.interrupted);
+                let detached = state.inexact.filter(|&cause| cause == GapCause::Detached);
+                cause = Some(detached.unwrap_or(self.interrupted));
                 if state.inexact.is_none() {
                     let last_exact = state.last_exact;
                     recorder.note(
@@ -362,30 +398,28 @@ impl Agent {
             config.delta_cache_bytes == self.config.delta_cache_bytes,
             "delta_cache_bytes cannot change while the agent runs"
         );
-        let new: Vec<_> = config
+        let new = config
             .volumes
             .iter()
-            .filter(|volume| !self.config.volumes.contains(volume))
-            .collect();
+            .filter(|volume| !self.config.volumes.contains(volume));
         let gone: Vec<_> = self
             .config
             .volumes
             .iter()
             .filter(|volume| !config.volumes.contains(volume))
             .collect();
-        let mut found = Vec::new();
-        for volume in &new {
-            let device =
-                BlockDevice::find(&volume.path).with_context(|| format!("volume {}", volume.name))?;
-            refuse_store_on(&config.store, volume, &device)?;
-            found.push(device);
-        }
+        let (found, absent) = find_devices(&config.store, new)?;
         let gone: Vec<String> = gone.into_iter().map(|volume| volume.name.clone()).collect();
         for name in gone {
             self.unprotect(&name)?;
         }
-        for (volume, device) in new.into_iter().zip(found) {
-            self.protect(volume, device)?;
+        for (volume, device) in found {
+            self.protect(&volume, device)?;
+        }
+        for absent in absent {
+            tracing::warn!(volume = %absent.volume.name, "stopped: {}", absent.why);
+            self.begin_without(&absent.volume.name);
+            self.absent.push(absent);
         }
         self.shared.commit_interval_ms.store(
             config.commit_interval.as_millis() as u64,
@@ -397,57 +431,54 @@ impl Agent {
     }
 
     fn unprotect(&mut self, name: &str) -> anyhow::Result<()> {
-        let now = clock::boot_ns();
-        let _ = self.shared.drained();
-        let (volume, disk) = {
-            let mut recorder = self.shared.recorder.lock();
-            let Some(volume) = recorder.volumes().iter().find(|volume| volume.name == name) else {
-                return Ok(());
-            };
-            let (id, disk) = (volume.id, volume.disk);
-            let is_exact = matches!(volume.state, State::Exact { .. });
-            let mut state = VolumeState {
-                info: cdp_journal::history::VolumeInfo {
-                    id,
-                    name: name.to_owned(),
-                    kind: VolumeKind::Block,
-                    path: volume.path.display().to_string(),
-                    bytes: volume.bytes,
-                },
-                // History ends here: the gap is opened now, so that no later moment counts as exact.
-                inexact: Some(GapCause::AgentDown),
-                last_exact: volume.gap_from,
-                last_exact_at: volume
-                    .inexact_since
-                    .filter(|_| !is_exact)
-                    .or_else(|| Some(now.at_offset(clock::wall_offset_ns()))),
-                exact_since: None,
-                gaps: volume.gaps + 1,
-            };
-            if is_exact {
-                state.last_exact = Some(recorder.note(now, None, Body::Tick));
-                recorder.note(
-                    now,
-                    Some(id),
-                    Body::GapOpen {
-                        cause: GapCause::AgentDown,
-                        last_exact: state.last_exact,
-                    },
-                );
-            }
-            recorder.remove_volume(id);
-            self.known.retain(|known| known.info.id != id);
-            self.known.push(state);
-            (id, disk)
-        };
-        self.devices.lock().remove(&volume);
+        self.absent.retain(|absent| absent.volume.name != name);
+        let found = self.volume_called(name);
+        let Some((id, disk)) = found else { return Ok(()) };
+        // What was lost or taken otherwise by now is part of what is exact up to now.
+        let _ = self.shared.losses_known();
+        self.shared.wait_clear(LAST_CHECK_TIMEOUT);
+        self.end_volume(id, name, End::NotWanted);
         self.watch(disk)?;
         tracing::info!(volume = %name, "no longer watching");
         Ok(())
     }
 
-    /// Looks whether volumes have changed their size or gone away.
+    fn volume_called(&self, name: &str) -> Option<(VolumeId, DiskNumber)> {
+        let recorder = self.shared.recorder.lock();
+        let volume = recorder.volumes().iter().find(|volume| volume.name == name);
+        volume.map(|volume| (volume.id, volume.disk))
+    }
+
+    /// Forgets a volume that is watched. The probe is not told yet.
+    fn end_volume(&mut self, id: VolumeId, name: &str, end: End) {
+        self.devices.lock().remove(&id);
+        let ended = self.shared.recorder.lock().end_volume(id, end, clock::boot_ns());
+        let Some(ended) = ended else { return };
+        self.known.retain(|known| known.info.id != id);
+        self.known.push(VolumeState {
+            info: VolumeInfo {
+                id,
+                name: name.to_owned(),
+                kind: VolumeKind::Block,
+                path: ended.path.display().to_string(),
+                bytes: ended.bytes,
+            },
+            inexact: Some(ended.cause),
+            last_exact: ended.last_exact,
+            last_exact_at: ended.last_exact_at,
+            exact_since: None,
+            gaps: ended.gaps,
+        });
+    }
+
+    /// Looks whether volumes have changed their size, gone away or come back.
     pub(crate) fn check_devices(&mut self) {
+        if let Err(error) = self.try_check_devices() {
+            self.shared.fail("watch the devices", &error);
+        }
+    }
+
+    fn try_check_devices(&mut self) -> anyhow::Result<()> {
         let look = self.shared.recorder.lock().look();
         let devices: Vec<(VolumeId, BlockDevice)> = self
             .devices
@@ -455,8 +486,11 @@ impl Agent {
             .iter()
             .map(|(&id, device)| (id, device.clone()))
             .collect();
+        let mut changed: Vec<DiskNumber> = Vec::new();
         for (id, mut device) in devices {
-            if !device.is_present() {
+            if let Some(why) = device.why_gone() {
+                changed.push(device.disk);
+                self.detach(id, why);
                 continue;
             }
             // One that is not there just now has no size that counts.
@@ -468,13 +502,74 @@ impl Agent {
             if bytes != device.bytes {
                 tracing::info!(path = %device.path.display(), from = device.bytes, to = bytes, "resized");
                 device.bytes = bytes;
-                let disk = device.disk;
+                changed.push(device.disk);
                 self.devices.lock().insert(id, device);
-                if let Err(error) = self.watch(disk) {
-                    self.shared.fail("watch a resized disk", &error);
+            }
+        }
+        for disk in changed {
+            self.watch(disk)?;
+        }
+        self.look_for_absent()
+    }
+
+    /// The device of a volume is gone: the volume is stopped until it is back.
+    fn detach(&mut self, id: VolumeId, why: &str) {
+        let volume = self.shared.recorder.lock().volumes().iter().find_map(|volume| {
+            (volume.id == id).then(|| VolumeConfig {
+                name: volume.name.clone(),
+                path: volume.path.clone(),
+            })
+        });
+        let Some(volume) = volume else { return };
+        self.end_volume(id, &volume.name, End::Detached);
+        let why = format!("{}: {why}", volume.path.display());
+        tracing::error!(volume = %volume.name, "stopped until it is back: {why}");
+        self.absent.push(Absent { volume, why });
+    }
+
+    /// Devices that are back are compared with what the log has of them.
+    fn look_for_absent(&mut self) -> anyhow::Result<()> {
+        for absent in std::mem::take(&mut self.absent) {
+            let Absent { volume, why } = absent;
+            let found = BlockDevice::find(&volume.path)
+                .and_then(|device| self.may_protect(&volume, &device).map(|()| device));
+            match found {
+                Ok(device) => self.protect(&volume, device)?,
+                Err(error) => {
+                    let now_why = format!("{error:#}");
+                    if now_why != why {
+                        tracing::warn!(volume = %volume.name, "stopped still: {now_why}");
+                    }
+                    self.absent.push(Absent { volume, why: now_why });
                 }
             }
         }
+        Ok(())
+    }
+
+    fn may_protect(&self, volume: &VolumeConfig, device: &BlockDevice) -> anyhow::Result<()> {
+        refuse_store_on(&self.config.store, volume, device)?;
+        ensure!(
+            device.bytes <= VOLUME_BYTES_MAX,
+            "{} has {} bytes: a volume has {VOLUME_BYTES_MAX} (1 PiB) at most",
+            device.path.display(),
+            device.bytes
+        );
+        let recorder = self.shared.recorder.lock();
+        let on_disk = recorder
+            .volumes()
+            .iter()
+            .filter(|volume| volume.disk == device.disk);
+        ensure!(
+            on_disk.count() < RANGES_MAX,
+            "{RANGES_MAX} volumes at most can be protected on one disk"
+        );
+        ensure!(
+            self.slots.contains_key(&device.disk) || self.slots.len() < DISKS_MAX as usize - 1,
+            "{} disks at most can be protected at once",
+            DISKS_MAX - 1
+        );
+        Ok(())
     }
 
     /// Says in the log how the volumes get on and how full the store is, where that is due.
@@ -488,8 +583,6 @@ impl Agent {
     pub(crate) fn status(&self) -> Status {
         let targets = self.ships.status();
         let recorder = self.shared.recorder.lock();
-        let offset = clock::wall_offset_ns();
-        let devices = self.devices.lock();
         Status {
             agent: self.agent_id.to_string(),
             boot_id: self.boot_id.to_string(),
@@ -500,15 +593,33 @@ impl Agent {
             volumes: recorder
                 .volumes()
                 .iter()
-                .map(|volume| {
-                    let present = devices.get(&volume.id).is_some_and(BlockDevice::is_present);
-                    self.watch.volume_status(volume, offset, present)
-                })
+                .map(|volume| self.watch.volume_status(volume))
+                .chain(self.absent.iter().map(|absent| self.absent_status(absent)))
                 .collect(),
             targets,
             rate_bytes_per_s: self.ships.limit().map(Rate::bytes_per_second),
             rate_readback_bytes_per_s: self.shared.pace.limit().map(Rate::bytes_per_second),
             readback_waits_for: self.shared.pace.waits_for(),
+        }
+    }
+
+    fn absent_status(&self, absent: &Absent) -> VolumeStatus {
+        let known = self
+            .known
+            .iter()
+            .find(|known| known.info.name == absent.volume.name);
+        VolumeStatus {
+            path: absent.volume.path.display().to_string(),
+            bytes: known.map_or(0, |known| known.info.bytes),
+            gaps: known.map_or(0, |known| known.gaps),
+            gap_cause: known
+                .and_then(|known| known.inexact)
+                .map(|cause| cause.to_string()),
+            gap_since: known
+                .and_then(|known| known.last_exact_at)
+                .map(|at| at.to_string()),
+            why: Some(absent.why.clone()),
+            ..VolumeStatus::stopped(&absent.volume.name)
         }
     }
 
@@ -537,6 +648,39 @@ pub(crate) fn region_shift(region_bytes: u64, disk_bytes: u64) -> u32 {
     let regions_max = u64::from(DIRTY_WORDS_PER_DISK) * 64;
     let least = disk_bytes.div_ceil(regions_max).next_power_of_two();
     (region_bytes.max(least) / SECTOR_BYTES).trailing_zeros()
+}
+
+/// The devices of these volumes. A volume that the store knows may be without: it is stopped until its device is back.
+fn find_devices<'a>(
+    store: &Path,
+    volumes: impl IntoIterator<Item = &'a VolumeConfig>,
+) -> anyhow::Result<(Vec<Found>, Vec<Absent>)> {
+    let (mut found, mut absent) = (Vec::new(), Vec::new());
+    for volume in volumes {
+        match BlockDevice::find(&volume.path) {
+            Ok(device) => {
+                refuse_store_on(store, volume, &device)?;
+                found.push((volume.clone(), device));
+            }
+            Err(error) if device::may_come_back(&volume.path) && is_known(store, &volume.name)? => {
+                absent.push(Absent {
+                    volume: volume.clone(),
+                    why: format!("{error:#}"),
+                });
+            }
+            Err(error) => return Err(error).with_context(|| format!("volume {}", volume.name)),
+        }
+    }
+    Ok((found, absent))
+}
+
+/// Does the store, if there is one, know a volume of this name?
+fn is_known(store: &Path, name: &str) -> anyhow::Result<bool> {
+    if cdp_journal::store::id_of(store)?.is_none() {
+        return Ok(false);
+    }
+    let volumes = StoreReader::open(store)?.volumes()?;
+    Ok(volumes.iter().any(|volume| volume.name == name))
 }
 
 fn refuse_store_on(store: &Path, volume: &VolumeConfig, device: &BlockDevice) -> anyhow::Result<()> {

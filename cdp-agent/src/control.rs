@@ -23,6 +23,9 @@ pub(crate) enum Request {
     Sync {
         /// Give up after this long.
         timeout_ms: u64,
+        /// Only this volume must have been read whole by then.
+        #[serde(default)]
+        volume: Option<String>,
     },
     /// Name this moment.
     Bookmark {
@@ -48,6 +51,9 @@ pub(crate) enum Answer {
         seq: u64,
         /// Its time, RFC 3339.
         at: String,
+        /// Volumes whose history is not exact at that moment.
+        #[serde(default)]
+        inexact: Vec<String>,
     },
     /// It did not work.
     Failed {
@@ -121,6 +127,37 @@ pub(crate) struct VolumeStatus {
     pub(crate) compared_blocks: u64,
     /// Blocks that changed while they were written, and were corrected by what the device holds.
     pub(crate) corrected_blocks: u64,
+    /// Why it is stopped, where an agent runs.
+    pub(crate) why: Option<String>,
+}
+
+impl VolumeStatus {
+    /// One that nobody watches.
+    pub(crate) fn stopped(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            kind: "block".into(),
+            path: String::new(),
+            bytes: 0,
+            state: "stopped".into(),
+            progress: 0.0,
+            captured_bytes: 0,
+            captured_writes: 0,
+            dropped_writes: 0,
+            losses: LossCounts::default(),
+            exact_since: None,
+            gaps: 0,
+            gap_cause: None,
+            gap_since: None,
+            dirty_bytes: 0,
+            readback_bytes: 0,
+            readback_bytes_per_s: None,
+            resync_left_s: None,
+            compared_blocks: 0,
+            corrected_blocks: 0,
+            why: None,
+        }
+    }
 }
 
 /// Where the socket of a store is.

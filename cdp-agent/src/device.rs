@@ -29,6 +29,8 @@ pub(crate) struct BlockDevice {
     /// Where it begins on that disk; 0 for the disk itself.
     pub(crate) start_sector: u64,
     pub(crate) bytes: u64,
+    /// Which of all disks that ever were it is; none on kernels that do not count them.
+    disk_seq: Option<u64>,
     /// Its driver completes whole bios (md, dm, zram) rather than requests.
     pub(crate) bio_based: bool,
 }
@@ -94,6 +96,7 @@ impl BlockDevice {
                 0
             },
             bytes: 0,
+            disk_seq: DiskNumber::from_dev(disk_dev).seq(),
             bio_based: !disk_sysfs.join("mq").exists(),
             disk_sysfs,
         };
@@ -123,10 +126,26 @@ impl BlockDevice {
             .with_context(|| format!("open {}", self.path.display()))
     }
 
-    /// Is this still the same disk as when it was found?
-    pub(crate) fn is_present(&self) -> bool {
-        std::fs::metadata(&self.path).is_ok_and(|metadata| metadata.rdev() == self.dev)
-            && self.disk_sysfs.exists()
+    /// Why this is not the device any more that was found; `None` if it is.
+    pub(crate) fn why_gone(&self) -> Option<&'static str> {
+        let sysfs = sysfs_of(self.dev);
+        if !sysfs.exists() {
+            return Some("its device has gone away");
+        }
+        if self.size().is_ok_and(|bytes| bytes == 0) {
+            return Some("nothing is attached to its device");
+        }
+        if self.disk.seq() != self.disk_seq {
+            return Some("another disk has the number of its device");
+        }
+        if read_number(&sysfs.join("start")).unwrap_or(0) != self.start_sector {
+            return Some("its partition lies elsewhere");
+        }
+        // A name may be away for a moment while it is made anew.
+        let named = std::fs::metadata(&self.path).ok();
+        let is_other =
+            named.is_some_and(|named| named.file_type().is_block_device() && named.rdev() != self.dev);
+        is_other.then_some("its path names another device")
     }
 
     /// Writes that the disk itself counts as in flight.
@@ -147,6 +166,11 @@ impl BlockDevice {
             writes: *numbers.get(4)?,
         })
     }
+}
+
+/// Is there no device under this path, or one that nothing is attached to? Both may change.
+pub(crate) fn may_come_back(path: &Path) -> bool {
+    std::fs::metadata(path).map_or(true, |metadata| metadata.file_type().is_block_device())
 }
 
 /// Does the folder lie on (a part of, or a file system on) this device? Then journaling a write would cause

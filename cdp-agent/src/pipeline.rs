@@ -124,7 +124,7 @@ impl Shared {
         Seq::new(self.applied.load(Ordering::SeqCst))
     }
 
-    fn set_appended(&self, seq: Option<Seq>, position: RingPosition) {
+    pub(crate) fn set_appended(&self, seq: Option<Seq>, position: RingPosition) {
         self.appended.store(seq.map_or(0, Seq::get), Ordering::SeqCst);
         self.appended_position.store(position.0, Ordering::SeqCst);
     }

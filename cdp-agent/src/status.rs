@@ -74,26 +74,21 @@ impl Watch {
         })
     }
 
-    /// One volume. `offset`: what to add to boot time for wall time; `is_present`: its device is there.
-    pub(crate) fn volume_status(&self, volume: &VolumeRun, offset: i64, is_present: bool) -> VolumeStatus {
+    /// One volume.
+    pub(crate) fn volume_status(&self, volume: &VolumeRun) -> VolumeStatus {
         let (exact_since, cause) = match volume.state {
             State::Seeding => (None, None),
-            State::Exact { since, .. } => (Some(since.at_offset(offset).to_string()), None),
+            State::Exact { since, .. } => (Some(since.to_string()), None),
             State::Resyncing(cause) => (None, Some(cause.to_string())),
         };
         let progress = self.progress.get(&volume.id).filter(|_| exact_since.is_none());
         let gap_since = volume.inexact_since.filter(|_| cause.is_some());
-        let state = if is_present {
-            state_name(volume.state)
-        } else {
-            "stopped"
-        };
         VolumeStatus {
             name: volume.name.clone(),
             kind: "block".into(),
             path: volume.path.display().to_string(),
             bytes: volume.bytes,
-            state: state.into(),
+            state: state_name(volume.state).into(),
             progress: volume.progress(),
             captured_bytes: volume.captured_bytes,
             captured_writes: volume.captured_writes,
@@ -111,6 +106,7 @@ impl Watch {
                 .map(|left| left.as_secs_f64()),
             compared_blocks: volume.compared_blocks,
             corrected_blocks: volume.corrected_blocks,
+            why: None,
         }
     }
 }

@@ -9,13 +9,13 @@ use std::time::Duration;
 use cdp_ebpf::map::SectorRange;
 use cdp_journal::format::Body;
 use cdp_journal::store::{Recovered, StoreReader, VolumeState};
-use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
+use cdp_journal::{SECTOR_BYTES, Seq, VolumeId, WallNs};
 use uuid::Uuid;
 
 use crate::agent::region_shift;
 use crate::capture::{self, Probe, WatchedDisk};
 use crate::clock;
-use crate::config::Config;
+use crate::config::{Config, VolumeConfig};
 use crate::device::BlockDevice;
 use crate::recorder::{NewVolume, Recorder};
 
@@ -58,12 +58,12 @@ pub(crate) struct TakenOver {
 pub(crate) fn choose(
     probe: &mut Probe,
     config: &Config,
-    devices: &[BlockDevice],
+    found: &[(VolumeConfig, BlockDevice)],
     known: &[VolumeState],
 ) -> anyhow::Result<Vec<TakenOver>> {
     let watched: Vec<WatchedDisk> = probe.notes().disks().collect();
     let mut taken = Vec::new();
-    for (volume, device) in config.volumes.iter().zip(devices) {
+    for (volume, device) in found {
         let Some(state) = known.iter().find(|known| known.info.name == volume.name) else {
             continue;
         };
@@ -100,7 +100,7 @@ pub(crate) fn choose(
 }
 
 /// When the exact stretch began that goes on; or why none does.
-type Verdict = Result<(BootNs, Seq), &'static str>;
+type Verdict = Result<(WallNs, Seq), &'static str>;
 
 fn may_be_taken_over(
     probe: &Probe,
@@ -134,8 +134,7 @@ fn may_be_taken_over(
     {
         return Ok(Err("it was not watched"));
     }
-    let since_ns = since.wall.0 - clock::wall_offset_ns();
-    Ok(Ok((BootNs(u64::try_from(since_ns).unwrap_or(0)), since.seq)))
+    Ok(Ok((since.wall, since.seq)))
 }
 
 /// Gives the recorder what was taken over, and the writes that the agent before may not have seen the end of.

@@ -27,6 +27,8 @@ fn agent_is_away(name: &str, end: fn(Agent) -> Result<()>) {
             moments.push(QuietMoment::of_raw("v", device.path())?);
             agent.wait_and_check()?;
             end(agent)?;
+            // One to whom nothing happens.
+            end(plan.protect()?)?;
             // Nobody is alive who could cover this time.
             let refused = restore.image("v", &WallNs::now().to_string(), &scene.path("image"))?;
             refused.expect_code(NOT_EXACT)?;
@@ -284,7 +286,8 @@ fn a_volume_that_is_left_out_ends_in_a_gap() {
     });
 }
 
-/// Goal: nothing stays in the kernel. Method: unload while the agent runs is refused, and afterwards leaves no pin.
+/// Goal: nothing stays in the kernel. Method: unload while the agent runs is refused, and afterwards leaves no pin, also
+/// of a set whose making was interrupted.
 #[test]
 fn unload_leaves_nothing_in_the_kernel() {
     system_test("handover: unload", &["fio"], |scene| {
@@ -294,7 +297,9 @@ fn unload_leaves_nothing_in_the_kernel() {
         let agent = plan.protect()?;
         ensure!(pinned()? == before + 1, "one more set of pins");
         ensure!(plan.unload().is_err(), "unloaded under a running agent");
+        let unfinished = Path::new(PINS).join(format!("{}-new", agent.status()?.agent));
         agent.stop()?;
+        std::fs::create_dir(&unfinished).context("make a set that holds nothing yet")?;
         plan.unload()?;
         ensure!(pinned()? == before, "pins are left");
         Ok(())

@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use cdp_tests::agent::{Agent, AgentPlan, PROTECT_TIMEOUT};
 use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
 use cdp_tests::moments::{QuietMoment, WallNs};
-use cdp_tests::process::poll_until;
+use cdp_tests::process::{cmd, poll_until};
 use cdp_tests::restore::{NOT_EXACT, Points, Restore};
 use cdp_tests::rng::Rng;
 use cdp_tests::{Scene, system_test};
@@ -126,6 +126,111 @@ fn a_device_that_grows_and_shrinks_keeps_the_size_of_every_moment() {
         restore.verify()?.success()?;
         agent.stop()
     });
+}
+
+/// Goal: a disk that is taken away ends a volume's history, the disk that takes its place is no part of it, and other
+/// volumes go on. Method: detach a loop device, attach another file of the same size under its number and write to it:
+/// `stopped` until it is back, a gap `detached` that begins before the first byte of the other one, `latest` equal to
+/// what is there; the same over a restart of the agent.
+#[test]
+fn a_disk_that_is_exchanged_is_a_gap_and_never_taken_for_the_old_one() {
+    system_test("host: exchanged disk", &["losetup"], |scene| {
+        let mut rng = scene.rng();
+        let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(24 * MIB))?;
+        let steady = LoopDevice::create(&scene.path("steady"), LoopOptions::of_bytes(16 * MIB))?;
+        let plan = AgentPlan::new(scene, &scene.path("store"))?
+            .volume("v", device.path())
+            .volume("w", steady.path());
+        let restore = Restore::from(plan.store())?;
+        write(scene, &mut rng, &device, 0, 4 * MIB)?;
+        let mut agent = plan.protect()?;
+        write(scene, &mut rng, &device, 8 * MIB, MIB)?;
+        let mut moments = vec![QuietMoment::of_raw("v", device.path())?];
+        agent.wait_and_check()?;
+
+        for (round, is_restarted) in [false, true].into_iter().enumerate() {
+            detach(&device)?;
+            if is_restarted {
+                agent.stop()?;
+                agent = plan.start()?;
+            }
+            wait_for_state(&mut agent, "v", "stopped")?;
+            wait_for_state(&mut agent, "w", "protected")?;
+            write(scene, &mut rng, &steady, round as u64 * MIB, MIB)?;
+            let held = QuietMoment::of_raw("w", steady.path())?;
+            let inside = WallNs::now();
+            let other = scene.path(&format!("other{round}"));
+            std::fs::write(&other, noise(&mut rng, 24 * MIB))?;
+            attach(&device, &other)?;
+            write(scene, &mut rng, &device, MIB, MIB)?;
+            agent.wait_protected(PROTECT_TIMEOUT)?;
+            write(scene, &mut rng, &device, 12 * MIB, MIB)?;
+            moments.push(QuietMoment::of_raw("v", device.path())?);
+            agent.wait_and_check()?;
+            for moment in moments.iter().chain([&held]) {
+                moment.check(&restore, &mut rng, &scene.path("image"))?;
+            }
+            moments[round + 1].check_at(&restore, "latest", &scene.path("image"))?;
+            let refused = restore.image("v", &inside.to_string(), &scene.path("image"))?;
+            refused.expect_code(NOT_EXACT)?.expect_message(&["detached"])?;
+            expect_gaps(&restore.points("v")?, &["detached"; 2][..=round])?;
+        }
+        restore.verify()?.success()?;
+        agent.stop()
+    });
+}
+
+/// Goal: every end of an exact stretch that is told can be asked for. Method: take a volume out, and ask for the time at
+/// which its history ends.
+#[test]
+fn the_last_moment_of_a_volume_that_is_taken_out_can_be_restored() {
+    system_test("host: last moment", &[], |scene| {
+        let mut rng = scene.rng();
+        let create = |name| LoopDevice::create(&scene.path(name), LoopOptions::of_bytes(16 * MIB));
+        let (device, other) = (create("disk")?, create("other")?);
+        let config = scene.path("config");
+        let volumes = |both: bool| {
+            let w = format!(", \"w={}\"", other.path().display());
+            let more = if both { &w } else { "" };
+            let text = format!("volume = [\"v={}\"{more}]\n", device.path().display());
+            std::fs::write(&config, text)
+        };
+        volumes(true)?;
+        let plan =
+            AgentPlan::new(scene, &scene.path("store"))?.flag("--config", &config.display().to_string());
+        let restore = Restore::from(plan.store())?;
+        let mut agent = plan.protect()?;
+        write(scene, &mut rng, &other, MIB, MIB)?;
+        let last = QuietMoment::of_raw("w", other.path())?;
+        agent.wait_synced()?;
+        volumes(false)?;
+        agent.reload()?;
+        poll_until("the end of w's history", PROTECT_TIMEOUT, || {
+            Ok((!restore.points("w")?.gaps.is_empty()).then_some(()))
+        })?;
+        let points = restore.points("w")?;
+        let end = points.exact.last().context("an exact stretch")?.to.to_string();
+        last.check_at(&restore, &end, &scene.path("image"))?;
+        agent.stop()
+    });
+}
+
+fn detach(device: &LoopDevice) -> Result<()> {
+    cmd("losetup").arg("-d").arg(device.path()).run()?.success()?;
+    Ok(())
+}
+
+fn attach(device: &LoopDevice, backing: &Path) -> Result<()> {
+    cmd("losetup").arg(device.path()).arg(backing).run()?.success()?;
+    Ok(())
+}
+
+fn wait_for_state(agent: &mut Agent, volume: &str, state: &str) -> Result<()> {
+    poll_until(&format!("{volume} to be {state}"), PROTECT_TIMEOUT, || {
+        agent.check_alive()?;
+        let told = agent.volume(volume).ok();
+        Ok(told.filter(|told| told.state == state).map(drop))
+    })
 }
 
 fn wait_for_size(agent: &mut Agent, bytes: u64) -> Result<()> {

@@ -309,7 +309,14 @@ fn a_live_write_arrives_while_the_first_copy_goes_on() {
                 Ok(status.and_then(|status| status.readback_waits_for).map(drop))
             })?;
             far.write(4096)?;
-            agent.wait_synced()?;
+            poll_until("the write to be captured", PROTECT_TIMEOUT, || {
+                Ok((agent.volume("v")?.captured_writes > 0).then_some(()))
+            })?;
+            let written = agent.status()?.seq;
+            poll_until("the write to arrive", PROTECT_TIMEOUT, || {
+                agent.check_alive()?;
+                Ok((target(&agent)?.acked_seq >= written).then_some(()))
+            })?;
             let volume = agent.volume("v")?;
             ensure!(
                 volume.state == "seeding",

@@ -39,28 +39,15 @@ fn status_of_store(store: &Path) -> anyhow::Result<Status> {
     for info in reader.volumes()? {
         let history = reader.history(info.id)?;
         volumes.push(VolumeStatus {
-            name: info.name,
             kind: info.kind.to_string(),
             path: info.path,
             bytes: info.bytes,
-            state: "stopped".into(),
-            progress: 0.0,
-            captured_bytes: 0,
-            captured_writes: 0,
-            dropped_writes: 0,
-            losses: LossCounts::default(),
-            exact_since: None,
             gaps: history.as_ref().map_or(0, |history| history.gaps.len() as u64),
             gap_cause: Some("agent-down".into()),
             gap_since: history
                 .and_then(|history| history.exact.last().map(|exact| exact.to))
                 .map(|last_exact| last_exact.to_string()),
-            dirty_bytes: 0,
-            readback_bytes: 0,
-            readback_bytes_per_s: None,
-            resync_left_s: None,
-            compared_blocks: 0,
-            corrected_blocks: 0,
+            ..VolumeStatus::stopped(&info.name)
         });
     }
     Ok(Status {
@@ -149,7 +136,10 @@ fn print_volume(out: &mut impl std::io::Write, volume: &VolumeStatus) -> std::io
     if let Some(since) = &volume.exact_since {
         write!(out, ", exact since {since}")?;
     }
-    writeln!(out)
+    match &volume.why {
+        Some(why) => writeln!(out, ": {why}"),
+        None => writeln!(out),
+    }
 }
 
 /// Seconds, as a person says them.
@@ -258,26 +248,32 @@ fn is_protected(store: &Path, volume: Option<&str>, last: &mut String) -> anyhow
     };
     let volumes = chosen(&status, volume)?;
     if let Some(other) = volumes.iter().find(|volume| volume.state != "protected") {
-        *last = format!(
-            "{} is {} ({:.0} %)",
-            other.name,
-            other.state,
-            other.progress * 100.0
-        );
+        *last = match &other.why {
+            Some(why) => format!("{} is {}: {why}", other.name, other.state),
+            None => format!(
+                "{} is {} ({}{:.0} %)",
+                other.name,
+                other.state,
+                other
+                    .gap_cause
+                    .as_ref()
+                    .map_or(String::new(), |cause| format!("{cause}, ")),
+                other.progress * 100.0
+            ),
+        };
         return Ok(false);
     }
     Ok(true)
 }
 
 fn is_synced(store: &Path, volume: Option<&str>, left: Duration, last: &mut String) -> anyhow::Result<bool> {
-    if volume.is_some() {
-        let Some(status) = running_status(store)? else {
-            return Ok(false);
-        };
-        chosen(&status, volume)?;
+    // What was written before the call and is not captured, or not read yet, is in no store.
+    if !is_protected(store, volume, last)? {
+        return Ok(false);
     }
     let request = Request::Sync {
         timeout_ms: left.as_millis() as u64,
+        volume: volume.map(str::to_owned),
     };
     match control::ask(store, &request, left + ANSWER_TIMEOUT)? {
         Some(Answer::Synced { .. }) => Ok(true),
@@ -295,7 +291,13 @@ pub(crate) fn bookmark(store: &Path, label: &str) -> anyhow::Result<()> {
         label: label.to_owned(),
     };
     match control::ask(store, &request, 4 * ANSWER_TIMEOUT)? {
-        Some(Answer::Bookmarked { seq, at }) => {
+        Some(Answer::Bookmarked { seq, at, inexact }) => {
+            for volume in inexact {
+                tracing::warn!(
+                    %volume,
+                    "is not exact now (see `cdp-agent status`): this moment of it cannot be restored"
+                );
+            }
             writeln!(std::io::stdout(), "bookmark:{label}  seq:{seq}  {at}")?;
             Ok(())
         }
@@ -338,6 +340,7 @@ mod tests {
             resync_left_s: Some(76.8),
             compared_blocks: 0,
             corrected_blocks: 0,
+            why: None,
         }
     }
 

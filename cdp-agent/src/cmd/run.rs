@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use cdp_journal::format::Body;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::agent::Agent;
@@ -40,20 +40,38 @@ impl Drop for SocketFile {
 /// Runs until SIGTERM or SIGINT.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
     let config = Config::load(args)?;
-    let agent = Agent::start(config)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = match runtime {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            agent.finish();
-            return Err(error).context("start the runtime");
-        }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    // A stop that is asked for during the start is as clean as any other: it comes right after it.
+    let signals = {
+        let _entered = runtime.enter();
+        Signals::new().context("wait for signals")?
     };
-    runtime.block_on(serve(agent, args))
+    let agent = Agent::start(config)?;
+    runtime.block_on(serve(agent, signals, args))
 }
 
-async fn serve(mut agent: Agent, args: &RunArgs) -> anyhow::Result<()> {
-    let result = serve_until_stopped(&mut agent, args).await;
+/// What the agent is told from outside.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+}
+
+async fn serve(mut agent: Agent, signals: Signals, args: &RunArgs) -> anyhow::Result<()> {
+    let result = serve_until_stopped(&mut agent, signals, args).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     let failure = agent.finish();
     result?;
@@ -63,7 +81,7 @@ async fn serve(mut agent: Agent, args: &RunArgs) -> anyhow::Result<()> {
     }
 }
 
-async fn serve_until_stopped(agent: &mut Agent, args: &RunArgs) -> anyhow::Result<()> {
+async fn serve_until_stopped(agent: &mut Agent, mut signals: Signals, args: &RunArgs) -> anyhow::Result<()> {
     let path = socket_path(agent.store());
     // The store's lock is ours: whatever lies here is left over from an agent that was killed.
     let _ = std::fs::remove_file(&path);
@@ -71,18 +89,15 @@ async fn serve_until_stopped(agent: &mut Agent, args: &RunArgs) -> anyhow::Resul
     let _socket = SocketFile(path.clone());
     rustix::fs::chmod(&path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)
         .with_context(|| format!("protect {}", path.display()))?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
     let (ask, mut asked) = mpsc::channel::<StatusRequest>(REQUESTS_MAX);
     let permits = Arc::new(tokio::sync::Semaphore::new(REQUESTS_MAX));
     let mut check = tokio::time::interval(CHECK_INTERVAL);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     loop {
         tokio::select! {
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
-            _ = hangup.recv() => reload(agent, args),
+            _ = signals.terminate.recv() => return Ok(()),
+            _ = signals.interrupt.recv() => return Ok(()),
+            _ = signals.hangup.recv() => reload(agent, args),
             _ = check.tick() => {
                 if agent.shared.failure().is_some() {
                     return Ok(());
@@ -137,8 +152,9 @@ async fn answer_one(
             ask.send(reply).await.ok().context("the agent is stopping")?;
             answer.await.context("the agent is stopping")?
         }
-        Ok(Request::Sync { timeout_ms }) => {
-            blocking(move || sync(&shared, &ships, Duration::from_millis(timeout_ms))).await?
+        Ok(Request::Sync { timeout_ms, volume }) => {
+            let timeout = Duration::from_millis(timeout_ms);
+            blocking(move || sync(&shared, &ships, volume.as_deref(), timeout)).await?
         }
         Ok(Request::Bookmark { label }) => blocking(move || bookmark(&shared, label)).await?,
         Err(error) => Answer::Failed {
@@ -157,15 +173,30 @@ async fn blocking(work: impl FnOnce() -> Answer + Send + 'static) -> anyhow::Res
         .context("a request panicked")
 }
 
-fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
+fn sync(shared: &Shared, ships: &Ships, volume: Option<&str>, timeout: Duration) -> Answer {
     let deadline = Instant::now() + timeout;
     let left = || deadline.saturating_duration_since(Instant::now());
     let now = clock::boot_ns();
-    let Some(last) = shared.drained() else {
+    if shared.losses_known().is_none() {
         return Answer::Failed {
             why: "the agent is stopping".into(),
         };
+    }
+    let (last, behind) = {
+        let recorder = shared.recorder.lock();
+        let mut wanted = recorder
+            .volumes()
+            .iter()
+            .filter(|known| volume.is_none_or(|name| known.name == name));
+        let behind = wanted.find(|volume| !volume.is_exact());
+        (recorder.last_seq(), behind.map(|volume| volume.name.clone()))
     };
+    // What was written before the call and is not captured is on its way to nobody.
+    if let Some(name) = behind {
+        return Answer::Failed {
+            why: format!("{name} is not read whole yet"),
+        };
+    }
     if !shared.wait_ended(last, left()) {
         return Answer::Failed {
             why: format!(
@@ -217,19 +248,19 @@ fn bookmark(shared: &Shared, label: String) -> Answer {
             why: "the agent is stopping".into(),
         };
     }
-    let (seq, at) = {
+    let (seq, at, inexact) = {
         let mut recorder = shared.recorder.lock();
-        let now = clock::boot_ns();
-        (
-            recorder.note(now, None, Body::Bookmark { label }),
-            now.at_offset(clock::wall_offset_ns()),
-        )
+        let (seq, at) = recorder.note_at_once(clock::boot_ns(), None, Body::Bookmark { label });
+        let behind = recorder.volumes().iter().filter(|volume| !volume.is_exact());
+        let inexact: Vec<String> = behind.map(|volume| volume.name.clone()).collect();
+        (seq, at, inexact)
     };
     shared.hurry();
     if shared.wait_durable(Some(seq), BOOKMARK_TIMEOUT) {
         Answer::Bookmarked {
             seq: seq.get(),
             at: at.to_string(),
+            inexact,
         }
     } else {
         Answer::Failed {

@@ -14,6 +14,7 @@
 
 mod compare;
 mod declared;
+mod end;
 mod full;
 mod gaps;
 #[cfg(test)]
@@ -31,7 +32,7 @@ use std::time::Duration;
 
 use cdp_ebpf::event::{CompleteEvent, FLAG_FUA, FLAG_PREFLUSH, FLAG_SYNC, Op, WriteEvent};
 use cdp_journal::format::{Body, FrameBuilder, GapCause, Origin, RecordFlags};
-use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
+use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId, WallNs};
 
 use crate::capture::{DiskNumber, RingPosition, Slot};
 use crate::event::Event;
@@ -39,6 +40,7 @@ use crate::inflight::{InFlight, Sectors, WholeBio};
 use crate::losses::LossCounts;
 use crate::regions::Regions;
 use declared::Declared;
+pub(crate) use end::End;
 use suspects::Suspects;
 use unseen::Unseen;
 pub(crate) use volume::{NewVolume, State, VolumeRun};
@@ -217,6 +219,11 @@ impl Recorder {
         self.wall_offset_ns = wall_offset_ns;
     }
 
+    /// The ring is read from `position` on: what lies before is in the log, or nobody's.
+    pub(crate) fn read_from(&mut self, position: RingPosition) {
+        self.position = position;
+    }
+
     /// Events that come next may be no later than those that another agent recorded before: up to `last_seq`, at
     /// `latest`.
     pub(crate) fn resume_after(&mut self, latest: BootNs) {
@@ -295,14 +302,6 @@ impl Recorder {
             volume.attached = true;
             volume.unseen.add(now);
         }
-    }
-
-    /// Forgets a volume that is no longer protected.
-    pub(crate) fn remove_volume(&mut self, id: VolumeId) {
-        self.volumes.retain(|volume| volume.id != id);
-        self.declared.remove(id);
-        let disks: Vec<DiskNumber> = self.volumes.iter().map(|volume| volume.disk).collect();
-        self.disks.retain(|disk| disks.contains(&disk.number));
     }
 
     /// An agent before this one recorded this write so long ago, and may not have seen its end: nor whether the disk took
@@ -632,16 +631,9 @@ impl Recorder {
             return false;
         }
         let name = volume.name.clone();
-        let seq = self.push(
-            now,
-            Some(id),
-            Origin::default(),
-            RecordFlags::default(),
-            Body::GapClose,
-            &[],
-        );
+        let (seq, since) = self.note_at_once(now, Some(id), Body::GapClose);
         if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.id == id) {
-            volume.state = State::Exact { since: now, seq };
+            volume.state = State::Exact { since, seq };
         }
         tracing::info!(volume = %name, seq = seq.get(), "protected");
         true
@@ -650,6 +642,19 @@ impl Recorder {
     /// A record that concerns no write: a start, a bookmark, a tick.
     pub(crate) fn note(&mut self, now: BootNs, volume: Option<VolumeId>, body: Body) -> Seq {
         self.push(now, volume, Origin::default(), RecordFlags::default(), body, &[])
+    }
+
+    /// The same, no earlier than any record before it, and last in its frame: its time in the log is known now.
+    pub(crate) fn note_at_once(
+        &mut self,
+        now: BootNs,
+        volume: Option<VolumeId>,
+        body: Body,
+    ) -> (Seq, WallNs) {
+        let at = now.max(self.latest);
+        let seq = self.note(at, volume, body);
+        self.seal();
+        (seq, at.at_offset(self.wall_offset_ns))
     }
 
     fn push(

@@ -22,7 +22,7 @@ pub(crate) enum State {
     /// The first copy is under way.
     Seeding,
     /// Every moment from `since` on is exact.
-    Exact { since: BootNs, seq: Seq },
+    Exact { since: WallNs, seq: Seq },
     /// A gap is open.
     Resyncing(GapCause),
 }
@@ -170,6 +170,11 @@ impl VolumeRun {
         self.regions_of(bytes).any(|region| self.dirty.contains(region))
     }
 
+    /// Is every moment exact from some time on, as far as is known?
+    pub(crate) fn is_exact(&self) -> bool {
+        matches!(self.state, State::Exact { .. }) && self.pending.is_none()
+    }
+
     fn regions_left(&self) -> u64 {
         self.dirty.len() + self.reading.as_ref().map_or(0, |run| run.end - run.start)
     }
@@ -213,7 +218,7 @@ pub(crate) struct NewVolume {
     /// Why its history is interrupted, if it is.
     pub(crate) cause: Option<GapCause>,
     /// It is not: the probe has watched it all the time since this record, which began the exact stretch.
-    pub(crate) exact: Option<(BootNs, Seq)>,
+    pub(crate) exact: Option<(WallNs, Seq)>,
 }
 
 impl NewVolume {

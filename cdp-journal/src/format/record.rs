@@ -114,6 +114,8 @@ pub enum GapCause {
     Resized,
     /// More was changed while it was written than could be compared with the device.
     ChangedInFlight,
+    /// The volume's device went away, or another one has taken its place.
+    Detached,
 }
 
 impl GapCause {
@@ -129,6 +131,7 @@ impl GapCause {
             Self::LogHole => "log-hole",
             Self::Resized => "resized",
             Self::ChangedInFlight => "changed-in-flight",
+            Self::Detached => "detached",
         }
     }
 
@@ -143,6 +146,7 @@ impl GapCause {
             Self::LogHole => 6,
             Self::Resized => 7,
             Self::ChangedInFlight => 8,
+            Self::Detached => 9,
         }
     }
 
@@ -157,6 +161,7 @@ impl GapCause {
             Self::LogHole,
             Self::Resized,
             Self::ChangedInFlight,
+            Self::Detached,
         ]
         .into_iter()
         .find(|cause| cause.code() == code)

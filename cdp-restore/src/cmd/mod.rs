@@ -267,7 +267,8 @@ fn explain(cause: GapCause) -> &'static str {
     match cause {
         GapCause::Seeding => "its first copy was not complete",
         GapCause::RingOverflow => "writes came faster than they could be taken",
-        GapCause::AgentDown => "the agent did not run",
+        GapCause::AgentDown => "no agent watched the volume",
+        GapCause::Detached => "its device had gone away, or was another one",
         GapCause::Reboot => "the host was restarted",
         GapCause::IoError => "the device failed a write",
         GapCause::SpoolFull => "the store was full",

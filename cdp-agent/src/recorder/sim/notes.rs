@@ -116,9 +116,10 @@ impl Agent {
     fn take_over(&self, kernel: &mut Kernel, model: &Model, last: u64, exact: u64, position: u64) -> Self {
         let now = BootNs(kernel.instant());
         let mut recorder = Recorder::new(Seq::new(last), 0);
+        recorder.read_from(RingPosition(position));
         recorder.resume_after(BootNs(model.latest_ns()));
         recorder.add_disk(DISK, SLOT, self.is_bio_based());
-        let exact = Seq::new(exact).map(|seq| (now, seq));
+        let exact = Seq::new(exact).map(|seq| (WallNs(now.0 as i64), seq));
         recorder.add_volume(
             NewVolume {
                 last_exact: Seq::new(last),
