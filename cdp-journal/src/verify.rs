@@ -53,6 +53,7 @@ pub(crate) fn verify_log(
 ) -> Result<VerifyReport, ReadError> {
     let mut report = VerifyReport::default();
     let ids = segments(disk).map_err(ReadError::io(disk.path("")))?;
+    let (mut next, mut last_path, mut last_bytes) = (Seq::FIRST, disk.path(""), 0);
     for (index, id) in ids.iter().enumerate() {
         let path = disk.path(&id.file_name());
         let segment = Segment::open(disk, *id).map_err(ReadError::io(&path))?;
@@ -65,13 +66,26 @@ pub(crate) fn verify_log(
         if matches!(header, HeaderState::TooNew(_)) {
             return Err(header_error(&segment, &header));
         }
-        verify_segment(&segment, &header, vouched, deltas, &mut report, progress)
+        next = verify_segment(&segment, &header, vouched, deltas, &mut report, progress)
             .map_err(ReadError::io(&path))?;
+        last_bytes = segment.file.len().map_err(ReadError::io(&path))?;
+        last_path = path;
         report.segments += 1;
+    }
+    // What is missing at the end has no bytes that could be bad.
+    if let Some(last) = vouched.filter(|last| *last >= next && report.damages.is_empty()) {
+        report.damages.push(Damage {
+            path: last_path,
+            offset: last_bytes,
+            bytes: 0,
+            seqs: Some((next, last)),
+            what: "the log ends here, and the index knows of later records".to_owned(),
+        });
     }
     Ok(report)
 }
 
+/// Reads one segment; the record that comes after it.
 fn verify_segment(
     segment: &Segment,
     header: &HeaderState,
@@ -79,9 +93,9 @@ fn verify_segment(
     deltas: &dyn Fn(&FoundFrame) -> Option<String>,
     report: &mut VerifyReport,
     progress: &mut dyn FnMut(u64),
-) -> io::Result<()> {
+) -> io::Result<Seq> {
     if *header == HeaderState::Unmade && vouched < Some(segment.id.0) {
-        return Ok(());
+        return Ok(segment.id.0);
     }
     if *header != HeaderState::Good {
         report.damages.push(Damage {
@@ -98,14 +112,14 @@ fn verify_segment(
     let mut vouched = vouched;
     loop {
         match segment.read(at, Depth::Data)? {
-            Found::End => return Ok(()),
+            Found::End => return Ok(expected),
             Found::Frame(found) => {
                 let header = &found.frame.header;
                 vouched = vouched.max(found.envelope.durable);
                 if found.bad_data.is_some() && vouched < Some(header.last_seq()) {
                     if !segment.later_frame_vouches_for(header.last_seq(), found.end)? {
                         // An append in progress, or one that a kill or a power loss cut short.
-                        return Ok(());
+                        return Ok(expected);
                     }
                     // The writer may have finished it while we looked.
                     vouched = Some(header.last_seq());
@@ -133,7 +147,7 @@ fn verify_segment(
             Found::Bad(what) => {
                 // An append in progress, or a torn one, unless somebody vouches for it.
                 if vouched < Some(expected) && !segment.later_frame_vouches_for(expected, at)? {
-                    return Ok(());
+                    return Ok(expected);
                 }
                 let next = segment.resync(at)?;
                 // The writer may have finished it while we looked.

@@ -54,12 +54,12 @@ impl StoreReader {
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
         let store = StoreFile::read(dir)?.ok_or_else(|| OpenError::NotAStore { path: dir.to_owned() })?;
         let disk = RealDisk::read_only(&dir.join(LOG_DIR));
-        let (state, progress) = open_state(dir, store.uuid, &disk)?;
+        let (state, progress, indexed) = open_state(dir, store.uuid, &disk)?;
         let reader = Self {
             dir: dir.to_owned(),
             store: store.uuid,
             disk,
-            indexed: progress.applied.last,
+            indexed,
             state: RwLock::new(Arc::new(state)),
             progress: Mutex::new(progress),
         };
@@ -86,7 +86,7 @@ impl StoreReader {
 
     /// Opens the index again if the writer has brought it further meanwhile.
     fn reopen(&self, progress: &mut Progress) -> Result<(), ReadError> {
-        let Ok((state, fresh)) = open_state(&self.dir, self.store, &self.disk) else {
+        let Ok((state, fresh, _)) = open_state(&self.dir, self.store, &self.disk) else {
             return Ok(());
         };
         let mut fresh = fresh;
@@ -374,9 +374,16 @@ impl StoreReader {
     }
 }
 
-fn open_state(dir: &Path, store: Uuid, disk: &RealDisk) -> Result<(ViewStore, Progress), OpenError> {
+/// The store, how far it was read, and the last record that the index knows of, usable or not.
+fn open_state(
+    dir: &Path,
+    store: Uuid,
+    disk: &RealDisk,
+) -> Result<(ViewStore, Progress, Option<Seq>), OpenError> {
+    let mut indexed = None;
     let opened = open_reader(&dir.join(INDEX_DIR), store).and_then(|db| {
         let applied = db.applied().map_err(|error: IndexError| error.to_string())?;
+        indexed = applied.last;
         match usable(disk, &applied) {
             Ok(true) => Ok((db, applied)),
             Ok(false) => Err("it is ahead of the log".to_owned()),
@@ -411,6 +418,7 @@ fn open_state(dir: &Path, store: Uuid, disk: &RealDisk) -> Result<(ViewStore, Pr
             applied,
             heads: HeadCache::default(),
         },
+        indexed,
     ))
 }
 

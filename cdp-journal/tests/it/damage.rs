@@ -40,6 +40,26 @@ fn store(dir: &std::path::Path, indexed: bool) -> (Vec<(Seq, Vec<u8>)>, PathBuf)
     (images, dir.join("log/00000000000000000001.seg"))
 }
 
+/// Goal: a log that lost its end is told where the index knows better. Method: cut it at every frame, and remove it.
+#[test]
+fn a_lost_end_that_the_index_knows_of_is_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, segment) = store(dir.path(), true);
+    let whole = std::fs::read(&segment).unwrap();
+    for len in (64..whole.len()).step_by(997).chain([0]) {
+        std::fs::write(&segment, &whole[..len]).unwrap();
+        let reader = StoreReader::open(dir.path()).unwrap();
+        let report = reader.verify_log(&mut |_| {}).unwrap();
+        assert!(!report.damages.is_empty(), "cut at {len}");
+    }
+    std::fs::remove_file(&segment).unwrap();
+    let reader = StoreReader::open(dir.path()).unwrap();
+    assert_eq!(reader.verify_log(&mut |_| {}).unwrap().damages.len(), 1);
+    std::fs::write(&segment, &whole).unwrap();
+    let reader = StoreReader::open(dir.path()).unwrap();
+    assert_eq!(reader.verify_log(&mut |_| {}).unwrap().damages, []);
+}
+
 #[test]
 fn a_damaged_byte_anywhere_is_named_and_never_returned() {
     for indexed in [true, false] {
