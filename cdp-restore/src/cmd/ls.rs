@@ -49,7 +49,7 @@ struct Volume {
     /// The newest stretch in which every moment can be restored.
     exact_since: Option<Time>,
     exact_until: Option<Time>,
-    /// That stretch reaches the newest record.
+    /// That stretch reaches the newest record, and somebody adds to it.
     exact_now: bool,
     exact_stretches: usize,
     gaps: usize,
@@ -74,7 +74,7 @@ pub(crate) fn run(args: &Ls, report: &Report) -> anyhow::Result<()> {
             records: archive.head().map_or(0, |head| head.seq.get()),
             covered_until: archive.covered_until().map(Time),
         };
-        listing.volumes.extend(volumes(&*archive, &agent)?);
+        listing.volumes.extend(volumes(&*archive, &agent, store.live)?);
         match agent {
             None => listing.store = Some(store),
             Some(_) => listing.stores.push(store),
@@ -87,17 +87,17 @@ pub(crate) fn run(args: &Ls, report: &Report) -> anyhow::Result<()> {
     }
 }
 
-fn volumes(store: &dyn Archive, agent: &Option<String>) -> anyhow::Result<Vec<Volume>> {
+fn volumes(store: &dyn Archive, agent: &Option<String>, live: bool) -> anyhow::Result<Vec<Volume>> {
     let mut volumes = Vec::new();
     for info in store.volumes()? {
         let history = store.history(info.id)?;
-        volumes.extend(history.map(|history| Volume::new(agent.clone(), history)));
+        volumes.extend(history.map(|history| Volume::new(agent.clone(), history, live)));
     }
     Ok(volumes)
 }
 
 impl Volume {
-    fn new(agent: Option<String>, history: History) -> Self {
+    fn new(agent: Option<String>, history: History, live: bool) -> Self {
         let newest = history.exact.last();
         Volume {
             agent,
@@ -105,7 +105,7 @@ impl Volume {
             bytes: history.volume.bytes,
             exact_since: newest.map(|stretch| Time(stretch.from)),
             exact_until: newest.map(|stretch| Time(stretch.to)),
-            exact_now: newest.is_some_and(|stretch| stretch.open),
+            exact_now: live && newest.is_some_and(|stretch| stretch.open),
             exact_stretches: history.exact.len(),
             gaps: history.gaps.len(),
             bookmarks: history.bookmarks.len(),

@@ -243,7 +243,7 @@ impl fmt::Display for NotExactHere {
             } => {
                 write!(
                     f,
-                    ": nothing was captured after {}, and no agent is running",
+                    ": what is here ends at {}, and no agent adds to it now",
                     Time(*until)
                 )?;
             }

@@ -1,5 +1,6 @@
 //! `points`: a volume's history, to choose a moment from.
 
+use anyhow::Context as _;
 use cdp_journal::history::{Bookmark, ExactInterval, Gap, History, Note, Resize};
 use cdp_journal::{Seq, WallNs};
 use serde::Serialize;
@@ -23,6 +24,8 @@ struct Points<'a> {
     sizes: Vec<JsonSize>,
     notes: Vec<JsonNote<'a>>,
     covered_until: Option<Time>,
+    /// Somebody is writing to it now.
+    live: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -71,15 +74,16 @@ pub(crate) fn run(args: &Args, report: &Report) -> anyhow::Result<()> {
         anyhow::bail!("{} has no history in {}", volume.name, args.source.from);
     };
     let covered_until = store.covered_until().map(Time);
+    let live = store.writer_alive().context("ask whether an agent is running")?;
     if args.json {
-        report.json(&Points::new(&history, covered_until))
+        report.json(&Points::new(&history, covered_until, live))
     } else {
-        report.out(text(&history))
+        report.out(text(&history, live))
     }
 }
 
 impl<'a> Points<'a> {
-    fn new(history: &'a History, covered_until: Option<Time>) -> Self {
+    fn new(history: &'a History, covered_until: Option<Time>, live: bool) -> Self {
         let History {
             volume,
             exact,
@@ -99,6 +103,7 @@ impl<'a> Points<'a> {
             sizes: resizes.iter().map(JsonSize::from).collect(),
             notes: notes.iter().map(JsonNote::from).collect(),
             covered_until,
+            live,
         }
     }
 }
@@ -165,7 +170,7 @@ impl<'a> From<&'a Note> for JsonNote<'a> {
 }
 
 /// The history for people: what can be restored in order of time, then what happened at single moments.
-fn text(history: &History) -> String {
+fn text(history: &History, live: bool) -> String {
     let volume = &history.volume;
     let mut text = format!(
         "{}: {} volume, {}, {}\n",
@@ -174,7 +179,7 @@ fn text(history: &History) -> String {
         Bytes(volume.bytes),
         volume.path
     );
-    text.push_str(&summary(history));
+    text.push_str(&summary(history, live));
     let stretches = stretches(history);
     if !stretches.is_empty() {
         text.push('\n');
@@ -188,11 +193,15 @@ fn text(history: &History) -> String {
     text
 }
 
-fn summary(history: &History) -> String {
+fn summary(history: &History, live: bool) -> String {
     let gaps = history.gaps.len() as u64;
     match (history.exact.first(), history.exact.last()) {
         (Some(first), Some(last)) => {
-            let now = if last.open { " and goes on" } else { "" };
+            let now = match (last.open, live) {
+                (true, true) => " and goes on",
+                (true, false) => ", where it ends: no agent adds to it now",
+                (false, _) => "",
+            };
             let gaps = if gaps == 0 {
                 "no gap".to_owned()
             } else {
@@ -342,7 +351,7 @@ mod tests {
     #[test]
     fn the_json_has_the_keys_of_the_contract() {
         let history = history();
-        let value = serde_json::to_value(Points::new(&history, None)).unwrap();
+        let value = serde_json::to_value(Points::new(&history, None, true)).unwrap();
         assert_eq!(value["volume"], "pg");
         assert_eq!(value["kind"], "block");
         assert_eq!(value["bytes"], 2u64 << 30);
@@ -363,14 +372,16 @@ mod tests {
     fn an_open_gap_ends_in_null() {
         let mut history = history();
         history.gaps[0].to = None;
-        let value = serde_json::to_value(Points::new(&history, None)).unwrap();
+        let value = serde_json::to_value(Points::new(&history, None, true)).unwrap();
         assert!(value["gaps"][0]["to"].is_null());
-        assert!(text(&history).contains("still open"));
+        assert!(text(&history, true).contains("still open"));
     }
 
     #[test]
     fn the_text_tells_stretches_then_marks_in_order() {
-        let text = text(&history());
+        let ended = text(&history(), false);
+        assert!(ended.contains("no agent adds to it now, 1 gap"), "{ended}");
+        let text = text(&history(), true);
         let at = |what: &str| {
             text.find(what)
                 .unwrap_or_else(|| panic!("no {what:?} in\n{text}"))
@@ -393,6 +404,6 @@ mod tests {
     fn a_volume_that_is_still_copied_says_so() {
         let mut history = history();
         (history.exact, history.gaps, history.bookmarks) = (Vec::new(), Vec::new(), Vec::new());
-        assert!(text(&history).contains("nothing can be restored yet"));
+        assert!(text(&history, true).contains("nothing can be restored yet"));
     }
 }

@@ -164,7 +164,7 @@ fn moments_that_history_does_not_hold_are_refused() {
         (
             time(3_600_000),
             3,
-            "nothing was captured after 2026-01-02T03:04:18.000000000+00:00",
+            "what is here ends at 2026-01-02T03:04:18.000000000+00:00",
         ),
         ("2999-01-01T00:00:00Z".to_owned(), 1, "future"),
         ("seq:16".to_owned(), 1, "seq:16"),
