@@ -13,7 +13,7 @@ use cdp_journal::format::{Body, GapCause, VOLUME_BYTES_MAX, VolumeKind};
 use cdp_journal::history::VolumeInfo;
 use cdp_journal::ship::Rate;
 use cdp_journal::store::{StoreReader, StoreWriter, VolumeState, WriterOptions};
-use cdp_journal::{SECTOR_BYTES, Seq, VolumeId};
+use cdp_journal::{BootNs, SECTOR_BYTES, Seq, VolumeId};
 use parking_lot::Mutex;
 use rustix::fs::Mode;
 use uuid::Uuid;
@@ -200,16 +200,19 @@ impl Agent {
                 self.protect(&volume, device)?;
             }
         }
-        let absent: Vec<String> = self
-            .absent
-            .iter()
-            .map(|absent| absent.volume.name.clone())
-            .collect();
-        for name in absent {
+        for name in self.tell_absent() {
             self.begin_without(&name);
         }
         self.end_others();
         Ok(())
+    }
+
+    /// Tells the other threads which volumes are without a device.
+    fn tell_absent(&self) -> Vec<String> {
+        let names = self.absent.iter().map(|absent| absent.volume.name.clone());
+        let absent: Vec<String> = names.collect();
+        self.shared.absent.lock().clone_from(&absent);
+        absent
     }
 
     /// A volume whose device is not there: what the log has of it is not what it will be when it is back.
@@ -221,10 +224,8 @@ impl Agent {
             return;
         }
         let cause = GapCause::Detached;
-        let last_exact = state.last_exact;
-        let body = Body::GapOpen { cause, last_exact };
         let mut recorder = self.shared.recorder.lock();
-        recorder.note(clock::boot_ns(), Some(state.info.id), body);
+        recorder.unwatched(state.info.id, cause, state.last_exact, clock::boot_ns());
         (state.inexact, state.gaps) = (Some(cause), state.gaps + 1);
     }
 
@@ -241,12 +242,7 @@ impl Agent {
                 continue;
             }
             let cause = self.interrupted;
-            let last_exact = state.last_exact;
-            recorder.note(
-                clock::boot_ns(),
-                Some(state.info.id),
-                Body::GapOpen { cause, last_exact },
-            );
+            recorder.unwatched(state.info.id, cause, state.last_exact, clock::boot_ns());
             (state.inexact, state.gaps) = (Some(cause), state.gaps + 1);
             tracing::warn!(volume = %state.info.name, %cause, "its history ends: it is not configured any more");
         }
@@ -336,10 +332,12 @@ impl Agent {
         let mut count = 0;
         let disk_bytes = {
             let devices = self.devices.lock();
-            devices
-                .values()
-                .find(|device| device.disk == disk)
-                .map_or(Ok(0), BlockDevice::disk_bytes)?
+            let found = devices.values().find(|device| device.disk == disk);
+            match found.map_or(Ok(0), BlockDevice::disk_bytes) {
+                Ok(bytes) => bytes,
+                // It has just gone away: the next look will find that, and ends what lies on it.
+                Err(_) => return Ok(()),
+            }
         };
         {
             let recorder = self.shared.recorder.lock();
@@ -421,6 +419,7 @@ impl Agent {
             self.begin_without(&absent.volume.name);
             self.absent.push(absent);
         }
+        self.tell_absent();
         self.shared.commit_interval_ms.store(
             config.commit_interval.as_millis() as u64,
             std::sync::atomic::Ordering::Relaxed,
@@ -434,10 +433,11 @@ impl Agent {
         self.absent.retain(|absent| absent.volume.name != name);
         let found = self.volume_called(name);
         let Some((id, disk)) = found else { return Ok(()) };
-        // What was lost or taken otherwise by now is part of what is exact up to now.
-        let _ = self.shared.losses_known();
         self.shared.wait_clear(LAST_CHECK_TIMEOUT);
-        self.end_volume(id, name, End::NotWanted);
+        let now = clock::boot_ns();
+        // All that was written or lost up to then is recorded afterwards.
+        let _ = self.shared.losses_known();
+        self.end_volume(id, name, End::NotWanted, now);
         self.watch(disk)?;
         tracing::info!(volume = %name, "no longer watching");
         Ok(())
@@ -450,9 +450,9 @@ impl Agent {
     }
 
     /// Forgets a volume that is watched. The probe is not told yet.
-    fn end_volume(&mut self, id: VolumeId, name: &str, end: End) {
+    fn end_volume(&mut self, id: VolumeId, name: &str, end: End, now: BootNs) {
         self.devices.lock().remove(&id);
-        let ended = self.shared.recorder.lock().end_volume(id, end, clock::boot_ns());
+        let ended = self.shared.recorder.lock().end_volume(id, end, now);
         let Some(ended) = ended else { return };
         self.known.retain(|known| known.info.id != id);
         self.known.push(VolumeState {
@@ -509,7 +509,11 @@ impl Agent {
         for disk in changed {
             self.watch(disk)?;
         }
-        self.look_for_absent()
+        if !self.absent.is_empty() {
+            self.look_for_absent()?;
+            self.tell_absent();
+        }
+        Ok(())
     }
 
     /// The device of a volume is gone: the volume is stopped until it is back.
@@ -521,7 +525,9 @@ impl Agent {
             })
         });
         let Some(volume) = volume else { return };
-        self.end_volume(id, &volume.name, End::Detached);
+        // Events that were skipped before are looked for while it still counts as watched.
+        let _ = self.shared.losses_known();
+        self.end_volume(id, &volume.name, End::Detached, clock::boot_ns());
         let why = format!("{}: {why}", volume.path.display());
         tracing::error!(volume = %volume.name, "stopped until it is back: {why}");
         self.absent.push(Absent { volume, why });
@@ -624,11 +630,13 @@ impl Agent {
     }
 
     /// Stops cleanly: everything captured so far is durable afterwards.
-    pub(crate) fn finish(self) -> Option<String> {
+    pub(crate) fn finish(mut self) -> Option<String> {
         let shared = Arc::clone(&self.shared);
         if !shared.wait_clear(LAST_CHECK_TIMEOUT) {
             tracing::warn!("blocks that changed while they were written were not compared with the device");
         }
+        // What is recorded up to now is of the device only if it is still there.
+        self.check_devices();
         shared.stop.store(true, std::sync::atomic::Ordering::SeqCst);
         if self.readback.join().is_err() {
             tracing::error!("the read-back thread panicked");

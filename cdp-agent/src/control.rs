@@ -23,7 +23,9 @@ pub(crate) enum Request {
     Sync {
         /// Give up after this long.
         timeout_ms: u64,
-        /// Only this volume must have been read whole by then.
+        /// Also when all volumes, or the one that is named, are read whole: what was written before is captured.
+        #[serde(default)]
+        whole: bool,
         #[serde(default)]
         volume: Option<String>,
     },

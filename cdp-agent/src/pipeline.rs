@@ -55,6 +55,8 @@ pub(crate) struct Shared {
     pub(crate) log_bytes: AtomicU64,
     /// How full the store is, once it was asked.
     pub(crate) room: Mutex<Option<Room>>,
+    /// Volumes whose device is not there.
+    pub(crate) absent: Mutex<Vec<String>>,
     /// How fast the read-back may go.
     pub(crate) pace: Pace,
     store: Mutex<Option<StoreChange>>,
@@ -108,6 +110,7 @@ impl Shared {
             hurries: AtomicBool::new(false),
             log_bytes: AtomicU64::new(0),
             room: Mutex::new(None),
+            absent: Mutex::new(Vec::new()),
             pace: Pace::default(),
             store: Mutex::new(None),
             awaits_sync: AtomicBool::new(false),

@@ -226,6 +226,10 @@ impl ReadBack {
         }
         // Only now it is known what was written, or lost, while we read.
         self.shared.losses_known().ok_or(Stopping)?;
+        // Another disk says nothing of what this one took.
+        if let Some(why) = device.why_gone() {
+            bail!("{}: {why}", device.path.display());
+        }
         let bytes = buffer.slice(filled);
         for (run, place) in runs.iter().zip(places) {
             self.correct_changed(run, &bytes[place], &view)?;

@@ -273,6 +273,7 @@ fn is_synced(store: &Path, volume: Option<&str>, left: Duration, last: &mut Stri
     }
     let request = Request::Sync {
         timeout_ms: left.as_millis() as u64,
+        whole: true,
         volume: volume.map(str::to_owned),
     };
     match control::ask(store, &request, left + ANSWER_TIMEOUT)? {

@@ -152,9 +152,17 @@ async fn answer_one(
             ask.send(reply).await.ok().context("the agent is stopping")?;
             answer.await.context("the agent is stopping")?
         }
-        Ok(Request::Sync { timeout_ms, volume }) => {
+        Ok(Request::Sync {
+            timeout_ms,
+            whole,
+            volume,
+        }) => {
             let timeout = Duration::from_millis(timeout_ms);
-            blocking(move || sync(&shared, &ships, volume.as_deref(), timeout)).await?
+            blocking(move || {
+                let behind = whole.then(|| behind(&shared, volume.as_deref())).flatten();
+                behind.unwrap_or_else(|| sync(&shared, &ships, timeout))
+            })
+            .await?
         }
         Ok(Request::Bookmark { label }) => blocking(move || bookmark(&shared, label)).await?,
         Err(error) => Answer::Failed {
@@ -173,30 +181,32 @@ async fn blocking(work: impl FnOnce() -> Answer + Send + 'static) -> anyhow::Res
         .context("a request panicked")
 }
 
-fn sync(shared: &Shared, ships: &Ships, volume: Option<&str>, timeout: Duration) -> Answer {
+/// What was written before the call and is not captured is on its way to nobody: says so of the first volume that is not
+/// read whole.
+fn behind(shared: &Shared, volume: Option<&str>) -> Option<Answer> {
+    let failed = |why| Some(Answer::Failed { why });
+    if shared.losses_known().is_none() {
+        return failed("the agent is stopping".to_owned());
+    }
+    let is_wanted = |name: &str| volume.is_none_or(|wanted| wanted == name);
+    if let Some(name) = shared.absent.lock().iter().find(|name| is_wanted(name)) {
+        return failed(format!("{name} is stopped: its device is not there"));
+    }
+    let recorder = shared.recorder.lock();
+    let mut wanted = recorder.volumes().iter().filter(|known| is_wanted(&known.name));
+    let behind = wanted.find(|volume| !volume.is_exact())?;
+    failed(format!("{} is not read whole yet", behind.name))
+}
+
+fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
     let deadline = Instant::now() + timeout;
     let left = || deadline.saturating_duration_since(Instant::now());
     let now = clock::boot_ns();
-    if shared.losses_known().is_none() {
+    let Some(last) = shared.drained() else {
         return Answer::Failed {
             why: "the agent is stopping".into(),
         };
-    }
-    let (last, behind) = {
-        let recorder = shared.recorder.lock();
-        let mut wanted = recorder
-            .volumes()
-            .iter()
-            .filter(|known| volume.is_none_or(|name| known.name == name));
-        let behind = wanted.find(|volume| !volume.is_exact());
-        (recorder.last_seq(), behind.map(|volume| volume.name.clone()))
     };
-    // What was written before the call and is not captured is on its way to nobody.
-    if let Some(name) = behind {
-        return Answer::Failed {
-            why: format!("{name} is not read whole yet"),
-        };
-    }
     if !shared.wait_ended(last, left()) {
         return Answer::Failed {
             why: format!(
@@ -252,7 +262,8 @@ fn bookmark(shared: &Shared, label: String) -> Answer {
         let mut recorder = shared.recorder.lock();
         let (seq, at) = recorder.note_at_once(clock::boot_ns(), None, Body::Bookmark { label });
         let behind = recorder.volumes().iter().filter(|volume| !volume.is_exact());
-        let inexact: Vec<String> = behind.map(|volume| volume.name.clone()).collect();
+        let behind = behind.map(|volume| volume.name.clone());
+        let inexact: Vec<String> = behind.chain(shared.absent.lock().iter().cloned()).collect();
         (seq, at, inexact)
     };
     shared.hurry();

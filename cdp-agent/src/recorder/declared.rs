@@ -26,14 +26,23 @@ impl Declared {
         self.0.push((seq, volume, body.clone()));
     }
 
-    /// A volume is not protected any more.
-    pub(super) fn remove(&mut self, volume: VolumeId) {
+    /// Nobody watches a volume any more; the record that says so has a Seq up to `last`.
+    pub(super) fn ended(&mut self, last: Option<Seq>, volume: VolumeId, gap: Body) {
         self.0.retain(|(_, of, _)| *of != Some(volume));
+        self.0.push((last.unwrap_or(Seq::FIRST), Some(volume), gap));
     }
 
-    /// Takes out what had a Seq from `next` on, in order.
+    /// Takes out what had a Seq from `next` on, in order. What was exact up to a record that is lost is exact up to `next`.
+    /// A gap that nobody closes stays: it may be lost again.
     pub(super) fn take_from(&mut self, next: Seq) -> Vec<(Option<VolumeId>, Body)> {
         let lost = self.0.extract_if(.., |(seq, ..)| *seq >= next);
-        lost.map(|(_, volume, body)| (volume, body)).collect()
+        let known = |body| match body {
+            Body::GapOpen { cause, last_exact } => Body::GapOpen {
+                cause,
+                last_exact: last_exact.min(next.prev()),
+            },
+            body => body,
+        };
+        lost.map(|(_, volume, body)| (volume, known(body))).collect()
     }
 }

@@ -40,6 +40,13 @@ pub(crate) struct Ended {
 }
 
 impl Recorder {
+    /// A volume that the store knows is not watched: its history is not exact after `last_exact`.
+    pub(crate) fn unwatched(&mut self, id: VolumeId, cause: GapCause, last_exact: Option<Seq>, now: BootNs) {
+        let body = Body::GapOpen { cause, last_exact };
+        let seq = self.note(now, Some(id), body.clone());
+        self.declared.ended(Some(seq), id, body);
+    }
+
     /// Forgets a volume; its history ends with a gap that is open, so that no later moment counts as exact. `None` if
     /// there is no such volume.
     ///
@@ -75,7 +82,11 @@ impl Recorder {
             State::Resyncing(cause) => cause,
             State::Seeding | State::Exact { .. } => end.cause(),
         };
-        self.declared.remove(id);
+        let body = Body::GapOpen {
+            cause,
+            last_exact: volume.gap_from,
+        };
+        self.declared.ended(self.last_seq, id, body);
         self.disks
             .retain(|disk| self.volumes.iter().any(|volume| volume.disk == disk.number));
         Some(Ended {

@@ -46,7 +46,12 @@ impl Recorder {
             disk.in_flight = InFlight::default();
         }
         for (volume, body) in self.declared.take_from(next) {
-            self.note(now, volume, body);
+            match (volume, body) {
+                (Some(id), Body::GapOpen { cause, last_exact }) => self.unwatched(id, cause, last_exact, now),
+                (volume, body) => {
+                    self.note(now, volume, body);
+                }
+            }
         }
         for (i, (last_exact, last_exact_at)) in gaps.into_iter().enumerate() {
             let volume = &mut self.volumes[i];

@@ -47,7 +47,7 @@ impl Timeline<'_> {
         Ok(within.chain(before).max())
     }
 
-    /// The time of one record; `None` if the log has none there.
+    /// The time of one record; `None` if the log has none there that is good.
     fn wall_of(&self, seq: Seq) -> Result<Option<WallNs>, ReadError> {
         let Some(entry) = self.store.ask(|lookup| lookup.frame_at_or_before(seq.get()))? else {
             return Ok(None);
@@ -55,7 +55,10 @@ impl Timeline<'_> {
         if seq.get() > entry.last_seq {
             return Ok(None);
         }
-        let frame = self.frame(&entry)?;
+        let frame = match self.frame(&entry) {
+            Err(ReadError::Damaged { .. }) => return Ok(None),
+            frame => frame?,
+        };
         let found = frame.records.iter().find(|placed| placed.record.seq == seq);
         Ok(found.map(|placed| placed.wall))
     }

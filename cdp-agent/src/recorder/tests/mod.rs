@@ -9,6 +9,7 @@ use super::*;
 use crate::losses::Losses;
 
 mod compare;
+mod end;
 mod size;
 
 const DISK: DiskNumber = DiskNumber(7 << 20);
