@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 
+use cdp_journal::net::is_host_and_port;
 use cdp_journal::ship::{Limits, Schedule};
 use serde::Deserialize as _;
 
@@ -194,12 +195,8 @@ fn schedule(key: &str, limits: &[String]) -> anyhow::Result<Schedule> {
 
 fn check_servers(servers: &[String], has_identity: bool) -> anyhow::Result<()> {
     for (i, server) in servers.iter().enumerate() {
-        let port = server.rsplit_once(':').and_then(|(host, port)| {
-            let port = port.parse::<u16>().ok()?;
-            (!host.is_empty()).then_some(port)
-        });
         ensure!(
-            port.is_some(),
+            is_host_and_port(server),
             "server {server:?}: give it as HOST:PORT, such as dr1.example.org:7443"
         );
         ensure!(!servers[..i].contains(server), "server {server} is given twice");

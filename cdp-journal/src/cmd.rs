@@ -4,9 +4,9 @@ use std::io::Write as _;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::path::Path;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use cdp_journal::WallNs;
-use cdp_journal::net::TargetState;
+use cdp_journal::net::{TargetState, is_host_and_port};
 use cdp_journal::server::{
     AgentStatus, Offers, ServeOptions, Server, ServerStatus, UpstreamOptions, ask_status, status_of_folder,
 };
@@ -56,7 +56,10 @@ fn listen(args: &ServeArgs, file: &File) -> anyhow::Result<String> {
     let listen = args.listen.clone().or_else(|| file.listen.clone());
     let listen =
         listen.context("nowhere to listen: give --listen HOST:PORT, or `listen` in the file of --config")?;
-    host_and_port(&listen).with_context(|| format!("listen on {listen:?}"))?;
+    ensure!(
+        is_host_and_port(&listen),
+        "listen on {listen:?}: give HOST:PORT, such as 0.0.0.0:7443"
+    );
     Ok(listen)
 }
 
@@ -66,7 +69,10 @@ fn options(args: &ServeArgs, file: File, listen: SocketAddr) -> anyhow::Result<S
     let store = store.context("no store: give --store DIR, or `store = \"DIR\"` in the file of --config")?;
     let upstream = args.upstream.clone().or(file.upstream);
     if let Some(upstream) = &upstream {
-        host_and_port(upstream).with_context(|| format!("follow {upstream:?}"))?;
+        ensure!(
+            is_host_and_port(upstream),
+            "follow {upstream:?}: give HOST:PORT, such as dr1.example.org:7443"
+        );
     }
     let limits = match (&args.rate[..], file.rate) {
         ([], Some(limits)) => limits.into(),
@@ -134,13 +140,6 @@ fn run(options: &ServeOptions) -> anyhow::Result<()> {
 fn read_config(path: &Path) -> anyhow::Result<File> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     toml::from_str(&text).with_context(|| format!("{}", path.display()))
-}
-
-fn host_and_port(text: &str) -> anyhow::Result<()> {
-    let parts = text
-        .rsplit_once(':')
-        .filter(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
-    parts.map(drop).context("give HOST:PORT, such as 0.0.0.0:7443")
 }
 
 fn address(listen: &str) -> anyhow::Result<SocketAddr> {

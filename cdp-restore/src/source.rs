@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use cdp_journal::net::is_host_and_port;
 use cdp_journal::remote::RemoteSite;
 use cdp_journal::site::Site;
 use cdp_journal::store::{Archive, StoreReader};
@@ -112,11 +113,7 @@ impl FromStr for Source {
 
     /// `HOST:PORT` has no slash and ends in a port; an existing folder of that form wins.
     fn from_str(text: &str) -> Result<Self, Infallible> {
-        let port = text
-            .rsplit_once(':')
-            .filter(|(host, _)| !host.is_empty())
-            .map(|(_, port)| port);
-        let names_a_server = !text.contains('/') && port.is_some_and(|port| port.parse::<u16>().is_ok());
+        let names_a_server = !text.contains('/') && is_host_and_port(text);
         if names_a_server && !Path::new(text).is_dir() {
             return Ok(Source::Server(text.to_owned()));
         }

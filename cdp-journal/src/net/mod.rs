@@ -24,3 +24,9 @@ pub use link::LinkError;
 pub use shipper::{Shipper, TargetState, TargetStatus};
 pub(crate) use throttle::PacedReader;
 pub use throttle::Throttle;
+
+/// Has this the form `HOST:PORT`? Whether there is such a host is another question.
+pub fn is_host_and_port(text: &str) -> bool {
+    let parts = text.rsplit_once(':');
+    parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+}
