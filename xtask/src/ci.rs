@@ -17,32 +17,10 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     sh::step("format", || {
         sh::run(workspace.cargo("fmt").args(["--all", "--check"]))
     })?;
-    sh::step("clippy", || {
-        let mut clippy = workspace.cargo("clippy");
-        clippy.args([
-            "--locked",
-            "--release",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "--deny",
-            "warnings",
-        ]);
-        sh::run(&mut clippy)
-    })?;
+    sh::step("clippy", || clippy(workspace, &["--workspace", "--all-targets"]))?;
     // A workspace of its own with a lock of its own, whose build is the last step: told here, and not an hour later.
     sh::step("clippy of the fuzz targets", || {
-        let mut clippy = workspace.cargo("clippy");
-        clippy.args([
-            "--locked",
-            "--release",
-            "--manifest-path",
-            "fuzz/Cargo.toml",
-            "--",
-            "--deny",
-            "warnings",
-        ]);
-        sh::run(&mut clippy)
+        clippy(workspace, &["--manifest-path", "fuzz/Cargo.toml"])
     })?;
     sh::step("clippy of the probe", || ebpf::lint(workspace))?;
     sh::step("documentation", || {
@@ -54,4 +32,10 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     sh::step("the committed probe", || ebpf::verify(workspace))?;
     test::run(workspace, &TestArgs::default())?;
     sh::step("fuzzing", || fuzz::run(workspace, &FuzzArgs::all(FUZZ_SECONDS)))
+}
+
+fn clippy(workspace: &Workspace, of: &[&str]) -> Result<()> {
+    let mut clippy = workspace.cargo("clippy");
+    clippy.args(["--locked", "--release"]).args(of);
+    sh::run(clippy.args(["--", "--deny", "warnings"]))
 }
