@@ -77,9 +77,6 @@ impl Agent {
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
         // All that can be refused is refused before anything is made.
         let (devices, absent) = find_devices(&config.store, &config.volumes)?;
-        for absent in &absent {
-            tracing::warn!(volume = %absent.volume.name, "stopped: {}", absent.why);
-        }
         crate::capture::btf::Btf::of_running_kernel()?;
         let options = WriterOptions {
             store_bytes_max: config.store_bytes_max,
@@ -200,51 +197,37 @@ impl Agent {
                 self.protect(&volume, device)?;
             }
         }
-        for name in self.tell_absent() {
-            self.begin_without(&name);
-        }
-        self.end_others();
+        self.end_unwatched();
         Ok(())
     }
 
     /// Tells the other threads which volumes are without a device.
-    fn tell_absent(&self) -> Vec<String> {
+    fn tell_absent(&self) {
         let names = self.absent.iter().map(|absent| absent.volume.name.clone());
-        let absent: Vec<String> = names.collect();
-        self.shared.absent.lock().clone_from(&absent);
-        absent
+        *self.shared.absent.lock() = names.collect();
     }
 
-    /// A volume whose device is not there: what the log has of it is not what it will be when it is back.
-    fn begin_without(&mut self, name: &str) {
-        let Some(state) = self.known.iter_mut().find(|state| state.info.name == name) else {
-            return;
-        };
-        if state.inexact.is_some() {
-            return;
-        }
-        let cause = GapCause::Detached;
-        let mut recorder = self.shared.recorder.lock();
-        recorder.unwatched(state.info.id, cause, state.last_exact, clock::boot_ns());
-        (state.inexact, state.gaps) = (Some(cause), state.gaps + 1);
-    }
-
-    /// Nobody watches the volumes any more that the store knows and the configuration does not name.
-    fn end_others(&mut self) {
+    /// The history ends of volumes that the store knows and nobody watches: their device is not there, or the
+    /// configuration does not name them.
+    fn end_unwatched(&mut self) {
+        self.tell_absent();
         let mut recorder = self.shared.recorder.lock();
         for state in &mut self.known {
-            let is_named = self
-                .config
-                .volumes
-                .iter()
-                .any(|volume| volume.name == state.info.name);
-            if is_named || state.inexact.is_some() {
+            let is_watched = recorder.volumes().iter().any(|volume| volume.id == state.info.id);
+            if is_watched || state.inexact.is_some() {
                 continue;
             }
-            let cause = self.interrupted;
+            let is_absent = self
+                .absent
+                .iter()
+                .any(|absent| absent.volume.name == state.info.name);
+            let cause = match is_absent {
+                true => GapCause::Detached,
+                false => self.interrupted,
+            };
             recorder.unwatched(state.info.id, cause, state.last_exact, clock::boot_ns());
             (state.inexact, state.gaps) = (Some(cause), state.gaps + 1);
-            tracing::warn!(volume = %state.info.name, %cause, "its history ends: it is not configured any more");
+            tracing::warn!(volume = %state.info.name, %cause, "its history ends: nobody watches it");
         }
     }
 
@@ -414,12 +397,8 @@ impl Agent {
         for (volume, device) in found {
             self.protect(&volume, device)?;
         }
-        for absent in absent {
-            tracing::warn!(volume = %absent.volume.name, "stopped: {}", absent.why);
-            self.begin_without(&absent.volume.name);
-            self.absent.push(absent);
-        }
-        self.tell_absent();
+        self.absent.extend(absent);
+        self.end_unwatched();
         self.shared.commit_interval_ms.store(
             config.commit_interval.as_millis() as u64,
             std::sync::atomic::Ordering::Relaxed,
@@ -671,6 +650,7 @@ fn find_devices<'a>(
                 found.push((volume.clone(), device));
             }
             Err(error) if device::may_come_back(&volume.path) && is_known(store, &volume.name)? => {
+                tracing::warn!(volume = %volume.name, "stopped until it is back: {error:#}");
                 absent.push(Absent {
                     volume: volume.clone(),
                     why: format!("{error:#}"),

@@ -4,7 +4,6 @@ use cdp_journal::format::{Body, GapCause};
 use cdp_journal::{BootNs, Seq, VolumeId, WallNs};
 
 use super::{Recorder, State};
-use crate::capture::DiskNumber;
 
 /// Why a volume's history ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,9 +25,8 @@ impl End {
 }
 
 /// A volume that was forgotten.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Ended {
-    pub(crate) disk: DiskNumber,
     pub(crate) bytes: u64,
     pub(crate) path: std::path::PathBuf,
     /// Why the gap is open that it leaves.
@@ -90,7 +88,6 @@ impl Recorder {
         self.disks
             .retain(|disk| self.volumes.iter().any(|volume| volume.disk == disk.number));
         Some(Ended {
-            disk: volume.disk,
             bytes: volume.bytes,
             path: volume.path,
             cause,
