@@ -76,13 +76,13 @@ fn kills_under_load_leave_no_gap() {
         let rounds = std::env::var("CDP_KILLS").map_or(Ok(8), |rounds| rounds.parse())?;
         let mut rng = scene.rng();
         let device = device(scene)?;
-        let plan = plan(scene, &device)?.flag("--ring-bytes", "268435456");
+        let plan = plan(scene, &device)?.flag("--ring-bytes", "536870912");
         let restore = Restore::from(plan.store())?;
         let mut moments: Vec<QuietMoment> = Vec::new();
         let mut agent = plan.protect()?;
         for round in 0..rounds {
             // Less than the ring holds, however long the next agent takes to come, and long enough that it comes under load.
-            let load = job(&device, &format!("load-{round}"), 160 * MIB)
+            let load = job(&device, &format!("load-{round}"), 400 * MIB)
                 .option("rate", "40m")
                 .start(scene.dir())?;
             let captured = agent.volume("v")?.captured_bytes;
