@@ -108,6 +108,19 @@ impl Agent {
         } else {
             Vec::new()
         };
+        let interrupted = if rebooted {
+            GapCause::Reboot
+        } else {
+            GapCause::AgentDown
+        };
+        // Before anything that waits in the ring: what is recorded of one volume is no history of another that was not
+        // watched then. Its time is not later than what waits.
+        let mut known = recovered.volumes;
+        let ended_at = recovered
+            .latest
+            .filter(|_| is_resumed)
+            .unwrap_or_else(clock::boot_ns);
+        end_unwatched(&mut recorder, &mut known, &absent, interrupted, ended_at);
         let shared = Arc::new(Shared::new(recorder, probe.positions(), config.commit_interval));
         shared.set_appended(recovered.last_seq, position);
         // What was found is durable: recovery has synced it.
@@ -142,13 +155,8 @@ impl Agent {
                 }
             })
             .context("start the read-back thread")?;
-        let next_volume = recovered
-            .volumes
-            .iter()
-            .map(|volume| volume.info.id.get())
-            .max()
-            .unwrap_or(0)
-            + 1;
+        let ids = known.iter().map(|volume| volume.info.id.get());
+        let next_volume = ids.max().unwrap_or(0) + 1;
         let mut agent = Self {
             ships,
             shared,
@@ -157,13 +165,9 @@ impl Agent {
             pipeline,
             readback,
             devices: devices_shared,
-            known: recovered.volumes,
+            known,
             absent,
-            interrupted: if rebooted {
-                GapCause::Reboot
-            } else {
-                GapCause::AgentDown
-            },
+            interrupted,
             slots: watched
                 .iter()
                 .map(|watched| (watched.disk, watched.slot))
@@ -197,7 +201,7 @@ impl Agent {
                 self.protect(&volume, device)?;
             }
         }
-        self.end_unwatched();
+        self.tell_absent();
         Ok(())
     }
 
@@ -205,30 +209,6 @@ impl Agent {
     fn tell_absent(&self) {
         let names = self.absent.iter().map(|absent| absent.volume.name.clone());
         *self.shared.absent.lock() = names.collect();
-    }
-
-    /// The history ends of volumes that the store knows and nobody watches: their device is not there, or the
-    /// configuration does not name them.
-    fn end_unwatched(&mut self) {
-        self.tell_absent();
-        let mut recorder = self.shared.recorder.lock();
-        for state in &mut self.known {
-            let is_watched = recorder.volumes().iter().any(|volume| volume.id == state.info.id);
-            if is_watched || state.inexact.is_some() {
-                continue;
-            }
-            let is_absent = self
-                .absent
-                .iter()
-                .any(|absent| absent.volume.name == state.info.name);
-            let cause = match is_absent {
-                true => GapCause::Detached,
-                false => self.interrupted,
-            };
-            recorder.unwatched(state.info.id, cause, state.last_exact, clock::boot_ns());
-            (state.inexact, state.gaps) = (Some(cause), state.gaps + 1);
-            tracing::warn!(volume = %state.info.name, %cause, "its history ends: nobody watches it");
-        }
     }
 
     /// Protects a volume from now on.
@@ -269,19 +249,7 @@ impl Agent {
                 let state = &self.known[i];
                 let detached = state.inexact.filter(|&cause| cause == GapCause::Detached);
                 cause = Some(detached.unwrap_or(self.interrupted));
-                if state.inexact.is_none() {
-                    let last_exact = state.last_exact;
-                    recorder.note(
-                        now,
-                        Some(id),
-                        Body::GapOpen {
-                            cause: self.interrupted,
-                            last_exact,
-                        },
-                    );
-                    self.known[i].gaps += 1;
-                }
-                if self.known[i].info.bytes != device.bytes {
+                if state.info.bytes != device.bytes {
                     recorder.note(now, Some(id), Body::Resize { bytes: device.bytes });
                 }
             } else {
@@ -398,7 +366,7 @@ impl Agent {
             self.protect(&volume, device)?;
         }
         self.absent.extend(absent);
-        self.end_unwatched();
+        self.tell_absent();
         self.shared.commit_interval_ms.store(
             config.commit_interval.as_millis() as u64,
             std::sync::atomic::Ordering::Relaxed,
@@ -627,6 +595,31 @@ impl Agent {
 
     pub(crate) fn store(&self) -> &Path {
         &self.config.store
+    }
+}
+
+/// The history ends of volumes that the store knows and nobody watched: their device is not there, the configuration does
+/// not name them, or the probe was not told of them.
+fn end_unwatched(
+    recorder: &mut Recorder,
+    known: &mut [VolumeState],
+    absent: &[Absent],
+    interrupted: GapCause,
+    at: BootNs,
+) {
+    for state in known {
+        let is_watched = recorder.volumes().iter().any(|volume| volume.id == state.info.id);
+        if is_watched || state.inexact.is_some() {
+            continue;
+        }
+        let is_absent = absent.iter().any(|absent| absent.volume.name == state.info.name);
+        let cause = match is_absent {
+            true => GapCause::Detached,
+            false => interrupted,
+        };
+        recorder.unwatched(state.info.id, cause, state.last_exact, at);
+        (state.inexact, state.gaps) = (Some(cause), state.gaps + 1);
+        tracing::warn!(volume = %state.info.name, %cause, "not watched since its last record: a gap begins there");
     }
 }
 

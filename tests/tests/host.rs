@@ -180,6 +180,58 @@ fn a_disk_that_is_exchanged_is_a_gap_and_never_taken_for_the_old_one() {
     });
 }
 
+/// Goal: what waited in the ring while a disk was exchanged is no history of that disk, however often agents are killed.
+/// Method: exchange one while the agent stands still, fill the ring with writes to the other, kill the agent, and kill the
+/// next one while it records them.
+#[test]
+fn a_disk_that_is_exchanged_while_agents_are_killed_keeps_no_later_moment() {
+    system_test("host: exchanged disk, killed agents", &["losetup"], |scene| {
+        let mut rng = scene.rng();
+        let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(16 * MIB))?;
+        let steady = LoopDevice::create(&scene.path("steady"), LoopOptions::of_bytes(128 * MIB))?;
+        let other = scene.path("other");
+        std::fs::write(&other, noise(&mut rng, 16 * MIB))?;
+        let plan = AgentPlan::new(scene, &scene.path("store"))?
+            .volume("v", device.path())
+            .volume("w", steady.path());
+        let restore = Restore::from(plan.store())?;
+        let mut agent = plan.protect()?;
+        write(scene, &mut rng, &device, 0, MIB)?;
+        let moment = QuietMoment::of_raw("v", device.path())?;
+        agent.wait_and_check()?;
+        agent.pause()?;
+        detach(&device)?;
+        attach(&device, &other)?;
+        let exchanged = WallNs::now();
+        write(scene, &mut rng, &steady, 0, 96 * MIB)?;
+        agent.kill()?;
+        let found_bytes = log_bytes(plan.store())?;
+        let mut agent = plan.start()?;
+        poll_until("the log to grow", PROTECT_TIMEOUT, || {
+            agent.check_alive()?;
+            Ok((log_bytes(plan.store())? > found_bytes + MIB).then_some(()))
+        })?;
+        agent.kill()?;
+        let mut agent = plan.protect()?;
+        let held = QuietMoment::of_raw("w", steady.path())?;
+        agent.wait_and_check()?;
+        let refused = restore.image("v", &exchanged.to_string(), &scene.path("image"))?;
+        refused.expect_code(NOT_EXACT)?;
+        moment.check(&restore, &mut rng, &scene.path("image"))?;
+        held.check_at(&restore, "latest", &scene.path("image"))?;
+        restore.verify()?.success()?;
+        agent.stop()
+    });
+}
+
+fn log_bytes(store: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for file in std::fs::read_dir(store.join("log")).context("read the folder of the log")? {
+        bytes += file?.metadata()?.len();
+    }
+    Ok(bytes)
+}
+
 /// Goal: every end of an exact stretch that is told can be asked for. Method: take a volume out, and ask for the time at
 /// which its history ends.
 #[test]
