@@ -201,7 +201,18 @@ pub(crate) fn enroll(args: &EnrollArgs) -> anyhow::Result<()> {
 /// Revokes an agent's certificates.
 pub(crate) fn revoke(args: &RevokeArgs) -> anyhow::Result<()> {
     let site = open_site(&args.store.dir)?;
-    Grants::open(site.dir())?.revoke(&args.name)?;
+    let grants = Grants::open(site.dir())?;
+    let mut known = grants.names()?;
+    known.extend(site.agents()?);
+    grants.revoke(&args.name)?;
+    if !known.contains(&args.name) {
+        let known: Vec<String> = known.iter().map(ToString::to_string).collect();
+        tracing::warn!(
+            "nothing here is of {}, neither a history nor a token: is it spelled right? Known are: {}",
+            args.name,
+            known.join(", ")
+        );
+    }
     writeln!(
         std::io::stdout(),
         "the certificates of {} are refused from now on; its history stays",

@@ -163,7 +163,10 @@ fn each_certificate_is_good_for_one_thing() {
             .expect_code(FAILED)?;
         refused.expect_message(&["no volume"])?;
         Restore::from_server(server.address(), &read)?.points("web01/v")?;
-        server.command("revoke").arg("web01").run()?.success()?;
+        let unknown = server.command("revoke").arg("wbe01").run()?.success()?;
+        unknown.expect_message(&["nothing here is of wbe01", "web01"])?;
+        let revoked = server.command("revoke").arg("web01").run()?.success()?;
+        ensure!(!revoked.stderr.contains("nothing here"), "{}", revoked.stderr);
         poll_until(
             "the agent to be cut off",
             cdp_tests::agent::PROTECT_TIMEOUT,

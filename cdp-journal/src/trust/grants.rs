@@ -1,5 +1,6 @@
 //! Tokens that were given and certificates that were taken back: small files, each replaced whole.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -162,9 +163,7 @@ impl Grants {
 
     /// Removes tokens whose time was over long ago.
     fn forget_spent(&self, now: WallNs) -> Result<(), TrustError> {
-        let dir = self.dir.join(TOKENS_DIR);
-        for entry in std::fs::read_dir(&dir).map_err(TrustError::io("list", &dir))? {
-            let path = entry.map_err(TrustError::io("list", &dir))?.path();
+        for path in paths_in(&self.dir.join(TOKENS_DIR))? {
             let old = |grant: TokenGrant| WallNs(grant.expires_ns).saturating_add(SPENT_KEPT) < now;
             if read::<TokenGrant>(&path)?.is_some_and(old) {
                 std::fs::remove_file(&path).map_err(TrustError::io("remove", &path))?;
@@ -177,6 +176,19 @@ impl Grants {
         self.dir.join(NAMES_DIR).join(format!("{agent}.json"))
     }
 
+    /// Whom tokens were made for, as long as those are remembered, or certificates taken back from.
+    pub fn names(&self) -> Result<BTreeSet<AgentName>, TrustError> {
+        let mut names = BTreeSet::new();
+        for path in paths_in(&self.dir.join(TOKENS_DIR))? {
+            names.extend(read::<TokenGrant>(&path)?.map(|grant| grant.agent));
+        }
+        for path in paths_in(&self.dir.join(NAMES_DIR))? {
+            let name = path.file_stem().and_then(|name| name.to_str());
+            names.extend(name.and_then(|name| name.parse().ok()));
+        }
+        Ok(names)
+    }
+
     /// How often the agent's certificates were revoked.
     pub fn generation(&self, agent: &AgentName) -> Result<u64, TrustError> {
         let file = read::<NameFile>(&self.name_path(agent))?;
@@ -187,9 +199,7 @@ impl Grants {
     pub fn revoke(&self, agent: &AgentName) -> Result<u64, TrustError> {
         let generation = self.generation(agent)? + 1;
         write(&self.name_path(agent), &NameFile { generation })?;
-        let dir = self.dir.join(TOKENS_DIR);
-        for entry in std::fs::read_dir(&dir).map_err(TrustError::io("list", &dir))? {
-            let path = entry.map_err(TrustError::io("list", &dir))?.path();
+        for path in paths_in(&self.dir.join(TOKENS_DIR))? {
             let unused = path.extension().is_some_and(|extension| extension == "json");
             if unused && read::<TokenGrant>(&path)?.is_some_and(|grant| grant.agent == *agent) {
                 std::fs::remove_file(&path).map_err(TrustError::io("remove", &path))?;
@@ -241,6 +251,17 @@ fn write(path: &Path, value: &impl Serialize) -> Result<(), TrustError> {
         reason: error.to_string(),
     })?;
     files::replace(path, &text, 0o600).map_err(TrustError::io("write", path))
+}
+
+fn paths_in(dir: &Path) -> Result<Vec<PathBuf>, TrustError> {
+    let entries = std::fs::read_dir(dir).map_err(TrustError::io("list", dir))?;
+    entries
+        .map(|entry| {
+            entry
+                .map(|entry| entry.path())
+                .map_err(TrustError::io("list", dir))
+        })
+        .collect()
 }
 
 #[cfg(test)]
