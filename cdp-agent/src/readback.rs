@@ -34,8 +34,9 @@ const READ_BYTES: u64 = 1 << 20;
 const REQUESTS_PER_READ: u64 = 16;
 /// One read while others use the disk: as long as it takes, a write may have to wait behind it.
 const BUSY_READ_BYTES: u64 = 64 << 10;
-/// How fast it goes on then: what is read is compared, encoded and written as well.
-const BUSY_BYTES_PER_S: f64 = (32 << 20) as f64;
+/// How fast it goes on then: what is read is compared, encoded and written as well. So that fewer than one write in a
+/// hundred meets a read of ours on a disk that takes 40 µs for each.
+const BUSY_BYTES_PER_S: f64 = (16 << 20) as f64;
 /// For so long after a request of others they count as using the disk.
 const BUSY_TIME: Duration = Duration::from_millis(250);
 /// Memory that O_DIRECT may want its buffers aligned to.
