@@ -19,6 +19,9 @@ use super::ship::{forget, target};
 
 /// Writes each second.
 const RATE_IOPS: u32 = 2000;
+/// The load runs for so long before it is timed. What the engine did at full speed, when nobody used the disk, takes the
+/// disks a while to write; one write in a hundred is what a tenth of a second makes.
+const SETTLE: Duration = Duration::from_secs(2);
 /// Room for the first copy, a resync of all of it, and a little more.
 const STORE_BYTES_MAX: u64 = 2 * RAW_BYTES + 256 * MIB;
 /// So small that one write over the device fills it while the agent stands still.
@@ -180,6 +183,7 @@ impl Bench<'_> {
         let report = self
             .job("4k", "randwrite", 1, self.effort.latency)
             .option("rate_iops", RATE_IOPS)
+            .option("ramp_time", SETTLE.as_secs())
             .run(self.scene.dir())?;
         Ok(Latency {
             p50_us: report.latency_p50_us,
