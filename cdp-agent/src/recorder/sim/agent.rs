@@ -12,7 +12,7 @@ use super::job::{Job, Phase};
 use super::kernel::{Counters, Kernel, RingEvent};
 use super::model::{Content, Ended, Model};
 use super::notes::Notes;
-use super::{DISK, Profile, REGION_SECTORS, Rng, SECTORS, SLOT, START, volume_id};
+use super::{DISK, Planted, Profile, REGION_SECTORS, Rng, SECTORS, SLOT, START, volume_id};
 use crate::losses::Losses;
 
 /// As in `readback`, but for a device of a few blocks.
@@ -103,6 +103,7 @@ pub(super) struct Agent {
     is_to_begin: bool,
     ring_units: u64,
     is_bio_based: bool,
+    planted: Option<Planted>,
 }
 
 /// As the configuration has it.
@@ -190,6 +191,7 @@ impl Agent {
         agent.sectors = kernel.size;
         agent.ring_units = profile.ring_units;
         agent.is_bio_based = profile.bio_based;
+        agent.planted = profile.planted;
         agent.is_to_begin = false;
         agent.tapped(model, None);
         agent
@@ -232,6 +234,7 @@ impl Agent {
             is_to_begin: true,
             ring_units: 0,
             is_bio_based: false,
+            planted: None,
         }
     }
 
@@ -248,6 +251,7 @@ impl Agent {
         Self {
             ring_units: self.ring_units,
             is_bio_based: self.is_bio_based,
+            planted: self.planted,
             // Else it is not taken over.
             sectors: (recorder.volumes[0].bytes / SECTOR_BYTES) as usize,
             ..Self::over(recorder, notes, known, last, position, now)
@@ -435,8 +439,10 @@ impl Agent {
             }
             Capture::Marks(now, target, found) => {
                 let region_bytes = REGION_SECTORS * SECTOR_BYTES;
+                let forgotten = usize::from(self.planted == Some(Planted::ForgetMark));
                 let marks: Vec<Range<u64>> = std::mem::take(&mut kernel.counters.marks)
                     .into_iter()
+                    .skip(forgotten)
                     .map(|region| region * region_bytes..(region + 1) * region_bytes)
                     .collect();
                 let losses = Losses {
@@ -650,7 +656,7 @@ impl Agent {
                     ReadBack::Sleep(now_ns + IDLE_NS)
                 }
                 None => {
-                    if kernel.writes_in_flight() == 0 {
+                    if kernel.writes_in_flight() == 0 || self.planted == Some(Planted::CloseEarly) {
                         self.idle_at = Some(BootNs(now_ns));
                     }
                     ReadBack::Closing {
@@ -752,7 +758,8 @@ impl Agent {
                 let plug_ns = PLUG_TIME.as_nanos() as u64;
                 let is_overdue = kernel.now_ns - job.began_ns > FLIGHT_NS_MAX;
                 let is_idle = kernel.now_ns - job.noted_ns > plug_ns && kernel.writes_in_flight() == 0;
-                if self.recorder.in_flight(run, job.as_of).is_some() {
+                let waits = self.planted != Some(Planted::SkipInFlight);
+                if waits && self.recorder.in_flight(run, job.as_of).is_some() {
                     match job.idle_target {
                         None if is_idle || is_overdue => job.idle_target = Some((kernel.produced, is_idle)),
                         Some((target, was_idle)) if kernel.consumed >= target => {

@@ -37,6 +37,8 @@ const SEEDS: u64 = 2000;
 const STEPS: u64 = 600;
 /// After so many steps of everybody, without new writes, all is well again.
 const SETTLE_STEPS_MAX: u64 = 20_000;
+/// In which a fault that was made on purpose is found.
+const PLANTED_TIME_MAX: Duration = Duration::from_secs(60);
 /// Everything is compared after so many steps, and what changed after each.
 const FULL_CHECK_STEPS: u64 = 64;
 
@@ -65,6 +67,17 @@ impl Rng {
     }
 }
 
+/// A fault of the agent, made on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Planted {
+    /// A run is read although writes to it are in flight.
+    SkipInFlight,
+    /// A gap is closed although the disk has writes on their way.
+    CloseEarly,
+    /// One of the marks that were taken is not told.
+    ForgetMark,
+}
+
 /// What may happen in a run.
 #[derive(Debug)]
 struct Profile {
@@ -84,6 +97,7 @@ struct Profile {
     kills: bool,
     /// The volume grows and shrinks.
     resizes: bool,
+    planted: Option<Planted>,
 }
 
 impl Profile {
@@ -100,6 +114,7 @@ impl Profile {
             crashes: rng.one_in(3),
             kills: rng.one_in(3),
             resizes: rng.one_in(3),
+            planted: None,
         }
     }
 }
@@ -346,4 +361,27 @@ fn every_exact_moment_is_what_the_device_held() {
         first + runs - 1,
         runs * steps
     );
+}
+
+/// Goal: the simulator finds what it is for. Method: faults made on purpose, each of which one of its runs must show.
+#[test]
+fn a_planted_fault_is_found_within_a_minute() {
+    for planted in [Planted::SkipInFlight, Planted::CloseEarly, Planted::ForgetMark] {
+        let began = std::time::Instant::now();
+        let found = (0..).find(|&seed| {
+            let elapsed = began.elapsed();
+            assert!(
+                elapsed < PLANTED_TIME_MAX,
+                "{planted:?} is not found by seeds below {seed}"
+            );
+            let mut sim = Sim::new(seed);
+            sim.profile.planted = Some(planted);
+            let result = catch_unwind(AssertUnwindSafe(|| sim.run(STEPS)));
+            !matches!(result, Ok(Ok(())))
+        });
+        println!(
+            "{planted:?}: seed {found:?}, {:.1} s",
+            began.elapsed().as_secs_f64()
+        );
+    }
 }
