@@ -128,6 +128,18 @@ pub(crate) struct Listed {
     pub(crate) live: bool,
     /// See [`crate::site::Upstream`].
     pub(crate) via: Vec<String>,
+    /// How far behind where it comes from it is itself; nothing where that is not known, and from earlier builds.
+    #[serde(default)]
+    pub(crate) behind: Option<Behind>,
+}
+
+/// How far behind its source a history is at the server that lists it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Behind {
+    /// Last durable record of the source, 0 if there is none.
+    pub(crate) source_seq: u64,
+    pub(crate) lag_ns: u64,
+    pub(crate) backlog_bytes: u64,
 }
 
 /// A store as a whole.

@@ -11,7 +11,7 @@ use super::{Refusal, Shared, not_allowed};
 use crate::net::feed::{Ahead, DurableLog, Feed, FeedError};
 use crate::net::link::{self, LinkError};
 use crate::net::thread::on_own_thread;
-use crate::remote::{Ask, Fault, Listed};
+use crate::remote::{Ask, Behind, Fault, Listed};
 use crate::ship::TailError;
 use crate::site::{AgentName, Site};
 use crate::trust::Holder;
@@ -78,7 +78,15 @@ fn list(shared: &Shared) -> Result<Vec<Listed>, Fault> {
     let listed = found.into_iter().map(|log| {
         let history = logs.history(&log.agent, log.log)?;
         let upstream = Site::upstream_of(&log.dir)?;
+        // Of a history that another one has followed, nothing more comes.
+        let standing = (log.age == 0).then(|| shared.standing(&history, upstream.is_some()).0);
+        let behind = standing.flatten().map(|standing| Behind {
+            source_seq: Seq::number_of(standing.durable),
+            lag_ns: standing.lag_ns,
+            backlog_bytes: standing.backlog_bytes,
+        });
         Ok(Listed {
+            behind,
             agent: log.agent,
             log: log.log,
             created: log.created,

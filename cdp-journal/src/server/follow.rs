@@ -22,7 +22,7 @@ use super::logs::History;
 use super::{Refusal, Shared, UpstreamOptions, ingest};
 use crate::net::link::{self, Link, LinkError};
 use crate::net::{Backoff, Session, TargetState, Throttle, random};
-use crate::remote::{Ask, AskError, Fault, Listed, ask_once};
+use crate::remote::{Ask, AskError, Behind, Fault, Listed, ask_once};
 use crate::ship::Rate;
 use crate::site::{AgentName, Upstream};
 use crate::trust::hex;
@@ -421,11 +421,8 @@ impl Follower {
         let key = (history.agent.clone(), history.log);
         let state = self.state.lock();
         let durable = history.durable();
-        let whole = state
-            .listed
-            .get(&key)
-            .filter(|listed| !is_wanted(listed, durable));
-        let standing = match whole.zip(state.listed_at) {
+        let listed = state.listed.get(&key).zip(state.listed_at);
+        let standing = match listed.filter(|(listed, _)| !is_wanted(listed, durable)) {
             // Nobody writes to it there, as far as is known.
             Some((listed, at)) => Some(Standing {
                 durable: listed.durable.and_then(Seq::new),
@@ -444,7 +441,21 @@ impl Follower {
             )
         });
         let why = state.problems.get(&key).cloned().or(ahead);
+        let behind = listed.and_then(|(listed, at)| Some((listed.behind?, at)));
+        let standing = match behind {
+            Some((behind, at)) => standing.map(|standing| through(standing, behind, at)),
+            None => standing,
+        };
         (standing, why)
+    }
+}
+
+/// How far behind its source a history is that comes through an upstream which was that far behind `at` some time.
+fn through(standing: Standing, behind: Behind, at: Instant) -> Standing {
+    Standing {
+        durable: standing.durable.max(Seq::new(behind.source_seq)),
+        lag_ns: standing.lag_ns.max(behind.lag_ns.saturating_add(silent_ns(at))),
+        backlog_bytes: standing.backlog_bytes.saturating_add(behind.backlog_bytes),
     }
 }
 

@@ -44,7 +44,7 @@ use crate::site::Site;
 use crate::store::{StoreLock, WriterOptions};
 use crate::trust::{Authority, Grants, Holder, TrustError};
 use crate::types::WallNs;
-use crate::wire::{ALPN_ENROLL, Close, Kind, Message, Right};
+use crate::wire::{ALPN_ENROLL, Close, Kind, Message, Right, Standing};
 
 pub use follow::UpstreamStatus;
 pub use status::{AgentStatus, ServerStatus, ask_status, status_of_folder};
@@ -52,7 +52,7 @@ pub use units::Offers;
 
 use clients::Clients;
 use follow::Follower;
-use logs::Logs;
+use logs::{History, Logs};
 use units::Units;
 
 /// Connections at once; more are turned away.
@@ -119,6 +119,17 @@ struct Shared {
     clients: Clients,
     follower: Option<Arc<Follower>>,
     units: Arc<Units>,
+}
+
+impl Shared {
+    /// How far behind where it comes from a history is, if that is known, and why it does not come. Followed: not shipped
+    /// here by its agent.
+    fn standing(&self, history: &History, is_followed: bool) -> (Option<Standing>, Option<String>) {
+        match self.follower.as_ref().filter(|_| is_followed) {
+            Some(follower) => follower.standing(history),
+            None => (history.standing(), None),
+        }
+    }
 }
 
 /// A server that listens.

@@ -5,7 +5,6 @@ use std::io::{self, Read as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 
-use super::follow::{Follower, UpstreamStatus};
+use super::follow::UpstreamStatus;
 use super::logs::History;
 use super::{ServeError, Shared};
 use crate::error::OpenError;
@@ -186,16 +185,12 @@ fn of_log(shared: &Shared, clients: &[(Holder, SocketAddr)], log: &SiteLog) -> A
 
 /// How far behind it is, and why.
 fn add_standing(shared: &Shared, history: &History, status: &mut AgentStatus) {
-    let is_followed = |follower: &&Arc<Follower>| status.followed || follower.has(history);
-    let standing = match shared.follower.as_ref().filter(is_followed) {
-        Some(follower) => {
-            status.followed = true;
-            let (standing, why) = follower.standing(history);
-            status.why = why;
-            standing
-        }
-        None => history.standing(),
-    };
+    status.followed |= shared
+        .follower
+        .as_ref()
+        .is_some_and(|follower| follower.has(history));
+    let (standing, why) = shared.standing(history, status.followed);
+    status.why = why;
     if let Some(standing) = standing {
         let told = Seq::number_of(standing.durable);
         // Since it was told, more has come; unless there is less than here, which `why` says.

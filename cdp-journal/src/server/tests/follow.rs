@@ -195,6 +195,28 @@ fn any_server_of_a_chain_may_be_killed_at_any_time() {
     kit.source.assert_copied(&c.site);
 }
 
+/// Goal: the end of a chain does not call itself up to date while its middle is cut off. Method: end the first server.
+#[test]
+fn the_end_of_a_chain_is_as_far_behind_as_its_middle() {
+    let mut kit = Kit::new();
+    let b = Follower::of(&kit, "b");
+    let c = Follower::start(&kit, "c", &b.site, b.address());
+    kit.source.write_now(20, 1);
+    let _shipper = kit.shipped();
+    c.wait_for(&kit.source);
+    let lag = |status: &ServerStatus| agent(status, "web01").and_then(|agent| agent.lag_seconds);
+    wait_for_status(&c.site, "nothing to be missing", |status| {
+        lag(status) == Some(0.0)
+    });
+    kit.server.take().unwrap().kill();
+    let told = wait_for_status(&c.site, "the cut to be seen", |status| lag(status) > Some(5.0));
+    assert_eq!(told.upstream.unwrap().state, TargetState::Connected);
+    kit.restart();
+    wait_for_status(&c.site, "nothing to be missing again", |status| {
+        lag(status) == Some(0.0)
+    });
+}
+
 /// Goal: a server of a chain that is set back to an older copy of its disk, follower or upstream, ends up with everything,
 /// and so do the others. Method: each in turn is.
 #[test]
