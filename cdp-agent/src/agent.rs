@@ -37,6 +37,9 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a stop waits for the last blocks to be compared with their device.
 const LAST_CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long who answers questions waits for a log that stalls.
+const LOSSES_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// A volume and its device.
 type Found = (VolumeConfig, BlockDevice);
 
@@ -383,7 +386,9 @@ impl Agent {
         self.shared.wait_clear(LAST_CHECK_TIMEOUT);
         let now = clock::boot_ns();
         // All that was written or lost up to then is recorded afterwards.
-        let _ = self.shared.losses_known();
+        self.shared.losses_known_within(LOSSES_TIMEOUT).with_context(|| {
+            format!("volume {name} stays protected: the log does not keep up; reload again later")
+        })?;
         self.end_volume(id, name, End::NotWanted, now);
         self.watch(disk)?;
         tracing::info!(volume = %name, "no longer watching");
@@ -436,8 +441,9 @@ impl Agent {
         let mut changed: Vec<DiskNumber> = Vec::new();
         for (id, mut device) in devices {
             if let Some(why) = device.why_gone() {
-                changed.push(device.disk);
-                self.detach(id, why);
+                if self.detach(id, why) {
+                    changed.push(device.disk);
+                }
                 continue;
             }
             // One that is not there just now has no size that counts.
@@ -463,21 +469,25 @@ impl Agent {
         Ok(())
     }
 
-    /// The device of a volume is gone: the volume is stopped until it is back.
-    fn detach(&mut self, id: VolumeId, why: &str) {
+    /// The device of a volume is gone: the volume is stopped until it is back. False if the next look has to try again.
+    fn detach(&mut self, id: VolumeId, why: &str) -> bool {
         let volume = self.shared.recorder.lock().volumes().iter().find_map(|volume| {
             (volume.id == id).then(|| VolumeConfig {
                 name: volume.name.clone(),
                 path: volume.path.clone(),
             })
         });
-        let Some(volume) = volume else { return };
-        // Events that were skipped before are looked for while it still counts as watched.
-        let _ = self.shared.losses_known();
+        let Some(volume) = volume else { return true };
+        // Events that were skipped before are looked for while it still counts as watched. Nothing is written to it any
+        // more, and it was seen at the last look and not since: it can wait.
+        if self.shared.losses_known_within(LOSSES_TIMEOUT).is_none() {
+            return false;
+        }
         self.end_volume(id, &volume.name, End::Detached, clock::boot_ns());
         let why = format!("{}: {why}", volume.path.display());
         tracing::error!(volume = %volume.name, "stopped until it is back: {why}");
         self.absent.push(Absent { volume, why });
+        true
     }
 
     /// Devices that are back are compared with what the log has of them.

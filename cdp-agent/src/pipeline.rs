@@ -178,9 +178,13 @@ impl Shared {
     /// Waits until the ring has been emptied of all that was in it at the call; the last Seq by then.
     /// None if the agent stops meanwhile.
     pub(crate) fn drained(&self) -> Option<Option<Seq>> {
+        self.drained_until(None)
+    }
+
+    fn drained_until(&self, deadline: Option<Instant>) -> Option<Option<Seq>> {
         let target = self.positions.produced();
         let mut last = None;
-        self.poll(None, || {
+        self.poll(deadline, || {
             let recorder = self.recorder.lock();
             if self.positions.consumed() >= target {
                 last = Some(recorder.last_seq());
@@ -193,9 +197,18 @@ impl Shared {
     /// Waits until every loss of a write that was queued before the call is known to the recorder, and every
     /// write captured by then has come to it. None if the agent stops meanwhile.
     pub(crate) fn losses_known(&self) -> Option<()> {
+        self.losses_known_until(None)
+    }
+
+    /// The same for who must not wait for a log that stalls: None after `timeout` as well.
+    pub(crate) fn losses_known_within(&self, timeout: Duration) -> Option<()> {
+        self.losses_known_until(Some(Instant::now() + timeout))
+    }
+
+    fn losses_known_until(&self, deadline: Option<Instant>) -> Option<()> {
         let target = self.recorder.lock().ask_for_losses();
-        self.poll(None, || self.recorder.lock().polls() >= target)
-            .then(|| self.drained().map(drop))
+        self.poll(deadline, || self.recorder.lock().polls() >= target)
+            .then(|| self.drained_until(deadline).map(drop))
             .flatten()
     }
 
