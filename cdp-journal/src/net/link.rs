@@ -278,7 +278,9 @@ impl Link {
         let io = |error: std::io::Error| LinkError::closed(format!("open a socket: {error}"));
         let socket = socket::bind(SocketAddr::new(any, 0)).map_err(io)?;
         let runtime = Arc::new(quinn::TokioRuntime);
-        let endpoint = Endpoint::new(EndpointConfig::default(), None, socket, runtime).map_err(io)?;
+        let mut config_here = EndpointConfig::default();
+        socket::take_large(&mut config_here).map_err(io)?;
+        let endpoint = Endpoint::new(config_here, None, socket, runtime).map_err(io)?;
         let connecting = endpoint
             .connect_with(config, address, SERVER_NAME)
             .map_err(|error| LinkError::closed(error.to_string()))?;
