@@ -62,6 +62,8 @@ pub(crate) struct Shared {
     store: Mutex<Option<StoreChange>>,
     /// The log waits for the sync under way to begin the next.
     awaits_sync: AtomicBool,
+    /// What a sync takes, in nanoseconds: the longest of late.
+    sync_ns: AtomicU64,
 }
 
 /// What the log stage tells the capture stage.
@@ -114,6 +116,8 @@ impl Shared {
             pace: Pace::default(),
             store: Mutex::new(None),
             awaits_sync: AtomicBool::new(false),
+            // Until one is known, as slow as may be.
+            sync_ns: AtomicU64::new(commit_interval.as_nanos() as u64),
         }
     }
 
@@ -245,9 +249,18 @@ impl Shared {
         true
     }
 
-    /// For how long records are gathered for one frame: half of the commit interval, the rest is for the disk.
+    /// For how long records are gathered for one frame.
     fn gather_interval(&self) -> Duration {
-        self.commit_interval() / 2
+        let sync = Duration::from_nanos(self.sync_ns.load(Ordering::Relaxed));
+        gather_interval(self.commit_interval(), sync)
+    }
+
+    /// A sync took so long.
+    fn synced_in(&self, took: Duration) {
+        let before = Duration::from_nanos(self.sync_ns.load(Ordering::Relaxed));
+        let now = slowest(before, took).as_nanos();
+        self.sync_ns
+            .store(u64::try_from(now).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     fn commit_interval(&self) -> Duration {
@@ -290,6 +303,18 @@ fn packing(waiting: usize, waiting_max: usize, is_log_behind: bool) -> Packing {
         _ if is_log_behind => Packing::Quick,
         _ => Packing::Plain,
     }
+}
+
+/// How long records are gathered for one frame: what a sync leaves of the commit interval, within bounds. The fewer frames,
+/// the less each captured byte costs.
+fn gather_interval(commit_interval: Duration, sync: Duration) -> Duration {
+    let left = commit_interval.saturating_sub(sync);
+    left.clamp(commit_interval / 2, commit_interval * 7 / 8)
+}
+
+/// The longest of late: one slow sync counts less and less.
+fn slowest(before: Duration, took: Duration) -> Duration {
+    took.max(before - before / 8)
 }
 
 /// What one thread does.
@@ -447,5 +472,21 @@ mod tests {
         assert_eq!(packed(32), [Packing::Plain, Packing::Quick]);
         assert_eq!(packed(64), [Packing::Plain, Packing::Quick]);
         assert_eq!(packing(0, 1, false), Packing::Dense);
+    }
+
+    #[test]
+    fn records_are_gathered_for_as_long_as_the_disk_leaves_time() {
+        let ms = Duration::from_millis;
+        let gathered = |sync| gather_interval(ms(16), ms(sync)).as_millis();
+        assert_eq!([0, 2, 5, 8, 20].map(gathered), [14, 14, 11, 8, 8]);
+    }
+
+    #[test]
+    fn a_slow_sync_counts_at_once_and_less_and_less() {
+        let ms = Duration::from_millis;
+        assert_eq!(slowest(ms(8), ms(100)), ms(100));
+        assert_eq!(slowest(ms(80), ms(1)), ms(70));
+        let settled = (0..40).fold(ms(100), |before, _| slowest(before, ms(1)));
+        assert_eq!(settled, ms(1));
     }
 }

@@ -149,7 +149,9 @@ pub(super) fn sync_loop(
     to_index: &Sender<IndexRequest>,
 ) -> anyhow::Result<()> {
     for Group { job, frames } in queue {
+        let begun = Instant::now();
         let durable = job.run().context("make the log durable")?;
+        shared.synced_in(begun.elapsed());
         shared.set_durable(durable);
         if shared.awaits_sync.swap(false, Ordering::SeqCst) {
             // One word that is not heard yet is enough.
