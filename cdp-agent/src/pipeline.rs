@@ -10,6 +10,7 @@
 mod capture;
 mod log;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -21,7 +22,7 @@ use cdp_journal::format::{DeltaCache, Packing, SealedFrame};
 use cdp_journal::index::IndexWriter;
 use cdp_journal::log::{FrameLocation, LogWriter, Room, SyncJob};
 use cdp_journal::view::View;
-use cdp_journal::{Seq, VolumeId};
+use cdp_journal::{Seq, VolumeId, WallNs};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 
@@ -79,6 +80,8 @@ enum StoreChange {
 struct Durable {
     seq: Option<Seq>,
     failure: Option<String>,
+    /// Frames that are not durable: their last record, and the time of the first.
+    waiting: VecDeque<(Seq, WallNs)>,
 }
 
 /// What the capture thread is asked to do.
@@ -163,8 +166,35 @@ impl Shared {
         let mut durable = self.durable.lock();
         if seq > durable.seq {
             durable.seq = seq;
+            while durable
+                .waiting
+                .front()
+                .is_some_and(|&(last, _)| Some(last) <= seq)
+            {
+                durable.waiting.pop_front();
+            }
             self.changed.notify_all();
         }
+    }
+
+    /// A frame is on its way to the log. For who holds the recorder.
+    fn on_its_way(&self, sealed: &Sealed) {
+        if let Some(last) = sealed.builder.next_seq().prev() {
+            let begun = sealed.begun.at_offset(sealed.wall_offset_ns);
+            self.durable.lock().waiting.push_back((last, begun));
+        }
+    }
+
+    /// What is on its way to the log will not get there.
+    fn none_on_its_way(&self) {
+        self.durable.lock().waiting.clear();
+    }
+
+    /// Time of the oldest record that is not durable. What waits in the ring, for 20 ms mostly, is not among them.
+    pub(crate) fn oldest_not_durable(&self) -> Option<WallNs> {
+        let recorder = self.recorder.lock();
+        let waiting = self.durable.lock().waiting.front().map(|&(_, begun)| begun);
+        waiting.or_else(|| recorder.oldest_here())
     }
 
     /// Asks every millisecond until `done`; false after `deadline` or when the agent stops first.

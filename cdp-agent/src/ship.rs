@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use cdp_journal::Seq;
 use cdp_journal::net::{DurableLog, Shipper, TargetStatus, Throttle};
 use cdp_journal::ship::Rate;
+use cdp_journal::{Seq, WallNs};
 use parking_lot::Mutex;
 
 use crate::config::Config;
@@ -33,6 +33,10 @@ impl DurableLog for Shared {
 
     fn log_bytes(&self) -> u64 {
         self.log_bytes.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    fn oldest_not_durable(&self) -> Option<WallNs> {
+        Shared::oldest_not_durable(self)
     }
 }
 

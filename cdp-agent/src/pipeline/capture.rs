@@ -108,6 +108,7 @@ impl Capture {
                 match shared.store.lock().take() {
                     Some(StoreChange::Full { next, epoch }) => {
                         self.probe.notes().forget_after(next.prev());
+                        shared.none_on_its_way();
                         recorder.store_full(next, epoch, now);
                     }
                     Some(StoreChange::Room) => recorder.room_again(now),
@@ -308,7 +309,9 @@ impl Capture {
         loop {
             let (sealed, reopened) = {
                 let mut recorder = shared.recorder.lock();
-                (recorder.take_sealed(), recorder.take_reopened())
+                let sealed = recorder.take_sealed();
+                sealed.iter().for_each(|sealed| shared.on_its_way(sealed));
+                (sealed, recorder.take_reopened())
             };
             // Before a frame gives back the event that told of it.
             if let Some(reopened) = reopened {

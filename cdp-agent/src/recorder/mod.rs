@@ -107,6 +107,8 @@ pub(crate) struct Sealed {
     pub(crate) epoch: Epoch,
     /// All events before this position in the ring are in this frame or an earlier one.
     pub(crate) position: RingPosition,
+    /// Time of its first record.
+    pub(crate) begun: BootNs,
 }
 
 /// Goes up when the store filled up: frames and reads of an older epoch are void, their Seqs are given anew.
@@ -724,13 +726,21 @@ impl Recorder {
         }
         let next = FrameBuilder::new(self.builder.next_seq());
         let builder = std::mem::replace(&mut self.builder, next);
-        self.opened_at = None;
+        let begun = self.opened_at.take().unwrap_or(self.latest);
         self.sealed.push_back(Sealed {
             builder,
             wall_offset_ns: self.wall_offset_ns,
             epoch: self.epoch,
             position: self.position,
+            begun,
         });
+    }
+
+    /// Time of the oldest record that is in no frame that was taken.
+    pub(crate) fn oldest_here(&self) -> Option<WallNs> {
+        let sealed = self.sealed.front().map(|sealed| sealed.begun);
+        let begun = sealed.or(self.opened_at)?;
+        Some(begun.at_offset(self.wall_offset_ns))
     }
 
     /// Seals the frame under construction if it is older than `age_max`.

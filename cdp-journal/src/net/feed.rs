@@ -37,6 +37,12 @@ pub trait DurableLog: Send + Sync + 'static {
 
     /// Bytes of the log by now. Only how it grows matters.
     fn log_bytes(&self) -> u64;
+
+    /// Time of the oldest record that is on its way to the log, or there and not durable. Of a log that takes in what is
+    /// durable elsewhere: none.
+    fn oldest_not_durable(&self) -> Option<WallNs> {
+        None
+    }
 }
 
 /// What a holder is that has more of a history than the log that feeds it.
@@ -198,9 +204,12 @@ impl Feed {
 
     /// How far behind the holder is. Reads the log where memory does not tell.
     pub(crate) fn standing(&self) -> Standing {
+        // Asked for first: what is durable then is no older.
+        let not_durable = self.log.oldest_not_durable();
         let durable = self.durable();
         let mut standing = Standing {
             durable,
+            lag_ns: age_ns(not_durable),
             ..Standing::default()
         };
         let (acked, end, oldest) = {
@@ -214,8 +223,7 @@ impl Feed {
             Some(oldest) => Some(oldest),
             None => LogTail::wall_after(&self.store, end, durable).ok().flatten(),
         };
-        let lag_ns = oldest.map_or(0, |oldest| WallNs::now().0.saturating_sub(oldest.0));
-        standing.lag_ns = u64::try_from(lag_ns).unwrap_or(0);
+        standing.lag_ns = age_ns(oldest).max(standing.lag_ns);
         standing.backlog_bytes = LogTail::bytes_after(&self.store, end).unwrap_or(0);
         standing
     }
@@ -494,6 +502,11 @@ impl Feed {
     }
 }
 
+fn age_ns(at: Option<WallNs>) -> u64 {
+    let age = at.map_or(0, |at| WallNs::now().0.saturating_sub(at.0));
+    u64::try_from(age).unwrap_or(0)
+}
+
 async fn send_standing(stream: &mut SendStream, standing: Standing) -> Result<(), FeedError> {
     let message = Message::Standing(standing).encode();
     Ok(stream.write_all(&message).await.map_err(LinkError::from)?)
@@ -506,7 +519,7 @@ mod tests {
     use super::*;
 
     #[derive(Default)]
-    struct Log(AtomicU64);
+    struct Log(AtomicU64, Mutex<Option<WallNs>>);
 
     impl DurableLog for Arc<Log> {
         fn wait_durable_beyond(&self, _: Option<Seq>, _: Duration) -> Option<Seq> {
@@ -516,6 +529,36 @@ mod tests {
         fn log_bytes(&self) -> u64 {
             self.0.load(Ordering::Relaxed)
         }
+
+        fn oldest_not_durable(&self) -> Option<WallNs> {
+            *self.1.lock()
+        }
+    }
+
+    fn feed_of(log: &Arc<Log>) -> Arc<Feed> {
+        Feed::new(
+            "dr1:7443".to_owned(),
+            Path::new("store"),
+            Arc::new(Arc::clone(log)),
+            Arc::default(),
+            Ahead::Diverged,
+            Arc::default(),
+        )
+    }
+
+    /// Goal: a write that nobody could bring back counts, wherever it is on its way.
+    #[test]
+    fn what_is_not_durable_here_is_behind_there() {
+        let log = Arc::new(Log::default());
+        let feed = feed_of(&log);
+        assert_eq!(feed.standing().lag_ns, 0);
+        *log.1.lock() = Some(WallNs(WallNs::now().0 - 5_000_000));
+        let standing = feed.standing();
+        assert!(
+            (5_000_000..5_000_000_000).contains(&standing.lag_ns),
+            "{standing:?}"
+        );
+        assert_eq!(standing.backlog_bytes, 0);
     }
 
     /// Goal: what is read back right after a start does not run ahead of a server that is about to be reached, nor wait for
@@ -524,16 +567,7 @@ mod tests {
     fn a_server_that_was_never_reached_lacks_what_came_since_for_a_while() {
         let log = Arc::new(Log::default());
         log.0.store(1 << 30, Ordering::Relaxed);
-        let new = || {
-            Feed::new(
-                "dr1:7443".to_owned(),
-                Path::new("store"),
-                Arc::new(Arc::clone(&log)),
-                Arc::default(),
-                Ahead::Diverged,
-                Arc::default(),
-            )
-        };
+        let new = || feed_of(&log);
         let (away, slow) = (new(), new());
         log.0.fetch_add(9 << 20, Ordering::Relaxed);
         assert_eq!(slow.backlog_after(Duration::from_secs(1)), Some(9 << 20));

@@ -153,6 +153,22 @@ fn state(recorder: &Recorder) -> State {
 }
 
 #[test]
+fn the_oldest_record_is_known_until_its_frame_is_taken() {
+    let mut recorder = protected();
+    assert_eq!(recorder.oldest_here(), None);
+    write(&mut recorder, 0, 11 * SECOND);
+    write(&mut recorder, 8, 12 * SECOND);
+    let oldest = Some(WallNs(11 * SECOND as i64));
+    assert_eq!(recorder.oldest_here(), oldest);
+    recorder.seal();
+    write(&mut recorder, 16, 13 * SECOND);
+    assert_eq!(recorder.oldest_here(), oldest);
+    let taken = recorder.take_sealed().unwrap();
+    assert_eq!(taken.begun, BootNs(11 * SECOND));
+    assert_eq!(recorder.oldest_here(), Some(WallNs(13 * SECOND as i64)));
+}
+
+#[test]
 fn a_volume_is_seeding_until_all_of_it_was_read() {
     let mut recorder = recorder();
     assert_eq!(state(&recorder), State::Seeding);
