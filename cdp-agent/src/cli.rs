@@ -97,7 +97,7 @@ pub(crate) enum Command {
     /// Turn a token of a journal server into a certificate
     Enroll {
         /// The server
-        #[arg(long, value_name = "HOST:PORT")]
+        #[arg(long, value_name = "HOST:PORT", value_parser = cdp_journal::net::host_and_port)]
         server: String,
         /// What `cdp-journal token` printed there
         #[arg(long)]

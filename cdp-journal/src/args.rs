@@ -132,7 +132,7 @@ pub(crate) struct TokenArgs {
 #[derive(Debug, Args)]
 pub(crate) struct EnrollArgs {
     /// The server to follow
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "HOST:PORT", value_parser = cdp_journal::net::host_and_port)]
     pub(crate) server: String,
     /// What `cdp-journal token --follow` printed there
     #[arg(long)]

@@ -544,7 +544,7 @@ pub(crate) struct Verify {
 #[derive(Debug, Args)]
 pub(crate) struct Enroll {
     /// The server
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "HOST:PORT", value_parser = cdp_journal::net::host_and_port)]
     pub(crate) server: String,
     /// What `cdp-journal token --restore` printed there
     #[arg(long)]

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use cdp_tests::agent::AgentPlan;
+use cdp_tests::agent::{AgentPlan, binary};
 use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
 use cdp_tests::fio::write_randomly;
 use cdp_tests::moments::QuietMoment;
-use cdp_tests::process::poll_until;
+use cdp_tests::process::{cmd, poll_until};
 use cdp_tests::restore::{FAILED, Restore, USAGE};
 use cdp_tests::server::Server;
 use cdp_tests::{Scene, system_test};
@@ -132,6 +132,12 @@ fn each_certificate_is_good_for_one_thing() {
 
         let token = server.token("web03", &[])?;
         let identity = scene.path("web03");
+        for program in ["cdp-agent", "cdp-restore", "cdp-journal"] {
+            let enroll = cmd(binary(program)?.display().to_string());
+            let enroll = enroll.args(["enroll", "--server", "nonsense", "--token", &token, "--identity"]);
+            let refused = enroll.arg(&identity).run()?.expect_code(USAGE)?;
+            refused.expect_message(&["nonsense", "give it as HOST:PORT"])?;
+        }
         let refused = server.enroll("cdp-restore", &token, &identity)?.run()?;
         refused
             .expect_code(FAILED)?

@@ -30,3 +30,14 @@ pub fn is_host_and_port(text: &str) -> bool {
     let parts = text.rsplit_once(':');
     parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
 }
+
+/// The address of a server, as it is given on a command line.
+///
+/// # Errors
+/// What its form is to be, where it has another.
+pub fn host_and_port(text: &str) -> Result<String, &'static str> {
+    match is_host_and_port(text) {
+        true => Ok(text.to_owned()),
+        false => Err("give it as HOST:PORT, such as dr1.example.org:7443"),
+    }
+}
