@@ -117,12 +117,11 @@ impl Agent {
             GapCause::AgentDown
         };
         // Before anything that waits in the ring: what is recorded of one volume is no history of another that was not
-        // watched then. Its time is not later than what waits.
+        // watched then. Its time is not later than what waits, and not that of the last record, which is exact.
         let mut known = recovered.volumes;
-        let ended_at = recovered
-            .latest
-            .filter(|_| is_resumed)
-            .unwrap_or_else(clock::boot_ns);
+        let after = |latest: BootNs| BootNs(latest.0.saturating_add(1));
+        let ended_at = recovered.latest.filter(|_| is_resumed).map(after);
+        let ended_at = ended_at.unwrap_or_else(clock::boot_ns);
         end_unwatched(&mut recorder, &mut known, &absent, interrupted, ended_at);
         let shared = Arc::new(Shared::new(recorder, probe.positions(), config.commit_interval));
         shared.set_appended(recovered.last_seq, position);
@@ -152,11 +151,7 @@ impl Agent {
         let readback_shared = Arc::clone(&shared);
         let readback = std::thread::Builder::new()
             .name("cdp-readback".into())
-            .spawn(move || {
-                if let Err(error) = readback.run() {
-                    readback_shared.fail("readback", &error);
-                }
-            })
+            .spawn(move || readback_shared.run("readback", || readback.run()))
             .context("start the read-back thread")?;
         let ids = known.iter().map(|volume| volume.info.id.get());
         let next_volume = ids.max().unwrap_or(0) + 1;
@@ -354,20 +349,21 @@ impl Agent {
             .volumes
             .iter()
             .filter(|volume| !self.config.volumes.contains(volume));
-        let gone: Vec<_> = self
-            .config
-            .volumes
-            .iter()
-            .filter(|volume| !config.volumes.contains(volume))
-            .collect();
+        let gone = self.config.volumes.iter();
+        let gone = gone.filter(|volume| !config.volumes.contains(volume));
+        let gone: Vec<String> = gone.map(|volume| volume.name.clone()).collect();
         let (found, absent) = find_devices(&config.store, new)?;
-        let gone: Vec<String> = gone.into_iter().map(|volume| volume.name.clone()).collect();
-        for name in gone {
-            self.unprotect(&name)?;
+        if !gone.is_empty() {
+            self.unprotect(&gone)?;
         }
+        // Should the rest fail, what was done so far is what the next reload finds.
         for (volume, device) in found {
             self.protect(&volume, device)?;
+            self.config.volumes.push(volume);
         }
+        self.config
+            .volumes
+            .extend(absent.iter().map(|absent| absent.volume.clone()));
         self.absent.extend(absent);
         self.tell_absent();
         self.shared.commit_interval_ms.store(
@@ -379,19 +375,28 @@ impl Agent {
         Ok(())
     }
 
-    fn unprotect(&mut self, name: &str) -> anyhow::Result<()> {
-        self.absent.retain(|absent| absent.volume.name != name);
-        let found = self.volume_called(name);
-        let Some((id, disk)) = found else { return Ok(()) };
+    /// Ends volumes that nobody wants any more: all of them or none.
+    fn unprotect(&mut self, names: &[String]) -> anyhow::Result<()> {
         self.shared.wait_clear(LAST_CHECK_TIMEOUT);
         let now = clock::boot_ns();
         // All that was written or lost up to then is recorded afterwards.
-        self.shared.losses_known_within(LOSSES_TIMEOUT).with_context(|| {
-            format!("volume {name} stays protected: the log does not keep up; reload again later")
+        let known = self.shared.losses_known_within(LOSSES_TIMEOUT);
+        known.with_context(|| {
+            let names = names.join(", ");
+            format!(
+                "the log does not keep up: nothing changes yet, {names} stays protected; reload again later"
+            )
         })?;
-        self.end_volume(id, name, End::NotWanted, now);
-        self.watch(disk)?;
-        tracing::info!(volume = %name, "no longer watching");
+        for name in names {
+            self.absent.retain(|absent| absent.volume.name != *name);
+            self.config.volumes.retain(|volume| volume.name != *name);
+            let Some((id, disk)) = self.volume_called(name) else {
+                continue;
+            };
+            self.end_volume(id, name, End::NotWanted, now);
+            self.watch(disk)?;
+            tracing::info!(volume = %name, "no longer watching");
+        }
         Ok(())
     }
 
@@ -439,11 +444,12 @@ impl Agent {
             .map(|(&id, device)| (id, device.clone()))
             .collect();
         let mut changed: Vec<DiskNumber> = Vec::new();
+        let mut gone: Vec<(VolumeId, DiskNumber, &str)> = Vec::new();
         for (id, mut device) in devices {
             if let Some(why) = device.why_gone() {
-                if self.detach(id, why) {
-                    changed.push(device.disk);
-                }
+                // Whatever is recorded of it from here on: no moment since the last look is exact.
+                self.shared.recorder.lock().device_gone(id, clock::boot_ns());
+                gone.push((id, device.disk, why));
                 continue;
             }
             // One that is not there just now has no size that counts.
@@ -459,6 +465,14 @@ impl Agent {
                 self.devices.lock().insert(id, device);
             }
         }
+        // Events that were skipped before are looked for while they still count as watched. Where the log stalls, the next
+        // look tries again.
+        if gone.is_empty() || self.shared.losses_known_within(LOSSES_TIMEOUT).is_some() {
+            for (id, disk, why) in gone {
+                self.detach(id, why);
+                changed.push(disk);
+            }
+        }
         for disk in changed {
             self.watch(disk)?;
         }
@@ -469,25 +483,19 @@ impl Agent {
         Ok(())
     }
 
-    /// The device of a volume is gone: the volume is stopped until it is back. False if the next look has to try again.
-    fn detach(&mut self, id: VolumeId, why: &str) -> bool {
+    /// The device of a volume is gone: the volume is stopped until it is back.
+    fn detach(&mut self, id: VolumeId, why: &str) {
         let volume = self.shared.recorder.lock().volumes().iter().find_map(|volume| {
             (volume.id == id).then(|| VolumeConfig {
                 name: volume.name.clone(),
                 path: volume.path.clone(),
             })
         });
-        let Some(volume) = volume else { return true };
-        // Events that were skipped before are looked for while it still counts as watched. Nothing is written to it any
-        // more, and it was seen at the last look and not since: it can wait.
-        if self.shared.losses_known_within(LOSSES_TIMEOUT).is_none() {
-            return false;
-        }
+        let Some(volume) = volume else { return };
         self.end_volume(id, &volume.name, End::Detached, clock::boot_ns());
         let why = format!("{}: {why}", volume.path.display());
         tracing::error!(volume = %volume.name, "stopped until it is back: {why}");
         self.absent.push(Absent { volume, why });
-        true
     }
 
     /// Devices that are back are compared with what the log has of them.

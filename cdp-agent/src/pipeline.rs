@@ -162,6 +162,15 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Runs what the agent cannot do without: if that fails, or panics, the agent must end. The next one goes on with what
+    /// waits in the ring.
+    pub(crate) fn run(&self, what: &str, work: impl FnOnce() -> anyhow::Result<()>) {
+        if let Err(error) = contained(work) {
+            tracing::error!("{what}: {error:#}");
+            self.fail(what, &error);
+        }
+    }
+
     pub(crate) fn set_durable(&self, seq: Option<Seq>) {
         let mut durable = self.durable.lock();
         if seq > durable.seq {
@@ -185,9 +194,9 @@ impl Shared {
         }
     }
 
-    /// What is on its way to the log will not get there.
-    fn none_on_its_way(&self) {
-        self.durable.lock().waiting.clear();
+    /// What is on its way to the log will not get there, from this record on.
+    fn none_on_its_way_from(&self, next: Seq) {
+        self.durable.lock().waiting.retain(|&(last, _)| last < next);
     }
 
     /// Time of the oldest record that is not durable. What waits in the ring, for 20 ms mostly, is not among them.
@@ -335,6 +344,17 @@ fn packing(waiting: usize, waiting_max: usize, is_log_behind: bool) -> Packing {
     }
 }
 
+/// A panic is an error as others are.
+fn contained(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    // Nobody goes on with what it leaves behind: the agent ends.
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    ended.unwrap_or_else(|_| {
+        Err(anyhow::anyhow!(
+            "it panicked: this is a fault of the agent, please report it"
+        ))
+    })
+}
+
 /// How long records are gathered for one frame: what a sync leaves of the commit interval, within bounds. The fewer frames,
 /// the less each captured byte costs.
 fn gather_interval(commit_interval: Duration, sync: Duration) -> Duration {
@@ -383,10 +403,7 @@ impl Pipeline {
                 if name != CAPTURE {
                     priority::give_way();
                 }
-                if let Err(error) = work(&shared) {
-                    tracing::error!("{name}: {error:#}");
-                    shared.fail(name, &error);
-                }
+                shared.run(name, || work(&shared));
             };
             std::thread::Builder::new()
                 .name(format!("cdp-{name}"))
@@ -509,6 +526,14 @@ mod tests {
         let ms = Duration::from_millis;
         let gathered = |sync| gather_interval(ms(16), ms(sync)).as_millis();
         assert_eq!([0, 2, 5, 8, 20].map(gathered), [14, 14, 11, 8, 8]);
+    }
+
+    /// Goal: an agent one of whose threads is gone does not go on as if nothing were.
+    #[test]
+    fn a_panic_is_a_failure() {
+        assert!(contained(|| Ok(())).is_ok());
+        let error = contained(|| panic!("on purpose")).unwrap_err();
+        assert!(error.to_string().contains("panicked"), "{error}");
     }
 
     #[test]

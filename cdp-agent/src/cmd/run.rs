@@ -92,6 +92,8 @@ async fn serve_until_stopped(agent: &mut Agent, mut signals: Signals, args: &Run
     let (ask, mut asked) = mpsc::channel::<StatusRequest>(REQUESTS_MAX);
     let permits = Arc::new(tokio::sync::Semaphore::new(REQUESTS_MAX));
     let mut check = tokio::time::interval(CHECK_INTERVAL);
+    // A look that took long is not made up for.
+    check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     loop {
         tokio::select! {

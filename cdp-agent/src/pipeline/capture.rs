@@ -108,7 +108,7 @@ impl Capture {
                 match shared.store.lock().take() {
                     Some(StoreChange::Full { next, epoch }) => {
                         self.probe.notes().forget_after(next.prev());
-                        shared.none_on_its_way();
+                        shared.none_on_its_way_from(next);
                         recorder.store_full(next, epoch, now);
                     }
                     Some(StoreChange::Room) => recorder.room_again(now),
@@ -127,13 +127,15 @@ impl Capture {
             let unkept = self.probe.positions().consumed() - shared.appended_position().0;
             let hurries = shared.hurries.swap(false, Ordering::SeqCst);
             // What there is goes into one frame before a nap, unless there is time for what comes during the nap.
-            let nap_max = shared.gather_interval().min(NAP_MAX);
+            // Asked once: it follows the disk.
+            let gather = shared.gather_interval();
+            let nap_max = gather.min(NAP_MAX);
             let age_max = if stopping || hurries || unkept > self.probe.ring_bytes() / 4 {
                 Duration::ZERO
             } else if empty {
-                shared.gather_interval() - nap_max
+                gather - nap_max
             } else {
-                shared.gather_interval()
+                gather
             };
             recorder.seal_if_older(clock::boot_ns(), age_max);
             drop(recorder);

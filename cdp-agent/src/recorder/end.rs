@@ -45,6 +45,22 @@ impl Recorder {
         self.declared.ended(Some(seq), id, body);
     }
 
+    /// A volume's device was found to be gone, or another one: so it may have been since the look before, and no moment since
+    /// then is exact, whatever is recorded before the volume is forgotten. Nothing of it is read.
+    pub(crate) fn device_gone(&mut self, id: VolumeId, now: BootNs) {
+        let Some(i) = self.volumes.iter().position(|volume| volume.id == id) else {
+            return;
+        };
+        let volume = &mut self.volumes[i];
+        volume.attached = false;
+        volume.mark_all();
+        let seen = volume.size_seen;
+        // Also where a gap is open: it may have begun later.
+        volume.doubt_since(Some(Seq::after(seen)));
+        // After the last exact moment, not at the same time.
+        self.open_gap(i, GapCause::Detached, seen, BootNs(now.0.saturating_add(1)));
+    }
+
     /// Forgets a volume; its history ends with a gap that is open, so that no later moment counts as exact. `None` if
     /// there is no such volume.
     ///
@@ -61,11 +77,8 @@ impl Recorder {
         self.volumes[i].doubt_since(in_flight);
         let last_exact = match end {
             End::Detached => {
-                let volume = &mut self.volumes[i];
-                let seen = volume.size_seen;
-                // Also where a gap is open: it may have begun later.
-                volume.doubt_since(Some(Seq::after(seen)));
-                seen
+                self.device_gone(id, now);
+                self.volumes[i].size_seen
             }
             // So that the time up to now is covered.
             End::NotWanted if matches!(self.volumes[i].state, State::Exact { .. }) => {

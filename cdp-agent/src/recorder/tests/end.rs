@@ -33,6 +33,29 @@ fn a_volume_whose_device_is_gone_is_exact_up_to_the_last_look() {
     assert!(recorder.volumes().is_empty());
 }
 
+/// Goal: while the log stalls, a volume may have to wait until it is forgotten, and what is recorded meanwhile is of nobody
+/// knows which disk. Method: writes, read-backs and the end of the gap after the device was found to be gone.
+#[test]
+fn nothing_that_is_recorded_of_a_device_that_is_gone_is_exact() {
+    let mut recorder = protected();
+    write(&mut recorder, 0, 11 * SECOND);
+    complete(&mut recorder, 0, 4096, false, 12 * SECOND);
+    let seen = recorder.last_seq();
+    look(&mut recorder, 13 * SECOND);
+    let mut told = Vec::new();
+    for again in 0..2 {
+        recorder.device_gone(volume_id(), BootNs(14 * SECOND + again));
+        told.extend(records(&mut recorder));
+        assert_eq!(last_gap(&told), (GapCause::Detached, seen));
+        write(&mut recorder, 8, (15 + again) * SECOND);
+        complete(&mut recorder, 8, 4096, false, (15 + again) * SECOND);
+        assert!(recorder.take_run(u64::MAX).is_none());
+        assert!(!recorder.try_close(volume_id(), Some(NOW), NOW));
+    }
+    let ended = recorder.end_volume(volume_id(), End::Detached, NOW).unwrap();
+    assert_eq!((ended.cause, ended.last_exact), (GapCause::Detached, seen));
+}
+
 #[test]
 fn a_write_that_was_in_flight_when_the_device_went_is_no_part_of_what_is_exact() {
     for end in [End::Detached, End::NotWanted] {
