@@ -202,13 +202,16 @@ pub(crate) fn enroll(args: &EnrollArgs) -> anyhow::Result<()> {
 pub(crate) fn revoke(args: &RevokeArgs) -> anyhow::Result<()> {
     let site = open_site(&args.store.dir)?;
     let grants = Grants::open(site.dir())?;
-    let mut known = grants.names()?;
-    known.extend(site.agents()?);
+    // Whatever else is wrong here: a revoked certificate must not wait for it.
+    let known = grants.names();
     grants.revoke(&args.name)?;
+    let mut known = known?;
+    known.extend(site.agents()?);
     if !known.contains(&args.name) {
         let known: Vec<String> = known.iter().map(ToString::to_string).collect();
         tracing::warn!(
-            "nothing here is of {}, neither a history nor a token: is it spelled right? Known are: {}",
+            "nothing here is of {}, neither a history nor a token that is remembered (for 30 days after it expires): if \
+             no certificate was made for that name, it is spelled otherwise. Known are: {}",
             args.name,
             known.join(", ")
         );

@@ -1,6 +1,7 @@
 //! One log on its way to one holder: of an agent to a server, or of a server to one that follows it.
 //!
-//! The log's writer never waits for it: all they share is the Seq that is durable.
+//! The log's writer never waits for it: what they share is the Seq that is durable, how long the log is, and now and then the
+//! time of the oldest record that is not durable ([`DurableLog`]).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

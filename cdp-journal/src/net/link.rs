@@ -2,7 +2,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::HandshakeData;
@@ -276,11 +275,8 @@ impl Link {
             SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         };
         let io = |error: std::io::Error| LinkError::closed(format!("open a socket: {error}"));
-        let socket = socket::bind(SocketAddr::new(any, 0)).map_err(io)?;
-        let runtime = Arc::new(quinn::TokioRuntime);
-        let mut config_here = EndpointConfig::default();
-        socket::take_large(&mut config_here).map_err(io)?;
-        let endpoint = Endpoint::new(config_here, None, socket, runtime).map_err(io)?;
+        let here = SocketAddr::new(any, 0);
+        let endpoint = socket::endpoint(here, EndpointConfig::default(), None).map_err(io)?;
         let connecting = endpoint
             .connect_with(config, address, SERVER_NAME)
             .map_err(|error| LinkError::closed(error.to_string()))?;

@@ -106,7 +106,13 @@ impl Shipper {
         let thread = std::thread::Builder::new()
             .name("cdp-ship".into())
             .spawn(move || {
-                runtime.block_on(worker.run());
+                let feed = Arc::clone(&worker.feed);
+                let run = std::panic::AssertUnwindSafe(|| runtime.block_on(worker.run()));
+                if std::panic::catch_unwind(run).is_err() {
+                    let why =
+                        "shipping has panicked: a fault of this program, please report it, and start it anew";
+                    feed.note(&FeedError::Other(why.to_owned()));
+                }
                 // A name server may keep a helper for long: nobody who stops waits for that.
                 runtime.shutdown_background();
             })?;
@@ -146,10 +152,10 @@ impl Shipper {
         };
         // The rest is asked of the disk.
         let standing = self.feed.standing();
+        status.lag_seconds = standing.lag_ns as f64 / 1e9;
         if Seq::number_of(standing.durable) <= status.acked_seq {
             return status;
         }
-        status.lag_seconds = standing.lag_ns as f64 / 1e9;
         status.backlog_bytes = standing.backlog_bytes;
         status.catch_up_seconds = gain
             .filter(|gain| status.state == TargetState::Connected && *gain > 0.0)
@@ -232,5 +238,52 @@ impl Worker {
         }
         link.close().await;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::WallNs;
+
+    /// A log whose disk has not taken a write for five milliseconds.
+    struct Stalled;
+
+    impl DurableLog for Stalled {
+        fn wait_durable_beyond(&self, _: Option<Seq>, _: Duration) -> Option<Seq> {
+            None
+        }
+
+        fn log_bytes(&self) -> u64 {
+            0
+        }
+
+        fn oldest_not_durable(&self) -> Option<WallNs> {
+            Some(WallNs(WallNs::now().0 - 5_000_000))
+        }
+    }
+
+    /// Goal: `status` does not say "no lag" because the server has all that is durable, of a log that makes nothing durable.
+    #[test]
+    fn what_is_not_durable_here_counts_as_lag_of_the_server() {
+        let (feed, stop) = (
+            Feed::new(
+                "dr1:7443".to_owned(),
+                Path::new("store"),
+                Arc::new(Stalled),
+                Arc::default(),
+                Ahead::Diverged,
+                Arc::default(),
+            ),
+            watch::channel(false).0,
+        );
+        let shipper = Shipper {
+            feed,
+            stop,
+            thread: None,
+        };
+        let status = shipper.status();
+        assert!(status.lag_seconds >= 0.005, "{status:?}");
+        assert_eq!(status.backlog_bytes, 0);
     }
 }

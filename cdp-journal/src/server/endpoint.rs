@@ -23,9 +23,7 @@ pub(super) fn listen(
     let key = authority.derive_key("cdp-journal stateless reset 1");
     let mut endpoint = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &key)));
     endpoint.cid_generator(|| Box::new(RandomIds));
-    socket::take_large(&mut endpoint)?;
-    let socket = socket::bind(listen)?;
-    Endpoint::new(endpoint, Some(config), socket, Arc::new(quinn::TokioRuntime))
+    socket::endpoint(listen, endpoint, Some(config))
 }
 
 /// Random ids of connections. Those of quinn carry a hash by which a server that was started anew takes them for noise

@@ -180,7 +180,10 @@ impl Grants {
     pub fn names(&self) -> Result<BTreeSet<AgentName>, TrustError> {
         let mut names = BTreeSet::new();
         for path in paths_in(&self.dir.join(TOKENS_DIR))? {
-            names.extend(read::<TokenGrant>(&path)?.map(|grant| grant.agent));
+            // Others are being written, or were when something was killed.
+            let is_whole = path.extension().is_some_and(|end| end == "json" || end == "used");
+            let grant = is_whole.then(|| read::<TokenGrant>(&path)).transpose()?.flatten();
+            names.extend(grant.map(|grant| grant.agent));
         }
         for path in paths_in(&self.dir.join(NAMES_DIR))? {
             let name = path.file_stem().and_then(|name| name.to_str());
