@@ -22,6 +22,7 @@ mod follow;
 mod ingest;
 mod logs;
 mod reads;
+mod stages;
 mod status;
 mod units;
 
