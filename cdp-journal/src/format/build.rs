@@ -293,27 +293,30 @@ pub struct SealedFrame {
 impl SealedFrame {
     /// Takes bytes for a frame after checking every byte of them.
     pub fn check(bytes: Vec<u8>) -> Result<Self, FrameError> {
-        Self::check_units(bytes, false).map(|(frame, _)| frame)
+        Self::check_units(bytes, 0, false).map(|(frame, _)| frame)
     }
 
-    /// The same; gives its packed units too, and where in the frame the group of each begins, if `are_wanted`.
+    /// The same, of the bytes from `start` on; gives its packed units too, and where in the frame the group of each begins,
+    /// if `are_wanted`.
     pub(crate) fn check_units(
         bytes: Vec<u8>,
+        start: usize,
         are_wanted: bool,
     ) -> Result<(Self, Vec<(PackedUnit, usize)>), FrameError> {
-        let frame = Frame::parse(&bytes)?;
-        if bytes.len() != frame.header.frame_bytes {
+        let whole = bytes.get(start..).ok_or(FrameError::Short)?;
+        let frame = Frame::parse(whole)?;
+        if whole.len() != frame.header.frame_bytes {
             return Err(FrameError::Short);
         }
-        frame.check_groups(&bytes)?;
+        frame.check_groups(whole)?;
         let units = match are_wanted {
-            true => frame.packed_units(&bytes),
+            true => frame.packed_units(whole),
             false => Vec::new(),
         };
         let place = |unit: &PackedUnit| frame.groups[usize::from(unit.group)].offset_in_frame;
         let units = units.into_iter().map(|unit| (unit, place(&unit))).collect();
         let sealed = Self {
-            start: 0,
+            start,
             head_bytes: frame.header.prefix_bytes(),
             first_seq: frame.header.first_seq,
             last_seq: frame.header.last_seq(),

@@ -18,7 +18,7 @@ use super::turns::Turns;
 use crate::error::{OpenError, ReadError};
 use crate::ship::{Flight, LogTail, Offerable, Sent, TailError};
 use crate::types::{Seq, WallNs};
-use crate::wire::{ALPN, Kind, Message, Standing, WireError};
+use crate::wire::{ALPN, Kind, Message, Shipment, Standing, WireError};
 
 /// Frames that are read ahead of the connection.
 const FRAMES_AHEAD: usize = 4;
@@ -400,28 +400,26 @@ impl Feed {
             };
             self.progress.lock().flight.sent(sent);
             let previous = frame.previous;
-            let message = match thin {
-                None => Message::Frame {
-                    previous,
-                    frame: frame.bytes,
-                },
-                Some(thin) => Message::Thin {
-                    previous,
-                    units: outgoing.known,
-                    thin,
-                },
+            let (units, bytes) = match thin {
+                None => (Vec::new(), frame.bytes),
+                Some(thin) => (outgoing.known, thin),
             };
-            let message = message.encode();
-            let piece_bytes = match self.throttle.limit() {
-                Some(_) => PIECE_BYTES,
-                None => message.len(),
-            };
-            for piece in message.chunks(piece_bytes) {
+            let head = Shipment::head(previous, &units, bytes.len());
+            // Bytes of datagrams that have left for the other end.
+            let left_bytes = || connection.stats().udp_tx.bytes;
+            if self.throttle.limit().is_none() {
+                let written = (head.len() + bytes.len()) as u64;
+                self.throttle.turn().await;
+                stream.write_all(&head).await.map_err(LinkError::from)?;
+                // Not copied: QUIC keeps it until it has arrived.
+                stream.write_chunk(bytes.into()).await.map_err(LinkError::from)?;
+                self.throttle.charge(charge.due(written, left_bytes()));
+                continue;
+            }
+            for piece in head.chunks(PIECE_BYTES).chain(bytes.chunks(PIECE_BYTES)) {
                 self.throttle.turn().await;
                 stream.write_all(piece).await.map_err(LinkError::from)?;
-                // Bytes of datagrams that have left for the other end.
-                let sent_bytes = connection.stats().udp_tx.bytes;
-                self.throttle.charge(charge.due(piece.len() as u64, sent_bytes));
+                self.throttle.charge(charge.due(piece.len() as u64, left_bytes()));
             }
         }
     }

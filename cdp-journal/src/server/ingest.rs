@@ -12,9 +12,10 @@ use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
 use super::logs::{History, Intake};
-use super::stages::{Acked, Ends, Shipped, Stages};
+use super::stages::{Acked, Ends, Stages};
 use super::units::Known;
 use super::{HELLO_TIMEOUT, Refusal, Shared, not_allowed};
+use crate::format::UnitHash;
 use crate::net::link::{self, LinkError};
 use crate::net::thread::on_own_thread;
 use crate::net::{PacedReader, Throttle};
@@ -22,7 +23,7 @@ use crate::site::AgentName;
 use crate::store::StoreWriter;
 use crate::trust::Holder;
 use crate::types::Seq;
-use crate::wire::{Close, FrameId, Kind, Message, WireError};
+use crate::wire::{Close, FrameId, Kind, Message, Shipment, WireError};
 
 /// Serves an agent's connection until it ends.
 pub(super) async fn serve(
@@ -142,7 +143,7 @@ pub(super) async fn take_in(
 async fn read_frames(
     stream: &mut RecvStream,
     mut paced: Option<&mut PacedReader<'_>>,
-    frames: mpsc::Sender<Shipped>,
+    frames: mpsc::Sender<Shipment>,
     intake: &Intake,
 ) -> Result<(), Refusal> {
     loop {
@@ -151,26 +152,10 @@ async fn read_frames(
             None => link::read_message(stream).await?,
         };
         let Some((kind, body)) = message else { break };
-        let shipped = match Message::decode(kind, &body).map_err(LinkError::from)? {
-            Message::Frame { previous, frame } => Shipped {
-                previous,
-                units: Vec::new(),
-                bytes: frame,
-            },
-            Message::Thin {
-                previous,
-                units,
-                thin,
-            } => Shipped {
-                previous,
-                units,
-                bytes: thin,
-            },
-            other => return Err(unexpected(&other, Kind::Frame)),
-        };
+        let shipped = Shipment::decode(kind, body).map_err(LinkError::from)?;
         intake
             .received_bytes
-            .fetch_add(shipped.bytes.len() as u64, Ordering::Relaxed);
+            .fetch_add(shipped.frame().len() as u64, Ordering::Relaxed);
         if frames.send(shipped).await.is_err() {
             // The log thread has ended, and says why.
             return std::future::pending().await;
@@ -186,13 +171,12 @@ async fn listen(
     history: &History,
     known: &Known,
 ) -> Result<(), Refusal> {
+    let mut answerer = Answerer::new(known);
     while let Some((kind, body)) = link::read_message(receive).await? {
         match Message::decode(kind, &body).map_err(LinkError::from)? {
             Message::Standing(standing) => history.tell(standing),
             Message::Offer { hashes } => {
-                let known = known.clone();
-                let bits = on_own_thread("cdp-have", move || known.have(&hashes));
-                let bits = bits.await.map_err(|error| Refusal::failed(&error))?;
+                let bits = answerer.have(hashes).await?;
                 let have = Message::Have { bits }.encode();
                 send.lock()
                     .await
@@ -205,6 +189,47 @@ async fn listen(
     }
     // The sender need not say it.
     std::future::pending().await
+}
+
+/// Looks up what is offered on a thread of its own, which begins with the first offer.
+struct Answerer<'k> {
+    known: &'k Known,
+    thread: Option<(mpsc::Sender<Vec<UnitHash>>, mpsc::Receiver<u32>)>,
+}
+
+impl<'k> Answerer<'k> {
+    fn new(known: &'k Known) -> Self {
+        Self { known, thread: None }
+    }
+
+    /// A bit for each of the hashes: is it here?
+    async fn have(&mut self, hashes: Vec<UnitHash>) -> Result<u32, Refusal> {
+        let (ask, answers) = match &mut self.thread {
+            Some(thread) => thread,
+            None => self
+                .thread
+                .insert(self.start().map_err(|error| Refusal::failed(&error))?),
+        };
+        let asked = ask.send(hashes).await.is_ok();
+        let answer = if asked { answers.recv().await } else { None };
+        answer.ok_or_else(|| Refusal::failed(&"the thread that looks up offers ended"))
+    }
+
+    fn start(&self) -> std::io::Result<(mpsc::Sender<Vec<UnitHash>>, mpsc::Receiver<u32>)> {
+        let (ask, mut asked) = mpsc::channel::<Vec<UnitHash>>(1);
+        let (answer, answers) = mpsc::channel(1);
+        let known = self.known.clone();
+        std::thread::Builder::new()
+            .name("cdp-have".into())
+            .spawn(move || {
+                while let Some(hashes) = asked.blocking_recv() {
+                    if answer.blocking_send(known.have(&hashes)).is_err() {
+                        return;
+                    }
+                }
+            })?;
+        Ok((ask, answers))
+    }
 }
 
 fn unexpected(found: &Message, expected: Kind) -> Refusal {

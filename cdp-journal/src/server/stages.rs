@@ -24,7 +24,7 @@ use crate::index::IndexWriter;
 use crate::log::{FrameLocation, LogError, LogWriter, SyncJob};
 use crate::store::StoreWriter;
 use crate::types::Seq;
-use crate::wire::Close;
+use crate::wire::{Close, Shipment};
 
 /// Frames between the connection and their check.
 const QUEUE_FRAMES: usize = 4;
@@ -46,15 +46,6 @@ const ROOM_INTERVAL: Duration = Duration::from_millis(500);
 pub(super) struct Acked {
     pub(super) durable: Option<Seq>,
     pub(super) full: bool,
-}
-
-/// A frame as it came.
-pub(super) struct Shipped {
-    /// The Seq before it in the sender's log.
-    pub(super) previous: Option<Seq>,
-    /// What is left out of it.
-    pub(super) units: Vec<PackedUnit>,
-    pub(super) bytes: Vec<u8>,
 }
 
 /// A frame of which every byte was checked.
@@ -96,7 +87,7 @@ struct Desk {
 
 /// What the connection has of its stages: where frames go in, what is to be told, and why a stage has ended.
 pub(super) struct Ends {
-    pub(super) frames: mpsc::Sender<Shipped>,
+    pub(super) frames: mpsc::Sender<Shipment>,
     pub(super) acks: watch::Receiver<Acked>,
     pub(super) failure: mpsc::Receiver<Refusal>,
 }
@@ -180,17 +171,12 @@ impl Stages {
 fn check_frames(
     desk: &Desk,
     mut last: Option<Seq>,
-    mut frames: mpsc::Receiver<Shipped>,
+    mut frames: mpsc::Receiver<Shipment>,
     to_log: &Sender<Checked>,
 ) -> Result<(), Refusal> {
     let are_noted = desk.known.are_noted();
     while let Some(shipped) = frames.blocking_recv() {
-        let Shipped {
-            previous,
-            units,
-            bytes,
-        } = shipped;
-        let header = FrameHeader::decode(&bytes).map_err(|error| protocol(&error))?;
+        let header = FrameHeader::decode(shipped.frame()).map_err(|error| protocol(&error))?;
         // It is here already.
         if Some(header.last_seq()) <= last {
             continue;
@@ -199,17 +185,21 @@ fn check_frames(
             let (first, last) = (header.first_seq, header.last_seq());
             format!("the frame of seq {first} to {last}: {error}")
         };
-        let bytes = match units.is_empty() {
-            true => bytes,
-            false => desk.refill(&bytes, &units).map_err(|error| {
+        let refilled = match shipped.units.is_empty() {
+            true => None,
+            false => Some(desk.refill(&shipped).map_err(|error| {
                 let close = match error {
                     RefillError::Missing(_) => Close::Lacking,
                     _ => Close::Protocol,
                 };
                 Refusal::new(close, bad(&error))
-            })?,
+            })?),
         };
-        let checked = SealedFrame::check_units(bytes, are_noted);
+        let previous = shipped.previous;
+        let checked = match refilled {
+            None => SealedFrame::check_units(shipped.body, shipped.at, are_noted),
+            Some(whole) => SealedFrame::check_units(whole, 0, are_noted),
+        };
         let (frame, units) = checked.map_err(|error| protocol(&bad(&error)))?;
         last = Some(frame.last_seq());
         let checked = Checked {
@@ -227,8 +217,9 @@ fn check_frames(
 
 impl Desk {
     /// A frame with what was left out of it.
-    fn refill(&self, thin: &[u8], units: &[PackedUnit]) -> Result<Vec<u8>, RefillError> {
-        let whole = refill(thin, units, |hash: &UnitHash| self.known.find(hash))?;
+    fn refill(&self, shipped: &Shipment) -> Result<Vec<u8>, RefillError> {
+        let thin = shipped.frame();
+        let whole = refill(thin, &shipped.units, |hash: &UnitHash| self.known.find(hash))?;
         let saved_bytes = (whole.len() - thin.len()) as u64;
         self.intake.saved_bytes.fetch_add(saved_bytes, Ordering::Relaxed);
         Ok(whole)

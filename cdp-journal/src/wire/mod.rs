@@ -416,7 +416,9 @@ impl Message {
                 &id.hash,
             ]
             .concat(),
-            Self::Frame { previous, frame } => [&seq_bytes(*previous)[..], frame].concat(),
+            Self::Frame { previous, frame } => {
+                return [Shipment::head(*previous, &[], frame.len()), frame.clone()].concat();
+            }
             Self::Ack { durable, full } => {
                 [&seq_bytes(*durable)[..], &[u8::from(*full), 0, 0, 0, 0, 0, 0, 0]].concat()
             }
@@ -433,18 +435,7 @@ impl Message {
                 previous,
                 units,
                 thin,
-            } => {
-                let mut body =
-                    Vec::with_capacity(THIN_HEAD_BYTES + units.len() * THIN_UNIT_BYTES + thin.len());
-                body.extend_from_slice(&seq_bytes(*previous));
-                body.extend_from_slice(&(units.len() as u64).to_le_bytes());
-                for unit in units {
-                    body.extend_from_slice(&unit.group.to_le_bytes());
-                    body.extend_from_slice(unit.hash.as_bytes());
-                }
-                body.extend_from_slice(thin);
-                body
-            }
+            } => return [Shipment::head(*previous, units, thin.len()), thin.clone()].concat(),
         };
         [&Header::encode(self.kind(), body.len())[..], &body].concat()
     }
@@ -459,9 +450,9 @@ impl Message {
                 durable: Seq::new(u64_at(body, 16)),
             }),
             Kind::Welcome if body.len() == 32 => Self::decode_welcome(body),
-            Kind::Frame if body.len() > 8 => Some(Self::Frame {
-                previous: Seq::new(u64_at(body, 0)),
-                frame: body[8..].to_vec(),
+            Kind::Frame => Shipment::parse(kind, body).map(|(previous, _, at)| Self::Frame {
+                previous,
+                frame: body[at..].to_vec(),
             }),
             Kind::Ack if body.len() == 16 && body[8] <= 1 && body[9..] == [0; 7] => Some(Self::Ack {
                 durable: Seq::new(u64_at(body, 0)),
@@ -477,7 +468,11 @@ impl Message {
             Kind::Have if body.len() == 8 && body[4..] == [0; 4] => Some(Self::Have {
                 bits: u32_at(body, 0),
             }),
-            Kind::Thin => Self::decode_thin(body),
+            Kind::Thin => Shipment::parse(kind, body).map(|(previous, units, at)| Self::Thin {
+                previous,
+                units,
+                thin: body[at..].to_vec(),
+            }),
             _ => None,
         };
         message.ok_or(WireError::Body(kind))
@@ -511,24 +506,6 @@ impl Message {
         })
     }
 
-    fn decode_thin(body: &[u8]) -> Option<Self> {
-        let (head, rest) = body.split_at_checked(THIN_HEAD_BYTES)?;
-        let count = u64_at(head, 8);
-        if !(1..=FRAME_UNITS_MAX as u64).contains(&count) {
-            return None;
-        }
-        let (units, thin) = rest.split_at_checked(count as usize * THIN_UNIT_BYTES)?;
-        let units = units.chunks_exact(THIN_UNIT_BYTES).map(|unit| PackedUnit {
-            group: u16_at(unit, 0),
-            hash: UnitHash::new(bytes_at(unit, 2)),
-        });
-        Some(Self::Thin {
-            previous: Seq::new(u64_at(head, 0)),
-            units: units.collect(),
-            thin: thin.to_vec(),
-        })
-    }
-
     fn decode_enrolled(body: &[u8]) -> Option<Self> {
         let (len, rest) = body.split_at_checked(4)?;
         let (certificate, authority) = rest.split_at_checked(u32_at(len, 0) as usize)?;
@@ -549,6 +526,80 @@ impl Message {
             hash: bytes_at(body, 16),
         };
         (first <= last).then_some(Self::Welcome { held: Some(held) })
+    }
+}
+
+/// A `Frame` or a `Thin` as it came: the frame stays where it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Shipment {
+    /// The Seq before it in the sender's log.
+    pub(crate) previous: Option<Seq>,
+    /// What is left out of it.
+    pub(crate) units: Vec<PackedUnit>,
+    /// The message's body, of which the frame is all from `at` on.
+    pub(crate) body: Vec<u8>,
+    pub(crate) at: usize,
+}
+
+impl Shipment {
+    /// Of the body of a message that must be one.
+    pub(crate) fn decode(kind: Kind, body: Vec<u8>) -> Result<Self, WireError> {
+        if !matches!(kind, Kind::Frame | Kind::Thin) {
+            let (found, expected) = (kind, Kind::Frame);
+            return Err(WireError::Unexpected { found, expected });
+        }
+        let (previous, units, at) = Self::parse(kind, &body).ok_or(WireError::Body(kind))?;
+        Ok(Self {
+            previous,
+            units,
+            body,
+            at,
+        })
+    }
+
+    /// The frame, or what is left of it.
+    pub(crate) fn frame(&self) -> &[u8] {
+        self.body.get(self.at..).unwrap_or_default()
+    }
+
+    /// What comes before the frame: the message's header, and what its body begins with.
+    pub(crate) fn head(previous: Option<Seq>, units: &[PackedUnit], frame_bytes: usize) -> Vec<u8> {
+        let mut head = seq_bytes(previous).to_vec();
+        if !units.is_empty() {
+            head.extend_from_slice(&(units.len() as u64).to_le_bytes());
+        }
+        for unit in units {
+            head.extend_from_slice(&unit.group.to_le_bytes());
+            head.extend_from_slice(unit.hash.as_bytes());
+        }
+        let kind = match units.is_empty() {
+            true => Kind::Frame,
+            false => Kind::Thin,
+        };
+        [&Header::encode(kind, head.len() + frame_bytes)[..], &head].concat()
+    }
+
+    /// The Seq before, what is left out, and where the frame begins.
+    fn parse(kind: Kind, body: &[u8]) -> Option<(Option<Seq>, Vec<PackedUnit>, usize)> {
+        if kind == Kind::Frame {
+            return (body.len() > 8).then(|| (Seq::new(u64_at(body, 0)), Vec::new(), 8));
+        }
+        let (head, rest) = body.split_at_checked(THIN_HEAD_BYTES)?;
+        let count = u64_at(head, 8);
+        if !(1..=FRAME_UNITS_MAX as u64).contains(&count) {
+            return None;
+        }
+        let units_bytes = count as usize * THIN_UNIT_BYTES;
+        let units = rest.get(..units_bytes)?;
+        let units = units.chunks_exact(THIN_UNIT_BYTES).map(|unit| PackedUnit {
+            group: u16_at(unit, 0),
+            hash: UnitHash::new(bytes_at(unit, 2)),
+        });
+        Some((
+            Seq::new(u64_at(head, 0)),
+            units.collect(),
+            THIN_HEAD_BYTES + units_bytes,
+        ))
     }
 }
 

@@ -211,6 +211,27 @@ fn any_message() -> impl Strategy<Value = Message> {
 }
 
 proptest! {
+    /// Goal: a frame that is not copied is taken for what the message says.
+    #[test]
+    fn a_shipment_is_the_message_that_it_came_in(message in any_message()) {
+        let bytes = message.encode();
+        let (header, body) = header_and_body(&bytes);
+        let shipment = Shipment::decode(header.kind, body.to_vec());
+        match message {
+            Message::Frame { previous, frame } => {
+                let shipment = shipment.unwrap();
+                prop_assert_eq!(shipment.frame(), &frame[..]);
+                prop_assert_eq!((shipment.previous, shipment.units), (previous, vec![]));
+            }
+            Message::Thin { previous, units, thin } => {
+                let shipment = shipment.unwrap();
+                prop_assert_eq!(shipment.frame(), &thin[..]);
+                prop_assert_eq!((shipment.previous, shipment.units), (previous, units));
+            }
+            _ => prop_assert!(shipment.is_err()),
+        }
+    }
+
     #[test]
     fn what_was_encoded_is_what_is_decoded(message in any_message()) {
         let bytes = message.encode();
