@@ -4,6 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use jiff::civil::DateTime;
+use jiff::tz::{AmbiguousOffset, TimeZone};
 use serde::{Deserialize, Serialize};
 
 use crate::error::ReadError;
@@ -64,9 +66,7 @@ impl FromStr for When {
                 .map(Self::Ago)
                 .ok_or_else(|| error("a time ago is like -90s, -5m or -2h"));
         }
-        parse_time(text)
-            .map(Self::At)
-            .map_err(|source| error(&source.to_string()))
+        parse_time(text).map(Self::At).map_err(|reason| error(&reason))
     }
 }
 
@@ -83,14 +83,33 @@ fn parse_ago(text: &str) -> Option<Duration> {
     Duration::try_from_secs_f64(number.parse::<f64>().ok()? * secs_per_unit).ok()
 }
 
-fn parse_time(text: &str) -> Result<WallNs, jiff::Error> {
+fn parse_time(text: &str) -> Result<WallNs, String> {
     if let Ok(timestamp) = text.parse::<jiff::Timestamp>() {
         return Ok(WallNs::from(timestamp));
     }
-    let local: jiff::civil::DateTime = text.parse()?;
-    Ok(WallNs::from(
-        local.to_zoned(jiff::tz::TimeZone::system())?.timestamp(),
-    ))
+    let local = text.parse().map_err(|error: jiff::Error| error.to_string())?;
+    time_in(local, &TimeZone::system())
+}
+
+/// A local time that clocks showed exactly once.
+fn time_in(local: DateTime, zone: &TimeZone) -> Result<WallNs, String> {
+    let offset = match zone.to_ambiguous_timestamp(local).offset() {
+        AmbiguousOffset::Unambiguous { offset } => offset,
+        AmbiguousOffset::Gap { before, after } => {
+            return Err(format!(
+                "clocks went from offset {before} to {after} and never showed it"
+            ));
+        }
+        AmbiguousOffset::Fold { before, after } => {
+            let readings = [before, after].map(|offset| {
+                let timestamp = offset.to_timestamp(local).unwrap_or_default();
+                timestamp.display_with_offset(offset).to_string()
+            });
+            return Err(format!("clocks showed it twice: say {}", readings.join(" or ")));
+        }
+    };
+    let timestamp = offset.to_timestamp(local);
+    timestamp.map(WallNs::from).map_err(|error| error.to_string())
 }
 
 impl fmt::Display for When {
@@ -276,6 +295,25 @@ mod tests {
             matches!(parse("2026-11-21 10:15:03.5"), When::At(_)),
             "as printed by others"
         );
+    }
+
+    /// Goal: nobody gets an hour that was not meant. Method: the hours around both changes of summer time.
+    #[test]
+    fn a_local_time_that_clocks_did_not_show_once_is_refused() {
+        let berlin = TimeZone::posix("CET-1CEST,M3.5.0,M10.5.0/3").unwrap();
+        let time = |text: &str| time_in(text.parse().unwrap(), &berlin);
+        let at = |text: &str| WallNs::from(text.parse::<jiff::Timestamp>().unwrap());
+        assert_eq!(time("2026-03-29T01:59:59"), Ok(at("2026-03-29T00:59:59Z")));
+        assert_eq!(time("2026-03-29T03:00:00"), Ok(at("2026-03-29T01:00:00Z")));
+        let never = time("2026-03-29T02:30:00").unwrap_err();
+        assert!(never.contains("never showed"), "{never}");
+        assert_eq!(time("2026-10-25T01:59:59"), Ok(at("2026-10-24T23:59:59Z")));
+        assert_eq!(time("2026-10-25T03:00:00"), Ok(at("2026-10-25T02:00:00Z")));
+        let twice = time("2026-10-25T02:30:00").unwrap_err();
+        for offered in ["2026-10-25T02:30:00+02:00", "2026-10-25T02:30:00+01:00"] {
+            assert!(twice.contains(offered), "{twice}");
+            assert!(offered.parse::<When>().is_ok());
+        }
     }
 
     #[test]

@@ -188,6 +188,11 @@ impl Server {
         process.stop(Signal::KILL, STOP_TIMEOUT).map(drop)
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.process.as_ref().context("a running server")?.signal(signal)
+    }
+
     /// Asks it to stop, and insists on a clean end.
     pub fn stop(&mut self) -> Result<()> {
         let mut process = self.process.take().context("a running server")?;

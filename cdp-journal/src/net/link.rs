@@ -10,6 +10,7 @@ use quinn::{
 };
 use rustls::pki_types::CertificateDer;
 
+use super::tls::Terms;
 use super::{Identities, socket, tls};
 use crate::trust::{SERVER_NAME, fingerprint, hex};
 use crate::types::WallNs;
@@ -228,27 +229,29 @@ pub(crate) struct Link {
 impl Link {
     /// Connects to `server` (HOST:PORT) with a certificate for `right` in the folder `identity`.
     pub(crate) async fn connect_as(identity: &Path, right: Right, server: &str) -> Result<Self, LinkError> {
-        Self::connect_narrow(identity, right, server, tls::WINDOW_BYTES).await
+        Self::connect_on(identity, right, server, Terms::default()).await
     }
 
-    /// As [`Link::connect_as`], where no more than `window_bytes` may be on their way here.
-    pub(crate) async fn connect_narrow(
+    /// As [`Link::connect_as`], on these terms.
+    pub(crate) async fn connect_on(
         identity: &Path,
         right: Right,
         server: &str,
-        window_bytes: u32,
+        terms: Terms,
     ) -> Result<Self, LinkError> {
         let identities = Identities::load(identity, right)?;
         identities.check(WallNs::now())?;
-        Self::connect_with(server, tls::client_transport(identities.tls()?, window_bytes)?).await
+        Self::connect_with(server, identities.tls()?, terms).await
     }
 
     /// Connects to `server` (HOST:PORT), trying each of its addresses.
     pub(crate) async fn connect(server: &str, tls: rustls::ClientConfig) -> Result<Self, LinkError> {
-        Self::connect_with(server, tls::client_transport(tls, tls::WINDOW_BYTES)?).await
+        Self::connect_with(server, tls, Terms::default()).await
     }
 
-    async fn connect_with(server: &str, config: quinn::ClientConfig) -> Result<Self, LinkError> {
+    async fn connect_with(server: &str, tls: rustls::ClientConfig, terms: Terms) -> Result<Self, LinkError> {
+        let config = tls::client_transport(tls, terms)?;
+        let timeout = CONNECT_TIMEOUT.min(terms.silence);
         let bad = |why: String| LinkError::Address {
             server: server.to_owned(),
             why,
@@ -260,7 +263,7 @@ impl Link {
             .collect();
         let mut last = bad("the name has no address".to_owned());
         for address in addresses {
-            match Self::connect_to(address, config.clone()).await {
+            match Self::connect_to(address, config.clone(), timeout).await {
                 Ok(link) => return Ok(link),
                 Err(error) if error.is_refusal() => return Err(error),
                 Err(error) => last = error,
@@ -269,7 +272,11 @@ impl Link {
         Err(last)
     }
 
-    async fn connect_to(address: SocketAddr, config: quinn::ClientConfig) -> Result<Self, LinkError> {
+    async fn connect_to(
+        address: SocketAddr,
+        config: quinn::ClientConfig,
+        timeout: Duration,
+    ) -> Result<Self, LinkError> {
         let any = match address {
             SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
@@ -280,7 +287,7 @@ impl Link {
         let connecting = endpoint
             .connect_with(config, address, SERVER_NAME)
             .map_err(|error| LinkError::closed(error.to_string()))?;
-        let connection = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
+        let connection = tokio::time::timeout(timeout, connecting)
             .await
             .map_err(|_| LinkError::closed("no answer"))??;
         Ok(Self { connection, endpoint })

@@ -19,8 +19,10 @@ use crate::wire::{ALPN_ENROLL, ALPNS};
 
 /// An end that says nothing for so long is gone...
 const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
-/// ... so each says something as often as this.
-const KEEP_ALIVE: Duration = Duration::from_secs(4);
+/// ... or after less, where nobody waits for it; but not less than this.
+const IDLE_TIMEOUT_MIN: Duration = Duration::from_secs(2);
+/// So each says something so often within that time.
+const SILENCE_PER_KEEP_ALIVE: u32 = 5;
 /// Bytes that one end holds for the other.
 pub(crate) const WINDOW_BYTES: u32 = 16 << 20;
 /// Questions at once.
@@ -30,16 +32,45 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
-fn transport(window_bytes: u32) -> Arc<TransportConfig> {
+/// How a connection is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Terms {
+    /// What may be on its way here.
+    pub(crate) window_bytes: u32,
+    /// After so long without a word from the other end it is cut.
+    pub(crate) silence: Duration,
+}
+
+impl Default for Terms {
+    fn default() -> Self {
+        Self {
+            window_bytes: WINDOW_BYTES,
+            silence: IDLE_TIMEOUT,
+        }
+    }
+}
+
+impl Terms {
+    /// Of somebody who waits no longer than `patience` for an answer.
+    pub(crate) fn of_patience(patience: Duration) -> Self {
+        Self {
+            silence: patience.clamp(IDLE_TIMEOUT_MIN, IDLE_TIMEOUT),
+            ..Self::default()
+        }
+    }
+}
+
+fn transport(terms: Terms) -> Arc<TransportConfig> {
+    let keep_alive = terms.silence / SILENCE_PER_KEEP_ALIVE;
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(DATAGRAM_BYTES_MAX);
     let mut transport = TransportConfig::default();
     transport
         .mtu_discovery_config(Some(discovery))
-        .max_idle_timeout(IdleTimeout::try_from(IDLE_TIMEOUT).ok())
-        .keep_alive_interval(Some(KEEP_ALIVE))
+        .max_idle_timeout(IdleTimeout::try_from(terms.silence).ok())
+        .keep_alive_interval(Some(keep_alive))
         .stream_receive_window(VarInt::from_u32(WINDOW_BYTES))
-        .receive_window(VarInt::from_u32(window_bytes))
+        .receive_window(VarInt::from_u32(terms.window_bytes))
         .send_window(u64::from(WINDOW_BYTES))
         .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
         .max_concurrent_uni_streams(VarInt::from_u32(1))
@@ -74,7 +105,7 @@ pub(crate) fn server(authority: &Authority) -> Result<quinn::ServerConfig, Trust
         .collect();
     let crypto = QuicServerConfig::try_from(tls).map_err(|error| make(&error))?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    config.transport_config(transport(WINDOW_BYTES));
+    config.transport_config(transport(Terms::default()));
     Ok(config)
 }
 
@@ -110,14 +141,11 @@ pub(crate) fn enrolling_client(authority: [u8; 32]) -> Result<ClientConfig, Link
     Ok(tls)
 }
 
-/// `window_bytes`: what may be on its way here.
-pub(crate) fn client_transport(
-    tls: ClientConfig,
-    window_bytes: u32,
-) -> Result<quinn::ClientConfig, LinkError> {
+/// A client that holds its connection like that.
+pub(crate) fn client_transport(tls: ClientConfig, terms: Terms) -> Result<quinn::ClientConfig, LinkError> {
     let crypto = QuicClientConfig::try_from(tls).map_err(|error| LinkError::Tls(error.to_string()))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-    config.transport_config(transport(window_bytes));
+    config.transport_config(transport(terms));
     Ok(config)
 }
 

@@ -10,6 +10,7 @@ use tokio::runtime::Runtime;
 
 use super::{Ask, Fault};
 use crate::net::link::{self, Link, LinkError};
+use crate::net::tls::Terms;
 use crate::net::{Backoff, random};
 use crate::wire::{Kind, Right};
 
@@ -61,7 +62,8 @@ impl Line {
         match &*link {
             Some(link) if link.connection.close_reason().is_none() => Ok(link.connection.clone()),
             _ => {
-                let connecting = Link::connect_as(&self.identity, Right::Read, &self.server);
+                let terms = Terms::of_patience(self.patience);
+                let connecting = Link::connect_on(&self.identity, Right::Read, &self.server, terms);
                 let made = self.runtime.block_on(connecting)?;
                 let connection = made.connection.clone();
                 *link = Some(made);

@@ -21,6 +21,7 @@ use uuid::Uuid;
 use super::logs::History;
 use super::{Refusal, Shared, UpstreamOptions, ingest};
 use crate::net::link::{self, Link, LinkError};
+use crate::net::tls::Terms;
 use crate::net::{Backoff, Session, TargetState, Throttle, random};
 use crate::remote::{Ask, AskError, Behind, Fault, Listed, ask_once};
 use crate::ship::Rate;
@@ -175,8 +176,11 @@ impl Follower {
     }
 
     async fn connect(&self) -> Result<Link, LinkError> {
-        let window_bytes = self.throttle.window_bytes();
-        Link::connect_narrow(&self.identity, Right::Follow, &self.upstream, window_bytes).await
+        let terms = Terms {
+            window_bytes: self.throttle.window_bytes(),
+            ..Terms::default()
+        };
+        Link::connect_on(&self.identity, Right::Follow, &self.upstream, terms).await
     }
 
     /// Asks what there is until that fails, and sees to it that it comes.
