@@ -1,6 +1,6 @@
 //! One running agent: the store, the probe, the threads, and the volumes that come and go.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -40,6 +40,11 @@ const LAST_CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long who answers questions waits for a log that stalls.
 const LOSSES_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// A thread did not answer in time. It will have done by then what it was asked for, or can be asked again.
+#[derive(Debug, thiserror::Error)]
+#[error("the capture thread does not answer")]
+struct NoAnswer;
+
 /// A volume and its device.
 type Found = (VolumeConfig, BlockDevice);
 
@@ -63,6 +68,10 @@ pub(crate) struct Agent {
     known: Vec<VolumeState>,
     /// Volumes whose device is not there.
     absent: Vec<Absent>,
+    /// Volumes whose device was found to be gone, and why; they are absent once their losses are known.
+    gone: BTreeMap<VolumeId, (DiskNumber, &'static str)>,
+    /// Disks of which the probe is to be told what is protected now.
+    to_watch: BTreeSet<DiskNumber>,
     interrupted: GapCause,
     slots: HashMap<DiskNumber, Slot>,
     next_volume: u16,
@@ -165,6 +174,8 @@ impl Agent {
             devices: devices_shared,
             known,
             absent,
+            gone: BTreeMap::new(),
+            to_watch: BTreeSet::new(),
             interrupted,
             slots: watched
                 .iter()
@@ -312,10 +323,12 @@ impl Agent {
         }
         let (reply, answer) = crossbeam_channel::bounded(1);
         self.send(Request::Watch(disk, filter, reply))?;
-        answer
-            .recv_timeout(REQUEST_TIMEOUT)
-            .context("the capture thread does not answer")??;
-        self.shared.recorder.lock().attached(disk, clock::boot_ns());
+        answer.recv_timeout(REQUEST_TIMEOUT).context(NoAnswer)??;
+        let mut recorder = self.shared.recorder.lock();
+        recorder.attached(disk, clock::boot_ns());
+        for &id in self.gone.keys() {
+            recorder.device_gone(id, clock::boot_ns());
+        }
         Ok(())
     }
 
@@ -324,7 +337,7 @@ impl Agent {
             .requests
             .send_timeout(request, REQUEST_TIMEOUT)
             .ok()
-            .context("the capture thread does not answer")
+            .context(NoAnswer)
     }
 
     /// Takes over what a changed configuration says: volumes come and go, the commit interval changes.
@@ -358,8 +371,9 @@ impl Agent {
         }
         // Should the rest fail, what was done so far is what the next reload finds.
         for (volume, device) in found {
-            self.protect(&volume, device)?;
-            self.config.volumes.push(volume);
+            self.may_protect(&volume, &device)?;
+            self.config.volumes.push(volume.clone());
+            self.try_protect(volume, device)?;
         }
         self.config
             .volumes
@@ -394,10 +408,43 @@ impl Agent {
                 continue;
             };
             self.end_volume(id, name, End::NotWanted, now);
-            self.watch(disk)?;
+            self.to_watch.insert(disk);
             tracing::info!(volume = %name, "no longer watching");
         }
+        self.tell_absent();
+        self.watch_changed()
+    }
+
+    /// Tells the probe what has changed; once more at the next look, where the log stalls.
+    fn watch_changed(&mut self) -> anyhow::Result<()> {
+        while let Some(&disk) = self.to_watch.first() {
+            match self.watch(disk) {
+                Err(error) if error.is::<NoAnswer>() => {
+                    tracing::warn!("tell the probe what is protected: {error:#}; trying again");
+                    return Ok(());
+                }
+                told => told?,
+            }
+            self.to_watch.remove(&disk);
+        }
         Ok(())
+    }
+
+    /// As [`Agent::protect`]; where the log stalls, the volume is stopped until that is over.
+    fn try_protect(&mut self, volume: VolumeConfig, device: BlockDevice) -> anyhow::Result<()> {
+        match self.protect(&volume, device) {
+            Err(error) if error.is::<NoAnswer>() => {
+                if let Some((id, disk)) = self.volume_called(&volume.name) {
+                    self.end_volume(id, &volume.name, End::NotWanted, clock::boot_ns());
+                    self.to_watch.insert(disk);
+                }
+                let why = format!("{error:#}");
+                tracing::error!(volume = %volume.name, "stopped until the log keeps up: {why}");
+                self.absent.push(Absent { volume, why });
+                Ok(())
+            }
+            protected => protected,
+        }
     }
 
     fn volume_called(&self, name: &str) -> Option<(VolumeId, DiskNumber)> {
@@ -409,6 +456,7 @@ impl Agent {
     /// Forgets a volume that is watched. The probe is not told yet.
     fn end_volume(&mut self, id: VolumeId, name: &str, end: End, now: BootNs) {
         self.devices.lock().remove(&id);
+        self.gone.remove(&id);
         let ended = self.shared.recorder.lock().end_volume(id, end, now);
         let Some(ended) = ended else { return };
         self.known.retain(|known| known.info.id != id);
@@ -443,13 +491,14 @@ impl Agent {
             .iter()
             .map(|(&id, device)| (id, device.clone()))
             .collect();
-        let mut changed: Vec<DiskNumber> = Vec::new();
-        let mut gone: Vec<(VolumeId, DiskNumber, &str)> = Vec::new();
         for (id, mut device) in devices {
             if let Some(why) = device.why_gone() {
+                self.gone.insert(id, (device.disk, why));
+            }
+            // One that has come back meanwhile is compared with what the log has of it, too.
+            if self.gone.contains_key(&id) {
                 // Whatever is recorded of it from here on: no moment since the last look is exact.
                 self.shared.recorder.lock().device_gone(id, clock::boot_ns());
-                gone.push((id, device.disk, why));
                 continue;
             }
             // One that is not there just now has no size that counts.
@@ -461,21 +510,19 @@ impl Agent {
             if bytes != device.bytes {
                 tracing::info!(path = %device.path.display(), from = device.bytes, to = bytes, "resized");
                 device.bytes = bytes;
-                changed.push(device.disk);
+                self.to_watch.insert(device.disk);
                 self.devices.lock().insert(id, device);
             }
         }
         // Events that were skipped before are looked for while they still count as watched. Where the log stalls, the next
         // look tries again.
-        if gone.is_empty() || self.shared.losses_known_within(LOSSES_TIMEOUT).is_some() {
-            for (id, disk, why) in gone {
+        if !self.gone.is_empty() && self.shared.losses_known_within(LOSSES_TIMEOUT).is_some() {
+            for (id, (disk, why)) in std::mem::take(&mut self.gone) {
                 self.detach(id, why);
-                changed.push(disk);
+                self.to_watch.insert(disk);
             }
         }
-        for disk in changed {
-            self.watch(disk)?;
-        }
+        self.watch_changed()?;
         if !self.absent.is_empty() {
             self.look_for_absent()?;
             self.tell_absent();
@@ -505,7 +552,7 @@ impl Agent {
             let found = BlockDevice::find(&volume.path)
                 .and_then(|device| self.may_protect(&volume, &device).map(|()| device));
             match found {
-                Ok(device) => self.protect(&volume, device)?,
+                Ok(device) => self.try_protect(volume, device)?,
                 Err(error) => {
                     let now_why = format!("{error:#}");
                     if now_why != why {

@@ -56,7 +56,8 @@ impl Ships {
         self.throttle.set(config.rate.clone());
         self.shared.pace.set(config.rate_readback.clone());
         let mut ships = self.ships.lock();
-        ships.retain(|ship| config.servers.iter().any(|server| server == ship.server()));
+        let is_wanted = |ship: &Shipper| config.servers.iter().any(|server| server == ship.server());
+        ships.retain(|ship| is_wanted(ship) && ship.is_running());
         for server in &config.servers {
             if ships.iter().any(|ship| ship.server() == server) {
                 continue;

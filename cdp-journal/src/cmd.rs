@@ -205,6 +205,11 @@ pub(crate) fn revoke(args: &RevokeArgs) -> anyhow::Result<()> {
     // Whatever else is wrong here: a revoked certificate must not wait for it.
     let known = grants.names();
     grants.revoke(&args.name)?;
+    writeln!(
+        std::io::stdout(),
+        "the certificates of {} are refused from now on; its history stays",
+        args.name
+    )?;
     let mut known = known?;
     known.extend(site.agents()?);
     if !known.contains(&args.name) {
@@ -216,11 +221,6 @@ pub(crate) fn revoke(args: &RevokeArgs) -> anyhow::Result<()> {
             known.join(", ")
         );
     }
-    writeln!(
-        std::io::stdout(),
-        "the certificates of {} are refused from now on; its history stays",
-        args.name
-    )?;
     Ok(())
 }
 

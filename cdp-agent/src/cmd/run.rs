@@ -132,7 +132,7 @@ fn reload(agent: &mut Agent, args: &RunArgs) {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Reloading]);
     match Config::load(args).and_then(|config| agent.reload(config)) {
         Ok(()) => tracing::info!("configuration reloaded"),
-        Err(error) => tracing::error!("configuration not reloaded: {error:#}"),
+        Err(error) => tracing::error!("configuration not reloaded, or not all of it: {error:#}"),
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }

@@ -51,6 +51,7 @@ impl Recorder {
         let Some(i) = self.volumes.iter().position(|volume| volume.id == id) else {
             return;
         };
+        self.doubt_unsettled(i);
         let volume = &mut self.volumes[i];
         volume.attached = false;
         volume.mark_all();
@@ -61,13 +62,8 @@ impl Recorder {
         self.open_gap(i, GapCause::Detached, seen, BootNs(now.0.saturating_add(1)));
     }
 
-    /// Forgets a volume; its history ends with a gap that is open, so that no later moment counts as exact. `None` if
-    /// there is no such volume.
-    ///
-    /// How writes ended that are in flight, or that wait to be compared with the device, nobody will see: the gap begins
-    /// before them.
-    pub(crate) fn end_volume(&mut self, id: VolumeId, end: End, now: BootNs) -> Option<Ended> {
-        let i = self.volumes.iter().position(|volume| volume.id == id)?;
+    /// How writes ended that are in flight, or that wait to be compared with the device, nobody will see.
+    fn doubt_unsettled(&mut self, i: usize) {
         let volume = &mut self.volumes[i];
         let (disk, sectors) = (volume.disk, volume.sectors());
         let suspect = volume.suspects.clear();
@@ -75,6 +71,13 @@ impl Recorder {
         let in_flight = self.disks.iter().find(|known| known.number == disk);
         let in_flight = in_flight.and_then(|disk| disk.in_flight.oldest(sectors));
         self.volumes[i].doubt_since(in_flight);
+    }
+
+    /// Forgets a volume; its history ends with a gap that is open, so that no later moment counts as exact. `None` if
+    /// there is no such volume. The gap begins before writes in flight.
+    pub(crate) fn end_volume(&mut self, id: VolumeId, end: End, now: BootNs) -> Option<Ended> {
+        let i = self.volumes.iter().position(|volume| volume.id == id)?;
+        self.doubt_unsettled(i);
         let last_exact = match end {
             End::Detached => {
                 self.device_gone(id, now);

@@ -7,6 +7,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::LogError;
 use super::disk::DiskFile;
+use crate::store::StoreLock;
 use crate::types::Seq;
 
 /// A sync that was begun ([`LogWriter::begin_sync`](super::LogWriter::begin_sync)). It is done by [`SyncJob::run`]; one
@@ -18,6 +19,8 @@ pub struct SyncJob {
     path: PathBuf,
     appended: Option<Seq>,
     tell: Sender<Result<Option<Seq>, String>>,
+    /// Nobody else opens the store meanwhile.
+    _lock: Option<Arc<StoreLock>>,
 }
 
 impl SyncJob {
@@ -25,6 +28,7 @@ impl SyncJob {
         file: Arc<dyn DiskFile>,
         path: PathBuf,
         appended: Option<Seq>,
+        lock: Option<Arc<StoreLock>>,
     ) -> (Self, Receiver<Result<Option<Seq>, String>>) {
         let (tell, outcome) = bounded(1);
         let job = Self {
@@ -32,6 +36,7 @@ impl SyncJob {
             path,
             appended,
             tell,
+            _lock: lock,
         };
         (job, outcome)
     }

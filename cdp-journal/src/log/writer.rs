@@ -59,7 +59,7 @@ pub struct LogWriter {
     syncing: Option<Receiver<Result<Option<Seq>, String>>>,
     poison: Option<String>,
     /// Held for as long as the writer lives.
-    _lock: Option<Arc<StoreLock>>,
+    lock: Option<Arc<StoreLock>>,
 }
 
 impl LogWriter {
@@ -94,7 +94,7 @@ impl LogWriter {
             durable: state.last,
             syncing: None,
             poison: None,
-            _lock: lock,
+            lock,
         })
     }
 
@@ -205,7 +205,8 @@ impl LogWriter {
         let Some((segment, _)) = &self.newest else {
             return Ok(None);
         };
-        let (job, outcome) = SyncJob::new(Arc::clone(&segment.file), segment.path.clone(), self.appended);
+        let (file, path) = (Arc::clone(&segment.file), segment.path.clone());
+        let (job, outcome) = SyncJob::new(file, path, self.appended, self.lock.clone());
         self.syncing = Some(outcome);
         Ok(Some(job))
     }

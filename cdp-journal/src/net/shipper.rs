@@ -110,7 +110,7 @@ impl Shipper {
                 let run = std::panic::AssertUnwindSafe(|| runtime.block_on(worker.run()));
                 if std::panic::catch_unwind(run).is_err() {
                     let why =
-                        "shipping has panicked: a fault of this program, please report it, and start it anew";
+                        "shipping has panicked: a fault of this program, please report it, and reload it";
                     feed.note(&FeedError::Other(why.to_owned()));
                 }
                 // A name server may keep a helper for long: nobody who stops waits for that.
@@ -121,6 +121,11 @@ impl Shipper {
             stop,
             thread: Some(thread),
         })
+    }
+
+    /// Is it still at it? Only a fault of this program ends it.
+    pub fn is_running(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// HOST:PORT.

@@ -107,6 +107,7 @@ pub(super) async fn take_in(
     let welcome = Message::Welcome { held };
     // Dropped with this function: a stream that ends before its connection says nothing of why.
     let send = tokio::sync::Mutex::new(send);
+    let mut is_told = false;
     let ended = async {
         let welcome = welcome.encode();
         send.lock()
@@ -126,7 +127,10 @@ pub(super) async fn take_in(
             ended = listen(&mut receive, &send, history, &known) => ended,
             // None of them notices while the log has no room.
             closed = connection.closed() => Err(closed.into()),
-            refusal = failure.recv() => Err(refusal.unwrap_or_else(|| Refusal::failed(&"a thread ended"))),
+            refusal = failure.recv() => {
+                is_told = true;
+                Err(refusal.unwrap_or_else(|| Refusal::failed(&"a thread ended")))
+            }
         }
     }
     .await;
@@ -136,6 +140,9 @@ pub(super) async fn take_in(
     on_own_thread("cdp-join", move || stages.join())
         .await
         .map_err(|error| Refusal::failed(&error))?;
+    if is_told {
+        return ended;
+    }
     // What the stages found says more than that the stream has ended.
     failure.try_recv().map_or(ended, Err)
 }

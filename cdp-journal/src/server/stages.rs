@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 use super::Refusal;
 use super::logs::{History, Intake};
 use super::units::Known;
-use crate::format::{FrameHeader, PackedUnit, RefillError, SealedFrame, UnitHash, refill};
+use crate::format::{ENVELOPE_BYTES, FrameHeader, PackedUnit, RefillError, SealedFrame, UnitHash, refill};
 use crate::index::IndexWriter;
 use crate::log::{FrameLocation, LogError, LogWriter, SyncJob};
 use crate::store::StoreWriter;
@@ -74,6 +74,8 @@ struct Group {
 /// The four threads of a store that is written to.
 pub(super) struct Stages {
     threads: Vec<JoinHandle<()>>,
+    /// Takes the reason of the one that ends first.
+    tell_failed: mpsc::Sender<Refusal>,
 }
 
 /// What all stages know.
@@ -115,32 +117,30 @@ impl Stages {
         let (tell_synced, synced) = bounded(1);
         let (to_index, indexed) = bounded(INDEX_QUEUE_FRAMES);
         let (tell_failed, failure) = mpsc::channel(1);
-        let mut stages = Self { threads: Vec::new() };
-        let fail = move |refusal| {
-            // The first one tells why; the others end because of it.
-            let _ = tell_failed.try_send(refusal);
+        let mut stages = Self {
+            threads: Vec::new(),
+            tell_failed,
         };
         let noted = known.clone();
-        stages.spawn("cdp-index", move || index_frames(index, &noted, &indexed))?;
-        let (its, failed) = (desk.clone(), fail.clone());
+        stages.spawn("cdp-index", move || {
+            index_frames(index, &noted, &indexed);
+            Ok(())
+        })?;
+        let its = desk.clone();
         stages.spawn("cdp-sync", move || {
-            let ended = sync_groups(&its, &groups, &tell_synced, &to_index);
-            ended.unwrap_or_else(failed);
+            sync_groups(&its, &groups, &tell_synced, &to_index)
         })?;
-        let (its, failed) = (desk.clone(), fail.clone());
-        stages.spawn("cdp-log", move || {
-            let stage = LogStage {
-                desk: its,
-                log,
-                to_sync,
-                synced,
-                unsynced: Vec::new(),
-                oldest: None,
-            };
-            stage.run(&checked).unwrap_or_else(failed);
-        })?;
+        let stage = LogStage {
+            desk: desk.clone(),
+            log,
+            to_sync,
+            synced,
+            unsynced: Vec::new(),
+            oldest: None,
+        };
+        stages.spawn("cdp-log", move || stage.run(&checked))?;
         stages.spawn("cdp-check", move || {
-            check_frames(&desk, durable, to_check, &to_log).unwrap_or_else(fail);
+            check_frames(&desk, durable, to_check, &to_log)
         })?;
         let ends = Ends {
             frames,
@@ -150,8 +150,22 @@ impl Stages {
         Ok((stages, ends))
     }
 
-    fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-        let thread = std::thread::Builder::new().name(name.into()).spawn(run)?;
+    fn spawn(
+        &mut self,
+        name: &str,
+        run: impl FnOnce() -> Result<(), Refusal> + Send + 'static,
+    ) -> std::io::Result<()> {
+        let tell_failed = self.tell_failed.clone();
+        let contained = move || {
+            // Nobody goes on with what a panic leaves behind: all of them end.
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+            let ended = ended.unwrap_or_else(|_| Err(failed(&"a thread of the store panicked")));
+            if let Err(refusal) = ended {
+                // The first one tells why; the others end because of it.
+                let _ = tell_failed.try_send(refusal);
+            }
+        };
+        let thread = std::thread::Builder::new().name(name.into()).spawn(contained)?;
         self.threads.push(thread);
         Ok(())
     }
@@ -266,7 +280,9 @@ impl LogStage {
             };
             select! {
                 recv(queue) -> checked => match checked {
-                    Ok(checked) => self.append(checked)?,
+                    Ok(checked) => if !self.append(checked)? {
+                        break;
+                    },
                     Err(_) => break,
                 },
                 recv(self.synced) -> told => if told.is_err() {
@@ -288,44 +304,58 @@ impl LogStage {
             .is_some_and(|oldest| oldest.elapsed() >= SYNC_INTERVAL)
     }
 
-    fn append(&mut self, checked: Checked) -> Result<(), Refusal> {
+    /// False if there is no room for it, and nobody listens any more.
+    fn append(&mut self, checked: Checked) -> Result<bool, Refusal> {
         let Checked {
             previous,
             frame,
             units,
         } = checked;
-        loop {
+        let mut is_full = false;
+        let location = loop {
             match self.log.append_after(previous, &frame) {
-                Ok(location) => {
-                    self.unsynced.push(Appended {
-                        head: frame.head().into(),
-                        location,
-                        units,
-                    });
-                    self.oldest.get_or_insert_with(Instant::now);
-                    return Ok(());
+                Ok(location) => break location,
+                Err(error) if error.is_full() => {
+                    if !is_full {
+                        self.commit()?;
+                        tracing::error!("{error}");
+                        self.desk.tell_full(true);
+                        is_full = true;
+                    }
+                    if !self.wait_for_room(&frame)? {
+                        return Ok(false);
+                    }
                 }
-                Err(error) if error.is_full() => self.wait_for_room(&frame, &error)?,
                 Err(error @ LogError::OutOfOrder { .. }) => return Err(protocol(&error)),
                 Err(error) => return Err(failed(&error)),
             }
+        };
+        if is_full {
+            tracing::info!("there is room again");
+            self.desk.tell_full(false);
         }
+        self.unsynced.push(Appended {
+            head: frame.head().into(),
+            location,
+            units,
+        });
+        self.oldest.get_or_insert_with(Instant::now);
+        Ok(true)
     }
 
-    /// Waits until there is room, or nobody listens any more.
-    fn wait_for_room(&mut self, frame: &SealedFrame, full: &LogError) -> Result<(), Refusal> {
-        self.commit()?;
-        tracing::error!("{full}");
-        self.desk.tell_full(true);
-        while !self.log.has_room(frame.bytes().len() as u64) {
-            if self.desk.acked.is_closed() {
-                return Err(Refusal::new(Close::Done, "gone"));
-            }
+    /// Waits until there seems to be room: some file systems say so and have none. False if nobody listens any more.
+    fn wait_for_room(&mut self, frame: &SealedFrame) -> Result<bool, Refusal> {
+        loop {
             std::thread::sleep(ROOM_INTERVAL);
+            if self.desk.acked.is_closed() {
+                return Ok(false);
+            }
+            // What failed meanwhile is no lack of room.
+            self.log.is_synced().map_err(|error| failed(&error))?;
+            if self.log.has_room((ENVELOPE_BYTES + frame.bytes().len()) as u64) {
+                return Ok(true);
+            }
         }
-        tracing::info!("there is room again");
-        self.desk.tell_full(false);
-        Ok(())
     }
 
     /// Has everything made durable that was appended so far. Waits for the group before, if it is not yet.

@@ -161,9 +161,16 @@ impl Grants {
         }
     }
 
+    /// Files of tokens, used or not. Others there are being written, or were when something was killed.
+    fn tokens(&self) -> Result<Vec<PathBuf>, TrustError> {
+        let mut paths = paths_in(&self.dir.join(TOKENS_DIR))?;
+        paths.retain(|path| path.extension().is_some_and(|end| end == "json" || end == "used"));
+        Ok(paths)
+    }
+
     /// Removes tokens whose time was over long ago.
     fn forget_spent(&self, now: WallNs) -> Result<(), TrustError> {
-        for path in paths_in(&self.dir.join(TOKENS_DIR))? {
+        for path in self.tokens()? {
             let old = |grant: TokenGrant| WallNs(grant.expires_ns).saturating_add(SPENT_KEPT) < now;
             if read::<TokenGrant>(&path)?.is_some_and(old) {
                 std::fs::remove_file(&path).map_err(TrustError::io("remove", &path))?;
@@ -179,11 +186,8 @@ impl Grants {
     /// Whom tokens were made for, as long as those are remembered, or certificates taken back from.
     pub fn names(&self) -> Result<BTreeSet<AgentName>, TrustError> {
         let mut names = BTreeSet::new();
-        for path in paths_in(&self.dir.join(TOKENS_DIR))? {
-            // Others are being written, or were when something was killed.
-            let is_whole = path.extension().is_some_and(|end| end == "json" || end == "used");
-            let grant = is_whole.then(|| read::<TokenGrant>(&path)).transpose()?.flatten();
-            names.extend(grant.map(|grant| grant.agent));
+        for path in self.tokens()? {
+            names.extend(read::<TokenGrant>(&path)?.map(|grant| grant.agent));
         }
         for path in paths_in(&self.dir.join(NAMES_DIR))? {
             let name = path.file_stem().and_then(|name| name.to_str());
@@ -202,9 +206,11 @@ impl Grants {
     pub fn revoke(&self, agent: &AgentName) -> Result<u64, TrustError> {
         let generation = self.generation(agent)? + 1;
         write(&self.name_path(agent), &NameFile { generation })?;
-        for path in paths_in(&self.dir.join(TOKENS_DIR))? {
+        for path in self.tokens()? {
             let unused = path.extension().is_some_and(|extension| extension == "json");
-            if unused && read::<TokenGrant>(&path)?.is_some_and(|grant| grant.agent == *agent) {
+            // One that cannot be read is good for nothing as it is.
+            let grant = read::<TokenGrant>(&path).ok().flatten();
+            if unused && grant.is_some_and(|grant| grant.agent == *agent) {
                 std::fs::remove_file(&path).map_err(TrustError::io("remove", &path))?;
             }
         }

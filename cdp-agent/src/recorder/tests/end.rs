@@ -58,13 +58,23 @@ fn nothing_that_is_recorded_of_a_device_that_is_gone_is_exact() {
 
 #[test]
 fn a_write_that_was_in_flight_when_the_device_went_is_no_part_of_what_is_exact() {
-    for end in [End::Detached, End::NotWanted] {
+    for (end, is_told) in [
+        (End::Detached, false),
+        (End::Detached, true),
+        (End::NotWanted, false),
+    ] {
         let mut recorder = protected();
         let before = recorder.last_seq();
         write(&mut recorder, 0, 11 * SECOND);
         write(&mut recorder, 8, 12 * SECOND);
         complete(&mut recorder, 8, 4096, false, 13 * SECOND);
         look(&mut recorder, 14 * SECOND);
+        if is_told {
+            recorder.device_gone(volume_id(), BootNs(15 * SECOND));
+            // Too late to count.
+            complete(&mut recorder, 0, 4096, false, 16 * SECOND);
+            assert_eq!(last_gap(&records(&mut recorder)), (GapCause::Detached, before));
+        }
         let ended = recorder.end_volume(volume_id(), end, NOW).unwrap();
         assert_eq!(ended.last_exact, before, "{end:?}");
     }
