@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use cdp_journal::trust::Token;
+use cdp_journal::units::{parse_bytes, parse_duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "Examples:
@@ -182,46 +183,6 @@ pub(crate) struct RunArgs {
     pub(crate) rate_readback: Vec<String>,
 }
 
-/// `90s`, `5m`, `2h`, `250ms`.
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let factor_ms = match unit {
-        "ms" => 1,
-        "" | "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        _ => return Err(format!("{text}: a number and ms, s, m or h, such as 60s")),
-    };
-    let number: u64 = number
-        .parse()
-        .map_err(|_| format!("{text}: a number and ms, s, m or h, such as 60s"))?;
-    number
-        .checked_mul(factor_ms)
-        .map(Duration::from_millis)
-        .ok_or_else(|| format!("{text} is too long"))
-}
-
-/// `67108864`, `64MiB`, `1GiB`.
-pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let shift = match unit.trim() {
-        "" | "B" => 0,
-        "KiB" | "K" => 10,
-        "MiB" | "M" => 20,
-        "GiB" | "G" => 30,
-        "TiB" | "T" => 40,
-        _ => return Err(format!("{text}: a number of bytes, or with KiB, MiB, GiB")),
-    };
-    let number: u64 = number
-        .parse()
-        .map_err(|_| format!("{text}: a number of bytes, or with KiB, MiB, GiB"))?;
-    number
-        .checked_mul(1 << shift)
-        .ok_or_else(|| format!("{text} is too large"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -230,17 +191,5 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn durations_and_sizes_are_read_with_their_units() {
-        assert_eq!(parse_duration("60s"), Ok(Duration::from_secs(60)));
-        assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
-        assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
-        assert!(parse_duration("soon").is_err());
-        assert_eq!(parse_bytes("64MiB"), Ok(64 << 20));
-        assert_eq!(parse_bytes("512"), Ok(512));
-        assert!(parse_bytes("1 parsec").is_err());
-        assert!(parse_bytes("99999999999TiB").is_err());
     }
 }

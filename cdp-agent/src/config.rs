@@ -308,7 +308,7 @@ fn bytes(key: &str, value: &toml::Value) -> anyhow::Result<u64> {
             u64::try_from(*number).with_context(|| format!("{key} is {number}, must not be negative"))
         }
         toml::Value::String(text) => {
-            crate::cli::parse_bytes(text).map_err(|why| anyhow::anyhow!("{key}: {why}"))
+            cdp_journal::units::parse_bytes(text).map_err(|why| anyhow::anyhow!("{key}: {why}"))
         }
         _ => bail!("{key} must be a number"),
     }

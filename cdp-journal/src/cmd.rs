@@ -14,6 +14,7 @@ use cdp_journal::ship::{Limits, Rate, Schedule};
 use cdp_journal::site::Site;
 use cdp_journal::store::WriterOptions;
 use cdp_journal::trust::{Authority, Grants, TokenGrant};
+use cdp_journal::units::parse_bytes;
 use cdp_journal::wire::Right;
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
@@ -29,9 +30,26 @@ struct File {
     listen: Option<String>,
     upstream: Option<String>,
     identity: Option<std::path::PathBuf>,
-    store_bytes_max: Option<u64>,
+    store_bytes_max: Option<Size>,
     offers: Option<Offers>,
     rate: Option<Limits>,
+}
+
+/// A number of bytes, or text with a unit.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Size {
+    Bytes(u64),
+    Text(String),
+}
+
+impl Size {
+    fn bytes(self) -> anyhow::Result<u64> {
+        match self {
+            Self::Bytes(bytes) => Ok(bytes),
+            Self::Text(text) => parse_bytes(&text).map_err(anyhow::Error::msg),
+        }
+    }
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -94,11 +112,13 @@ fn options(args: &ServeArgs, file: File, listen: SocketAddr) -> anyhow::Result<S
             rate,
         })
     });
+    let in_file = file.store_bytes_max.map(Size::bytes).transpose();
+    let store_bytes_max = args.store_bytes_max.or(in_file.context("store_bytes_max")?);
     Ok(ServeOptions {
         store,
         listen,
         writer: WriterOptions {
-            store_bytes_max: args.store_bytes_max.or(file.store_bytes_max),
+            store_bytes_max,
             ..WriterOptions::default()
         },
         upstream: upstream.transpose()?,

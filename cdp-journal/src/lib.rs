@@ -89,6 +89,7 @@ pub mod site;
 pub mod store;
 #[cfg(feature = "net")]
 pub mod trust;
+pub mod units;
 pub mod verify;
 pub mod view;
 pub mod when;

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use cdp_journal::trust::Token;
+use cdp_journal::units::{parse_bytes, parse_duration};
 use cdp_journal::when::When;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::nbd::Listen;
 use crate::source::{Opened, Source};
-use crate::units::parse_bytes;
 
 /// More would only queue on the disk, and each holds a buffer.
 const THREADS_MAX: usize = 64;
@@ -130,14 +130,8 @@ pub(crate) struct From {
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: Option<PathBuf>,
     /// How long a server that does not answer any more is asked again, before it is an error
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_patience)]
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     pub(crate) patience: Duration,
-}
-
-fn parse_patience(text: &str) -> Result<Duration, String> {
-    let told = text.parse::<jiff::SignedDuration>();
-    let told = told.map_err(|error| format!("{error}; give a length of time, such as 60s"))?;
-    Duration::try_from(told).map_err(|_| "give a length of time, such as 60s".to_owned())
 }
 
 impl From {

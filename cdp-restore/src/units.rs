@@ -47,27 +47,6 @@ impl fmt::Display for ExactBytes {
     }
 }
 
-/// Reads a size: `4096`, `64MiB`, `10 GiB`.
-pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
-    let digits = text
-        .trim()
-        .trim_end_matches(|letter: char| !letter.is_ascii_digit());
-    let unit = text.trim()[digits.len()..].trim();
-    let shift = match unit {
-        "" | "B" => Some(0),
-        _ => UNITS
-            .iter()
-            .find(|(name, _)| *name == unit)
-            .map(|(_, shift)| *shift),
-    };
-    let wrong =
-        || format!("give a number of bytes, or one with KiB, MiB, GiB or TiB, such as 10GiB; not {text:?}");
-    let number: u64 = digits.parse().map_err(|_| wrong())?;
-    number
-        .checked_mul(1 << shift.ok_or_else(wrong)?)
-        .ok_or_else(wrong)
-}
-
 /// A length of time: `0.4 ms`, `3.2 s`, `5 min 1 s`, `2 h 5 min`, `3 d 4 h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Elapsed(pub(crate) Duration);
@@ -138,21 +117,6 @@ mod tests {
             ExactBytes((8 << 30) - 512).to_string(),
             "8.00 GiB (8589934080 bytes)"
         );
-    }
-
-    #[test]
-    fn sizes_are_read_with_and_without_a_unit() {
-        for (text, bytes) in [
-            ("4096", 4096),
-            ("64MiB", 64 << 20),
-            ("10 GiB", 10 << 30),
-            ("0", 0),
-        ] {
-            assert_eq!(parse_bytes(text), Ok(bytes));
-        }
-        for wrong in ["", "GiB", "1.5GiB", "10GB", "-1", "99999999999TiB"] {
-            assert!(parse_bytes(wrong).is_err(), "{wrong:?}");
-        }
     }
 
     #[test]

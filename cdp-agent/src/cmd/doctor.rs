@@ -3,10 +3,10 @@
 use std::io::Write as _;
 use std::path::Path;
 
+use cdp_journal::units::parse_bytes;
 use serde::Serialize;
 
 use crate::capture::{Probe, btf::Btf};
-use crate::cli::parse_bytes;
 
 /// Since when the kernel has what the probe uses (`bpf_loop`).
 const KERNEL_MIN: (u32, u32) = (5, 17);
