@@ -323,3 +323,22 @@ fn print_agent(out: &mut impl std::io::Write, agent: &AgentStatus) -> std::io::R
         None => writeln!(out),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_in_the_file_may_have_a_unit() {
+        let size = |line: &str| -> anyhow::Result<Option<u64>> {
+            let file: File = toml::from_str(line)?;
+            file.store_bytes_max.map(Size::bytes).transpose()
+        };
+        for line in ["store_bytes_max = 2147483648", "store_bytes_max = \"2GiB\""] {
+            assert_eq!(size(line).unwrap(), Some(2 << 30), "{line}");
+        }
+        assert_eq!(size("").unwrap(), None);
+        assert!(size("store_bytes_max = \"much\"").is_err());
+        assert!(size("store_bytes_max = -1").is_err());
+    }
+}
