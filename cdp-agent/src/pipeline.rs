@@ -22,13 +22,14 @@ use cdp_journal::format::{DeltaCache, Packing, SealedFrame};
 use cdp_journal::index::IndexWriter;
 use cdp_journal::log::{FrameLocation, LogWriter, Room, SyncJob};
 use cdp_journal::view::View;
-use cdp_journal::{Seq, VolumeId, WallNs};
+use cdp_journal::{BootNs, Seq, VolumeId, WallNs};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 
 pub(crate) use self::capture::Capture;
 use self::log::{LogStage, sync_loop};
 use crate::capture::{DiskNumber, RingPosition, RingPositions, Slot};
+use crate::clock;
 use crate::pace::Pace;
 use crate::priority;
 use crate::recorder::{Epoch, FRAME_BYTES_SEAL, Recorder, Sealed};
@@ -65,6 +66,8 @@ pub(crate) struct Shared {
     awaits_sync: AtomicBool,
     /// What a sync takes, in nanoseconds: the longest of late.
     sync_ns: AtomicU64,
+    /// What was queued before this time is recorded.
+    drained_at_ns: AtomicU64,
 }
 
 /// What the log stage tells the capture stage.
@@ -121,6 +124,7 @@ impl Shared {
             awaits_sync: AtomicBool::new(false),
             // Until one is known, as slow as may be.
             sync_ns: AtomicU64::new(commit_interval.as_nanos() as u64),
+            drained_at_ns: AtomicU64::new(clock::boot_ns().0),
         }
     }
 
@@ -199,11 +203,16 @@ impl Shared {
         self.durable.lock().waiting.retain(|&(last, _)| last < next);
     }
 
-    /// Time of the oldest record that is not durable. What waits in the ring, for 20 ms mostly, is not among them.
+    /// Time of the oldest write that was captured and is not durable. Of those that wait in the ring: since when they may.
     pub(crate) fn oldest_not_durable(&self) -> Option<WallNs> {
         let recorder = self.recorder.lock();
         let waiting = self.durable.lock().waiting.front().map(|&(_, begun)| begun);
-        waiting.or_else(|| recorder.oldest_here())
+        let in_ring = || {
+            let drained_at = BootNs(self.drained_at_ns.load(Ordering::SeqCst));
+            let is_empty = self.positions.consumed() >= self.positions.produced();
+            (!is_empty).then(|| recorder.wall_of(drained_at))
+        };
+        waiting.or_else(|| recorder.oldest_here()).or_else(in_ring)
     }
 
     /// Asks every millisecond until `done`; false after `deadline` or when the agent stops first.

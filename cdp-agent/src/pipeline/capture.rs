@@ -121,6 +121,9 @@ impl Capture {
             let (events, empty) = self.drain(shared, to_encode, target)?;
             let mut recorder = shared.recorder.lock();
             recorder.drained_to(self.probe.positions().consumed(), now);
+            if self.probe.positions().consumed() >= target {
+                shared.drained_at_ns.store(now.0, Ordering::SeqCst);
+            }
             if empty {
                 recorder.tick(now);
             }

@@ -739,8 +739,12 @@ impl Recorder {
     /// Time of the oldest record that is in no frame that was taken.
     pub(crate) fn oldest_here(&self) -> Option<WallNs> {
         let sealed = self.sealed.front().map(|sealed| sealed.begun);
-        let begun = sealed.or(self.opened_at)?;
-        Some(begun.at_offset(self.wall_offset_ns))
+        sealed.or(self.opened_at).map(|begun| self.wall_of(begun))
+    }
+
+    /// What the wall clock said then, by how far apart the clocks are now.
+    pub(crate) fn wall_of(&self, at: BootNs) -> WallNs {
+        at.at_offset(self.wall_offset_ns)
     }
 
     /// Seals the frame under construction if it is older than `age_max`.
