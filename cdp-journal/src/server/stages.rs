@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
 use tokio::sync::{mpsc, watch};
 
 use super::Refusal;
@@ -286,9 +286,7 @@ impl LogStage {
                     Err(_) => break,
                 },
                 recv(self.synced) -> told => if told.is_err() {
-                    // It ended with the error of its last sync, which this tells, or with that of the index.
-                    self.log.is_synced().map_err(|error| failed(&error))?;
-                    return Err(Refusal::failed(&"making the log durable has ended"));
+                    return Err(self.sync_ended());
                 },
                 default(quiet) => if is_synced {
                     self.commit()?;
@@ -346,7 +344,10 @@ impl LogStage {
     /// Waits until there seems to be room: some file systems say so and have none. False if nobody listens any more.
     fn wait_for_room(&mut self, frame: &SealedFrame) -> Result<bool, Refusal> {
         loop {
-            std::thread::sleep(ROOM_INTERVAL);
+            // Nobody tells of room; what fails meanwhile is heard of at once.
+            if self.synced.recv_timeout(ROOM_INTERVAL) == Err(RecvTimeoutError::Disconnected) {
+                return Err(self.sync_ended());
+            }
             if self.desk.acked.is_closed() {
                 return Ok(false);
             }
@@ -355,6 +356,14 @@ impl LogStage {
             if self.log.has_room((ENVELOPE_BYTES + frame.bytes().len()) as u64) {
                 return Ok(true);
             }
+        }
+    }
+
+    /// The sync stage has ended: with the error of its last sync, unless it panicked.
+    fn sync_ended(&mut self) -> Refusal {
+        match self.log.is_synced() {
+            Err(error) => failed(&error),
+            Ok(_) => Refusal::failed(&"making the log durable has ended"),
         }
     }
 
@@ -373,7 +382,7 @@ impl LogStage {
             log_bytes: self.log.log_bytes(),
         };
         let sent = self.to_sync.send(group);
-        sent.map_err(|_| Refusal::failed(&"making the log durable has ended"))
+        sent.map_err(|_| self.sync_ended())
     }
 }
 
