@@ -77,12 +77,12 @@ impl Recorder {
     /// there is no such volume. The gap begins before writes in flight.
     pub(crate) fn end_volume(&mut self, id: VolumeId, end: End, now: BootNs) -> Option<Ended> {
         let i = self.volumes.iter().position(|volume| volume.id == id)?;
-        self.doubt_unsettled(i);
+        match end {
+            End::Detached => self.device_gone(id, now),
+            End::NotWanted => self.doubt_unsettled(i),
+        }
         let last_exact = match end {
-            End::Detached => {
-                self.device_gone(id, now);
-                self.volumes[i].size_seen
-            }
+            End::Detached => self.volumes[i].size_seen,
             // So that the time up to now is covered.
             End::NotWanted if matches!(self.volumes[i].state, State::Exact { .. }) => {
                 Some(self.note(now, None, Body::Tick))
