@@ -178,7 +178,8 @@ pub struct AgentPlan {
     args: Vec<String>,
     log: PathBuf,
     probe: Arc<PinnedProbe>,
-    boot_id: Option<PathBuf>,
+    /// What is done first in a mount namespace of its own, and to which path.
+    namespace: Option<(&'static str, PathBuf)>,
     host: Option<Host>,
 }
 
@@ -216,7 +217,7 @@ impl AgentPlan {
             args: Vec::new(),
             log,
             probe,
-            boot_id: None,
+            namespace: None,
             host: None,
         })
     }
@@ -259,7 +260,18 @@ impl AgentPlan {
     /// agent sees after a reboot.
     pub fn boot_id(self, file: &Path) -> AgentPlan {
         AgentPlan {
-            boot_id: Some(file.to_owned()),
+            namespace: Some((
+                "mount --bind \"$0\" /proc/sys/kernel/random/boot_id",
+                file.to_owned(),
+            )),
+            ..self
+        }
+    }
+
+    /// The same, in a mount name space of its own in which the folder is empty.
+    pub fn blind_to(self, folder: &Path) -> AgentPlan {
+        AgentPlan {
+            namespace: Some(("mount -t tmpfs none \"$0\"", folder.to_owned())),
             ..self
         }
     }
@@ -284,12 +296,12 @@ impl AgentPlan {
 
     /// `cdp-agent run …`, not started.
     pub fn command(&self) -> Cmd {
-        let program = match &self.boot_id {
+        let program = match &self.namespace {
             None => cmd(&self.program),
-            Some(file) => cmd("unshare")
+            Some((first, path)) => cmd("unshare")
                 .args(["--mount", "--", "sh", "-c"])
-                .arg("mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"")
-                .arg(file)
+                .arg(format!("{first} && exec \"$@\""))
+                .arg(path)
                 .arg(&self.program),
         };
         let command = program

@@ -28,6 +28,7 @@ use uuid::Uuid;
 use self::maps::SharedWords;
 use self::notes::Owner;
 pub(crate) use self::notes::{Notes, WatchedDisk};
+use self::pins::Claim;
 pub(crate) use self::pins::PinnedSet;
 use self::ring::Ring;
 pub(crate) use self::ring::{RingPosition, RingPositions};
@@ -74,6 +75,8 @@ pub(crate) struct Probe {
     programs: Vec<ProgramFd>,
     /// Holds the programs' links, unless they are pinned.
     unpinned: Option<Ebpf>,
+    /// Of a pinned probe: nobody else unloads it.
+    claim: Option<Claim>,
 }
 
 /// A [`Kernel`] that aya may copy as bytes.
@@ -139,7 +142,8 @@ impl Probe {
     /// As [`Probe::load`], pinned: it goes on without this process, until [`unload`] or the end of the host.
     pub(crate) fn load_pinned(ring_bytes: u32, agent: Uuid, store: &Path) -> anyhow::Result<Self> {
         PinnedSet::create(agent, |folder| {
-            let probe = Self::load_into(ring_bytes, Some(folder))?;
+            let mut probe = Self::load_into(ring_bytes, Some(folder))?;
+            probe.claim = Some(Claim::of(folder)?);
             probe.notes.begin(&Owner::new(agent, ring_bytes), store);
             Ok(probe)
         })
@@ -194,6 +198,7 @@ impl Probe {
             notes: Notes(SharedWords::of_map(&notes?, NOTES_WORDS as usize)?),
             programs,
             unpinned: None,
+            claim: None,
         })
     }
 
@@ -211,6 +216,7 @@ impl Probe {
             "its ring has {} bytes, not {ring_bytes}",
             found.ring_bytes
         );
+        let claim = Claim::of(set.folder())?;
         let mut programs = Vec::new();
         for (name, _) in CAPTURE_PROGRAMS {
             programs.push(ProgramInfo::from_pin(set.folder().join(name))?.fd()?);
@@ -221,6 +227,7 @@ impl Probe {
         let position = last.and_then(|last| probe.notes.position_of(last));
         let position = position.context("its notes do not know the end of the log")?;
         probe.ring.skip_to(position)?;
+        probe.claim = Some(claim);
         probe.notes.forget_after(last);
         Ok(Some(probe))
     }
@@ -371,6 +378,9 @@ fn why_useless(set: &PinnedSet) -> Option<&'static str> {
         return None;
     };
     let store = notes.store()?;
+    if set.is_claimed() {
+        return None;
+    }
     if !store.exists() {
         return Some("its store is gone");
     }

@@ -4,11 +4,13 @@
 //! `ROOT/AGENT/` holds the maps, and the programs with their links; it appears as a whole, under its final name,
 //! or not at all. It is gone after a reboot. (A name in bpffs must not hold a dot.)
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use aya::maps::MapData;
-use rustix::fs::Mode;
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use uuid::Uuid;
 
@@ -32,6 +34,10 @@ pub(super) const MAPS: [&str; 5] = ["EVENTS", "DISKS", "COUNTERS", "DIRTY", "NOT
 pub(crate) struct PinnedSet {
     folder: PathBuf,
 }
+
+/// That an agent runs on a set: a lock on its folder, for a store may be seen in some mount namespaces only.
+#[derive(Debug)]
+pub(super) struct Claim(#[expect(dead_code, reason = "held for its lock")] OwnedFd);
 
 /// Where a program's link lies in a set's folder; all else lies there under its own name.
 pub(super) fn link_path(folder: &Path, program: &str) -> PathBuf {
@@ -109,6 +115,15 @@ impl PinnedSet {
         self.notes().ok()?.store()
     }
 
+    /// Does an agent run on it, in this mount namespace or another?
+    pub(crate) fn is_claimed(&self) -> bool {
+        let tried = open(&self.folder).map(|folder| {
+            // Given back with the descriptor.
+            rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive)
+        });
+        matches!(tried, Ok(Err(Errno::WOULDBLOCK)))
+    }
+
     /// Unloads it, unless an agent has it open: then it goes with that agent.
     pub(crate) fn remove(&self) -> anyhow::Result<()> {
         if !self.folder.exists() {
@@ -129,6 +144,22 @@ impl PinnedSet {
         let _ = std::fs::remove_dir(ROOT);
         Ok(())
     }
+}
+
+impl Claim {
+    /// Of the agent that calls, on the set in that folder, also while it gets its name.
+    pub(super) fn of(folder: &Path) -> anyhow::Result<Self> {
+        let claim = open(folder)?;
+        // Who asks whether it is claimed holds it for a moment.
+        rustix::fs::flock(&claim, FlockOperation::LockShared)
+            .with_context(|| format!("claim {}", folder.display()))?;
+        Ok(Self(claim))
+    }
+}
+
+fn open(folder: &Path) -> anyhow::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(folder, flags, Mode::empty()).with_context(|| format!("open {}", folder.display()))
 }
 
 fn make_folder(path: &Path) -> anyhow::Result<()> {

@@ -33,7 +33,9 @@ pub(crate) fn run(store: Option<&Path>) -> anyhow::Result<()> {
             || "another version".to_owned(),
             |store| store.display().to_string(),
         );
-        let is_running = of_store.is_some_and(|store| cdp_journal::store::is_locked(&store).unwrap_or(false));
+        // Its store may be seen in its own mount namespace only.
+        let is_running = pinned.is_claimed()
+            || of_store.is_some_and(|store| cdp_journal::store::is_locked(&store).unwrap_or(false));
         if is_running {
             if wanted.is_some() {
                 bail!("an agent runs on {name}: stop it first");
