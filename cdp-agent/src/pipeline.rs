@@ -444,6 +444,7 @@ impl Pipeline {
                     begun: None,
                     epoch: Epoch::default(),
                     full_since: None,
+                    has_appended: false,
                 };
                 stage.run(&log_queue)
             }),

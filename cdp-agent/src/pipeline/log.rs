@@ -4,7 +4,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use cdp_journal::log::{FrameLocation, LogWriter};
+use cdp_journal::format::SealedFrame;
+use cdp_journal::log::{FrameLocation, LogError, LogWriter};
 use crossbeam_channel::{Receiver, Sender, select};
 
 use super::{Encoded, Group, INDEX_QUEUE_FRAMES, IndexRequest, Shared, StoreChange};
@@ -12,6 +13,8 @@ use crate::recorder::Epoch;
 
 /// How often a full store is asked for room.
 const ROOM_INTERVAL: Duration = Duration::from_secs(1);
+/// How often one without any room at all is.
+const NO_ROOM_INTERVAL: Duration = Duration::from_millis(100);
 /// Room that a full store must have before the log goes on: a resync that fills it at once helps nobody.
 const ROOM_BYTES_MIN: u64 = 64 << 20;
 
@@ -27,6 +30,8 @@ pub(super) struct LogStage<'a> {
     pub(super) begun: Option<Instant>,
     pub(super) epoch: Epoch,
     pub(super) full_since: Option<Instant>,
+    /// It has appended something: what there is of a store was in order when this agent began.
+    pub(super) has_appended: bool,
 }
 
 impl LogStage<'_> {
@@ -75,15 +80,25 @@ impl LogStage<'_> {
 
     fn append(&mut self, encoded: Encoded) -> anyhow::Result<()> {
         let frame = encoded.frame;
-        match self.log.append(&frame) {
+        let appended = match self.log.append(&frame) {
+            Err(error) if error.is_full() && self.full_since.is_some() && !frame.has_data() => {
+                self.append_when_there_is_room(&frame, error)
+            }
+            appended => appended,
+        };
+        match appended {
             Ok(location) => {
+                self.has_appended = true;
                 self.shared
                     .set_appended(self.log.next_seq().prev(), encoded.position);
                 self.shared.pace.encoded(&frame);
                 self.unsynced.push((frame.head().into(), location));
                 Ok(())
             }
-            Err(error) if error.is_full() && frame.has_data() => {
+            Err(error)
+                if error.is_full()
+                    && (frame.has_data() || self.has_appended && self.full_since.is_none()) =>
+            {
                 tracing::error!("{error}");
                 self.commit()?;
                 self.epoch = Epoch(self.epoch.0 + 1);
@@ -94,8 +109,34 @@ impl LogStage<'_> {
                 });
                 Ok(())
             }
-            // Not even the record of the gap found room: the next start of the agent will open it.
             Err(error) => Err(error).context("append to the log"),
+        }
+    }
+
+    /// Not even the record of the gap found room: it waits for some. Whatever comes meanwhile waits in the queues and the
+    /// ring, or is counted as lost, in that gap. Whoever ends the agent leaves the gap to the next one.
+    fn append_when_there_is_room(
+        &mut self,
+        frame: &SealedFrame,
+        first_error: LogError,
+    ) -> Result<FrameLocation, LogError> {
+        let bytes = frame.bytes().len() as u64;
+        let mut error = first_error;
+        tracing::error!("{error}: not even that can be journaled; waiting for room");
+        // What finds no room where the file system says that there is some has a disk that fails.
+        while error.is_full() && !self.log.has_control_room(bytes) && !self.shared.stop.load(Ordering::SeqCst)
+        {
+            std::thread::sleep(NO_ROOM_INTERVAL);
+            match self.log.append(frame) {
+                Ok(location) => return Ok(location),
+                Err(again) => error = again,
+            }
+        }
+        // It may have come just now.
+        if error.is_full() {
+            self.log.append(frame)
+        } else {
+            Err(error)
         }
     }
 

@@ -118,7 +118,9 @@ impl LogWriter {
             });
         }
         let bytes = (ENVELOPE_BYTES + frame.bytes().len()) as u64;
-        self.refuse_if_full(bytes, frame.has_data())?;
+        if frame.has_data() || !self.is_reserved(bytes) {
+            self.refuse_if_full(bytes, frame.has_data())?;
+        }
         if !self.fits(bytes) {
             self.roll()?;
         }
@@ -176,6 +178,14 @@ impl LogWriter {
         newest.is_some_and(|(_, end)| {
             end + bytes <= self.limits.segment_bytes_max + late_bytes || *end == SEGMENT_HEADER_BYTES as u64
         })
+    }
+
+    /// Was space asked for ahead for so many bytes more? Then they find it, whoever else has filled the file system.
+    fn is_reserved(&self, bytes: u64) -> bool {
+        let end = self.newest.as_ref().map(|(_, end)| *end + bytes);
+        self.limits.store_bytes_max.is_none()
+            && self.fits(bytes)
+            && end.is_some_and(|end| end <= self.reserved_until)
     }
 
     /// Makes everything appended durable. Returns the last durable record. Waits for a sync that was begun before.
@@ -370,6 +380,11 @@ impl LogWriter {
     /// Would frames with `bytes` of data find room?
     pub fn has_room(&self, bytes: u64) -> bool {
         self.poison.is_none() && self.refuse_if_full(bytes, true).is_ok()
+    }
+
+    /// Would a frame of so many bytes without data find room, by what the file system says?
+    pub fn has_control_room(&self, bytes: u64) -> bool {
+        self.refuse_if_full(bytes, false).is_ok()
     }
 
     /// The Seq that the next frame must begin with.
