@@ -29,6 +29,11 @@ pub(crate) enum Request {
         #[serde(default)]
         volume: Option<String>,
     },
+    /// Tell when everything that is recorded by now is durable in the store.
+    Durable {
+        /// Give up after this long.
+        timeout_ms: u64,
+    },
     /// Name this moment.
     Bookmark {
         /// The name.

@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use cdp_tests::agent::{Agent, PINS, PROTECT_TIMEOUT};
-use cdp_tests::device::{LoopDevice, MIB};
+use cdp_tests::agent::{Agent, AgentPlan, PINS, PROTECT_TIMEOUT};
+use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
 use cdp_tests::moments::{QuietMoment, WallNs};
 use cdp_tests::process::{cmd, poll_until};
 use cdp_tests::refused::expect_refused;
@@ -211,6 +211,47 @@ fn a_probe_that_cannot_be_taken_up_leaves_a_gap() {
         name: "handover: another ring",
         first: &["--ring-bytes", "4194304"],
         unload: false,
+    });
+}
+
+/// Goal: what `wait --for protected` said holds if the agent is killed in the next moment. Method: with frames gathered for
+/// two seconds, kill it as soon as the wait returns; without another agent the device is in the store.
+#[test]
+fn what_was_said_to_be_protected_outlives_the_agent() {
+    system_test("handover: protected, killed", &["fio"], |scene| {
+        let device = device(scene)?;
+        let plan = plan(scene, &device)?.flag("--commit-interval-ms", "2000");
+        let held = QuietMoment::of_raw("v", device.path())?;
+        plan.protect()?.kill()?;
+        let restore = Restore::from(plan.store())?;
+        held.check_at(&restore, "latest", &scene.path("image"))
+    });
+}
+
+/// Goal: a running agent keeps its probe, whoever else starts and does not see its store: that of a container, or of
+/// another mount namespace. Method: another agent starts where the folder of the store is empty; what is written then is in
+/// the history.
+#[test]
+fn a_running_agent_keeps_its_probe_where_others_do_not_see_its_store() {
+    system_test("handover: store out of sight", &["fio"], |scene| {
+        let device = device(scene)?;
+        let hidden = scene.path("hidden");
+        std::fs::create_dir(&hidden)?;
+        let plan = AgentPlan::new(scene, &hidden.join("store"))?.volume("v", device.path());
+        let mut agent = plan.protect()?;
+        let other_device = LoopDevice::create(&scene.path("other-disk"), LoopOptions::of_bytes(8 * MIB))?;
+        let other = AgentPlan::new(scene, &scene.path("other"))?.volume("o", other_device.path());
+        let other = other.log(scene.log("other-agent")).blind_to(&hidden);
+        let other_agent = other.protect()?;
+        write(scene, &device, "seen", 2 * MIB)?;
+        let after = QuietMoment::of_raw("v", device.path())?;
+        agent.wait_and_check()?;
+        let restore = Restore::from(plan.store())?;
+        after.check_at(&restore, "latest", &scene.path("image"))?;
+        let gaps = restore.points("v")?.gaps;
+        ensure!(gaps.is_empty(), "{gaps:?}");
+        other_agent.stop()?;
+        agent.stop()
     });
 }
 

@@ -207,7 +207,9 @@ pub(crate) fn wait(
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let done = match state {
-            WaitFor::Protected => is_protected(store, volume, &mut last)?,
+            WaitFor::Protected => {
+                is_protected(store, volume, &mut last)? && is_durable(store, left, &mut last)?
+            }
             WaitFor::Synced => is_synced(store, volume, left, &mut last)?,
         };
         if done {
@@ -276,7 +278,17 @@ fn is_synced(store: &Path, volume: Option<&str>, left: Duration, last: &mut Stri
         whole: true,
         volume: volume.map(str::to_owned),
     };
-    match control::ask(store, &request, left + ANSWER_TIMEOUT)? {
+    is_answered(store, &request, left, last)
+}
+
+/// Has the store what the agent knows by now? So that it is known still if the agent ends in the next moment.
+fn is_durable(store: &Path, left: Duration, last: &mut String) -> anyhow::Result<bool> {
+    let timeout_ms = left.as_millis() as u64;
+    is_answered(store, &Request::Durable { timeout_ms }, left, last)
+}
+
+fn is_answered(store: &Path, request: &Request, left: Duration, last: &mut String) -> anyhow::Result<bool> {
+    match control::ask(store, request, left + ANSWER_TIMEOUT)? {
         Some(Answer::Synced { .. }) => Ok(true),
         Some(Answer::Failed { why }) => {
             *last = why;

@@ -166,6 +166,10 @@ async fn answer_one(
             })
             .await?
         }
+        Ok(Request::Durable { timeout_ms }) => {
+            let timeout = Duration::from_millis(timeout_ms);
+            blocking(move || recorded(&shared, timeout)).await?
+        }
         Ok(Request::Bookmark { label }) => blocking(move || bookmark(&shared, label)).await?,
         Err(error) => Answer::Failed {
             why: format!("not understood: {error}"),
@@ -198,6 +202,20 @@ fn behind(shared: &Shared, volume: Option<&str>) -> Option<Answer> {
     let mut wanted = recorder.volumes().iter().filter(|known| is_wanted(&known.name));
     let behind = wanted.find(|volume| !volume.is_exact())?;
     failed(format!("{} is not read whole yet", behind.name))
+}
+
+/// Waits until what is recorded is durable here.
+fn recorded(shared: &Shared, timeout: Duration) -> Answer {
+    let last = shared.recorder.lock().last_seq();
+    shared.hurry();
+    match shared.wait_durable(last, timeout) {
+        true => Answer::Synced {
+            seq: last.map_or(0, cdp_journal::Seq::get),
+        },
+        false => Answer::Failed {
+            why: format!("not durable after {} ms", timeout.as_millis()),
+        },
+    }
 }
 
 fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
