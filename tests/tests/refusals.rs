@@ -256,6 +256,17 @@ fn a_device_that_cannot_take_the_image_is_left_as_it_was() {
         refused.expect_message(&["mounted"])?;
         mount.unmount()?;
 
+        // As partitions are mounted where the kernel was not asked for them.
+        let on_top = LoopDevice::attach(busy.path())?;
+        let mount = Mount::new(on_top.path(), FileSystem::Ext4, &scene.path("mnt"))?;
+        let refused = history
+            .restore
+            .image_over("v", "latest", busy.path())?
+            .expect_code(FAILED)?;
+        refused.expect_message(&["mounted"])?;
+        mount.unmount()?;
+        drop(on_top);
+
         let before = Fingerprint::of_device(busy.path())?;
         let refused = history.restore.image("v", "latest", busy.path())?;
         ensure!(
@@ -302,13 +313,15 @@ fn a_disk_too_full_for_the_image_keeps_no_half_of_it() {
 
 /// Goal: P5, a damaged byte is named and never returned. Method: in copies of a store, flip one byte of
 /// the largest segment at random places: `verify` ends with 4 and names the file; `image` either ends with
-/// 4 or never needed that byte and is right.
+/// 4 or never needed that byte and is right. A device it was to be written to is left as it was, or right.
 #[test]
 fn a_flipped_byte_is_found_and_never_returned() {
     system_test("refusals: damaged segment", &["fio"], |scene| {
         let history = History::make(scene)?;
         let mut rng = scene.rng();
         let image = scene.path("image");
+        let target = LoopDevice::create(&scene.path("target"), LoopOptions::of_bytes(16 * MIB))?;
+        let held = Fingerprint::of_device(target.path())?;
         let mut refused = 0;
         for round in 0..6 {
             let copy = scene.path(&format!("copy-{round}"));
@@ -337,6 +350,15 @@ fn a_flipped_byte_is_found_and_never_returned() {
                     refused += 1;
                     ensure!(!image.exists(), "half an image\n{}", outcome.transcript());
                     outcome.expect_message(&[name])?;
+                    for flags in [&["--yes", "--dry-run"][..], &["--yes"]] {
+                        let over = restore
+                            .command("image")
+                            .args(["v", "--at", &history.at.to_string()]);
+                        let over = over.args(flags).arg("--to").arg(target.path()).run()?;
+                        over.expect_code(DAMAGED)?
+                            .expect_message(&[name, "nothing was written"])?;
+                        held.expect_same(&Fingerprint::of_device(target.path())?, "a device beside damage")?;
+                    }
                 }
                 _ => return outcome.expect_code(DAMAGED).map(drop),
             }
@@ -344,6 +366,32 @@ fn a_flipped_byte_is_found_and_never_returned() {
             std::fs::remove_dir_all(copy)?;
         }
         ensure!(refused > 0, "no flip was ever met: the test proves nothing");
+        Ok(())
+    });
+}
+
+/// Goal: P2, a store that has lost the end of its log is not taken for an older one. Method: cut the newest segment of a
+/// copy in two; whoever reads it is told, by which record.
+#[test]
+fn a_log_that_has_lost_its_end_is_told() {
+    system_test("refusals: lost end", &["fio"], |scene| {
+        let history = History::make(scene)?;
+        let whole = history.restore.command("ls").run()?.success()?;
+        ensure!(!whole.stderr.contains("is gone"), "{}", whole.transcript());
+        let copy = scene.path("copy");
+        cmd("cp")
+            .arg("-r")
+            .arg(&history.store)
+            .arg(&copy)
+            .run()?
+            .success()?;
+        let segment = largest_segment(&copy)?;
+        let file = std::fs::File::options().write(true).open(&segment)?;
+        file.set_len(std::fs::metadata(&segment)?.len() / 2)?;
+        for command in ["ls", "verify"] {
+            let told = Restore::from(&copy)?.command(command).run()?;
+            told.expect_message(&["its index knows of seq:", "is gone"])?;
+        }
         Ok(())
     });
 }

@@ -66,6 +66,16 @@ impl StoreReader {
         reader
             .refresh()
             .map_err(|error| open_error(error, reader.head().map(|head| head.seq)))?;
+        let head = reader.head().map(|head| head.seq);
+        if indexed > head {
+            // Only what is durable is indexed.
+            tracing::warn!(
+                store = %dir.display(),
+                "the log ends at seq:{}, and its index knows of seq:{}: what was recorded in between is gone, as after an                  interrupted copy; all moments are of what is left",
+                Seq::number_of(head),
+                Seq::number_of(indexed)
+            );
+        }
         Ok(reader)
     }
 

@@ -1,7 +1,8 @@
 //! `image`: a block volume as it was at a moment, as a file or on a device.
 //!
-//! In this order: the moment is proven restorable, the target is checked, the user is asked, and only
-//! then is anything written.
+//! In this order: the target is checked, the user is asked, and only then is anything written. Before a device is written
+//! over, all of the moment is read and checked: what cannot be restored leaves it as it is. A file needs no such proof: it
+//! gets its name once it is whole.
 
 use std::io;
 use std::path::Path;
@@ -79,6 +80,7 @@ impl Job<'_> {
     fn to_file(&self, target: FileTarget) -> anyhow::Result<()> {
         let replaces = target.replaces();
         if self.args.dry_run {
+            self.prove(&Interrupt::catch().context("catch Ctrl-C")?)?;
             return self.tell_plan("file", replaces, target.free_bytes());
         }
         let started = Clock::now();
@@ -98,13 +100,15 @@ impl Job<'_> {
 
     fn to_device(&self, target: DeviceTarget) -> anyhow::Result<()> {
         if self.args.dry_run {
+            self.prove(&Interrupt::catch().context("catch Ctrl-C")?)?;
             return self.tell_plan("device", false, None);
         }
         self.confirm(&target)?;
         let beyond_bytes = target.bytes() - self.view.bytes();
         let started = Clock::now();
-        let device = target.open()?;
         let interrupt = Interrupt::catch().context("catch Ctrl-C")?;
+        self.prove(&interrupt)?;
+        let device = target.open()?;
         let sink = DeviceSink {
             device: &device,
             interrupt,
@@ -138,12 +142,36 @@ impl Job<'_> {
         confirm(self.report, self.args.yes, to, "all it holds", &question)
     }
 
-    fn copy(&self, sink: &dyn Sink, left: &str, free_bytes: Option<u64>) -> anyhow::Result<CopyReport> {
-        let progress = self.report.progress("restoring", self.view.bytes());
-        let options = CopyOptions {
+    /// Reads and checks all of the moment.
+    fn prove(&self, interrupt: &Interrupt) -> anyhow::Result<()> {
+        let left = "nothing was written";
+        let progress = self.report.progress("checking", self.view.bytes());
+        let checked = self.view.copy_to(&Proof(interrupt), &self.options(), &|bytes| {
+            progress.advance(bytes)
+        });
+        match checked {
+            Ok(_) => Ok(()),
+            Err(CopyError::Write { .. }) => Err(TargetError::Interrupted {
+                left: left.to_owned(),
+            }
+            .into()),
+            Err(error) => {
+                let what = format!("restore {}; {left}", self.volume.name);
+                Err(anyhow::Error::new(error).context(what))
+            }
+        }
+    }
+
+    fn options(&self) -> CopyOptions {
+        CopyOptions {
             threads: self.args.threads.get(),
             ..CopyOptions::default()
-        };
+        }
+    }
+
+    fn copy(&self, sink: &dyn Sink, left: &str, free_bytes: Option<u64>) -> anyhow::Result<CopyReport> {
+        let progress = self.report.progress("restoring", self.view.bytes());
+        let options = self.options();
         let copied = self
             .view
             .copy_to(sink, &options, &|bytes| progress.advance(bytes));
@@ -275,6 +303,19 @@ impl Job<'_> {
             dry_run: self.args.dry_run,
             seconds: elapsed.as_secs_f64(),
         }
+    }
+}
+
+/// Takes what was read and checked, and leaves it; what fails is Ctrl-C.
+struct Proof<'a>(&'a Interrupt);
+
+impl Sink for Proof<'_> {
+    fn write_at(&self, _: u64, _: &[u8]) -> io::Result<()> {
+        self.0.check()
+    }
+
+    fn zero(&self, _: u64, _: u64) -> io::Result<()> {
+        self.0.check()
     }
 }
 

@@ -167,8 +167,37 @@ fn used_by(device: DeviceNumber) -> Option<String> {
         .or_else(|| held_by(&related).map(|holder| format!("{holder} is built on it")))
 }
 
-/// The device, its partitions, and the disk it is a partition of.
+/// The device, its partitions, the disk it is a partition of, and all loop devices that lie on one of them.
 fn related_devices(device: DeviceNumber) -> BTreeSet<DeviceNumber> {
+    let mut related = parts_and_whole(device);
+    let loops = loops_over_devices();
+    // A loop device may lie on another.
+    loop {
+        let on_it = loops.iter().filter(|(_, backing)| related.contains(backing));
+        let more: Vec<_> = on_it
+            .map(|(number, _)| *number)
+            .filter(|number| !related.contains(number))
+            .collect();
+        if more.is_empty() {
+            return related;
+        }
+        related.extend(more.into_iter().flat_map(parts_and_whole));
+    }
+}
+
+/// Loop devices over other devices: which, over which.
+fn loops_over_devices() -> Vec<(DeviceNumber, DeviceNumber)> {
+    let blocks = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let over_device = |block: fs::DirEntry| {
+        let backing = fs::read_to_string(block.path().join("loop/backing_file")).ok()?;
+        let number = fs::read_to_string(block.path().join("dev")).ok()?;
+        let backing = DeviceNumber::of(Path::new(backing.trim_end_matches('\n')))?;
+        Some((DeviceNumber::parse(&number)?, backing))
+    };
+    blocks.filter_map(over_device).collect()
+}
+
+fn parts_and_whole(device: DeviceNumber) -> BTreeSet<DeviceNumber> {
     let number_in = |folder: &Path| DeviceNumber::parse(&fs::read_to_string(folder.join("dev")).ok()?);
     let folder = device.sysfs();
     let mut related = BTreeSet::from([device]);
