@@ -84,8 +84,12 @@ fn parse_ago(text: &str) -> Option<Duration> {
 }
 
 fn parse_time(text: &str) -> Result<WallNs, String> {
+    // The parser would take it for the second before.
+    if text.get(16..19) == Some(":60") {
+        return Err("leap seconds have no number here: say the second after or before".to_owned());
+    }
     if let Ok(timestamp) = text.parse::<jiff::Timestamp>() {
-        return Ok(WallNs::from(timestamp));
+        return in_range(timestamp);
     }
     let local = text.parse().map_err(|error: jiff::Error| error.to_string())?;
     time_in(local, &TimeZone::system())
@@ -109,7 +113,14 @@ fn time_in(local: DateTime, zone: &TimeZone) -> Result<WallNs, String> {
         }
     };
     let timestamp = offset.to_timestamp(local);
-    timestamp.map(WallNs::from).map_err(|error| error.to_string())
+    timestamp.map_err(|error| error.to_string()).and_then(in_range)
+}
+
+/// Nanoseconds in 64 bits reach from 1677 to 2262.
+fn in_range(timestamp: jiff::Timestamp) -> Result<WallNs, String> {
+    let ns = i64::try_from(timestamp.as_nanosecond());
+    ns.map(WallNs)
+        .map_err(|_| "times are from 1677-09-22 to 2262-04-11".to_owned())
 }
 
 impl fmt::Display for When {
@@ -235,8 +246,8 @@ pub enum WhenError {
         /// Until when history reaches.
         covered_until: Option<WallNs>,
     },
-    /// A writer is alive and yet history did not reach that time while we waited.
-    #[error("{wall} is not covered yet: history reaches to {}; is the agent stuck? see `cdp-agent status`", covered_until.map_or_else(|| "nothing".to_owned(), |wall| wall.to_string()))]
+    /// A writer is alive and yet history did not reach that time while we waited (exit code 3).
+    #[error("{wall} is not covered yet: history reaches to {}, which is the nearest moment before; whoever writes it, an agent or the line from it, seems to be stuck: see `cdp-agent status`, or `cdp-journal status`", covered_until.map_or_else(|| "nothing".to_owned(), |wall| wall.to_string()))]
     NotCovered {
         /// The time.
         wall: WallNs,
@@ -328,6 +339,8 @@ mod tests {
             "-s",
             "yesterday",
             "2026-13-01T00:00:00Z",
+            "2026-11-21T01:15:60Z",
+            "2300-01-01T00:00:00Z",
         ] {
             let message = text.parse::<When>().unwrap_err().to_string();
             assert!(message.contains("names no moment"), "{text}: {message}");

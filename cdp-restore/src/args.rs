@@ -432,7 +432,7 @@ pub(crate) struct Find {
     /// The volume's name, as `ls` shows it
     pub(crate) volume: String,
     /// What to look for: text as it is, or after 0x bytes in hexadecimal digits
-    #[arg(long, value_name = "TEXT|0xHEX", value_parser = parse_pattern)]
+    #[arg(long, value_name = "TEXT|0xHEX", value_parser = parse_pattern, allow_hyphen_values = true)]
     pub(crate) bytes: Pattern,
     /// Only what was written after this moment; from the beginning if left out
     #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]

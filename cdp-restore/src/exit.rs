@@ -60,7 +60,10 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
         return Some(Exit::Usage);
     }
     let not_exact = cause.is::<NotExactHere>()
-        || matches!(cause.downcast_ref::<WhenError>(), Some(WhenError::NotExact(_)));
+        || matches!(
+            cause.downcast_ref::<WhenError>(),
+            Some(WhenError::NotExact(_) | WhenError::NotCovered { .. })
+        );
     if not_exact {
         return Some(Exit::NotExact);
     }

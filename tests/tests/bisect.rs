@@ -83,6 +83,49 @@ fn a_planted_corruption_is_found_at_its_write() {
     });
 }
 
+/// Goal: nobody is blamed for what was written unseen; nor are bytes that only a gap held taken for never written. Method:
+/// a file is made while no agent and no probe watches; `bisect` for it names the gap and no write, `find` tells of it.
+#[test]
+fn what_came_in_a_gap_is_no_writes_fault() {
+    system_test("bisect: gap", &["mkfs.ext4"], |scene| {
+        let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(32 * MIB))?;
+        let plan = AgentPlan::new(scene, &scene.path("store"))?.volume("v", device.path());
+        let agent = plan.protect()?;
+        FileSystem::Ext4.make(device.path())?;
+        let mount = Mount::new(device.path(), FileSystem::Ext4, &scene.path("mnt"))?;
+        mount.sync()?;
+        agent.bookmark("good")?;
+        agent.stop()?;
+        plan.unload()?;
+        fs::write(mount.dir().join("unseen"), "written in the gap")?;
+        mount.sync()?;
+        let mut agent = plan.protect()?;
+        fs::write(mount.dir().join("later"), "an innocent write")?;
+        mount.unmount()?;
+        agent.wait_and_check()?;
+        let restore = Restore::from(plan.store())?;
+        let ran = restore
+            .command("bisect")
+            .args(["v", "--good", "bookmark:good", "--bad", "latest", "--json", "--"])
+            .args(["sh", "-c", "test ! -e \"$CDP_MOUNT/unseen\""])
+            .run()?
+            .success()?;
+        let told: serde_json::Value = serde_json::from_str(&ran.stdout)?;
+        ensure!(
+            told["write"].is_null() && told["gaps"][0]["cause"] == "agent-down",
+            "{told:#}"
+        );
+        let found = restore
+            .command("find")
+            .args(["v", "--bytes", "-----BEGIN", "--json"]);
+        let found = found.run()?.success()?;
+        let found = found.expect_message(&["gap agent-down"])?;
+        let told: serde_json::Value = serde_json::from_str(&found.stdout)?;
+        ensure!(told["gaps"][0]["cause"] == "agent-down", "{told:#}");
+        agent.stop()
+    });
+}
+
 const MARK: &str = "this page was overwritten by a stranger";
 
 /// Overwrites a page of the database that is full and that nobody looks at when rows are added.

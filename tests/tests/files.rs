@@ -53,6 +53,10 @@ fn files_are_told(name: &str, file_system: FileSystem) {
         let mount = Mount::new(device.path(), file_system, &scene.path("mnt"))?;
         let root = mount.dir().to_owned();
         make_tree(&root, &mut rng)?;
+        fs::create_dir(root.join("still"))?;
+        let read_last = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_420_070_400);
+        let times = FileTimes::new().set_accessed(read_last).set_modified(read_last);
+        File::open(root.join("still"))?.set_times(times)?;
         let since = quiet(&mount)?;
         let expected = change_tree(&root, &mut rng)?;
         let until = quiet(&mount)?;
@@ -66,6 +70,17 @@ fn files_are_told(name: &str, file_system: FileSystem) {
         agent.wait_and_check()?;
         let restore = Restore::from(plan.store())?;
         check_diff(&restore, (since, until), &expected)?;
+        // Of folders too all times are kept.
+        let copy = scene.path("copy");
+        let files = restore
+            .command("files")
+            .args(["v", "still", "--at", &until.to_string()]);
+        files.arg("--to").arg(&copy).run()?.success()?;
+        let kept = fs::metadata(copy.join("still"))?;
+        ensure!(
+            kept.accessed()? == read_last && kept.modified()? == read_last,
+            "{kept:?}"
+        );
         for (mark, file) in [(KEPT_MARK, "dir/kept"), (GONE_MARK, "dir/gone-soon")] {
             let told = json_of(restore.command("find").args(["v", "--bytes", mark, "--json"]))?;
             let hits = told["hits"].as_array().context("no hits")?;

@@ -9,7 +9,7 @@ use cdp_tests::device::{self, LoopDevice, LoopOptions, MIB};
 use cdp_tests::fingerprint::Fingerprint;
 use cdp_tests::moments::QuietMoment;
 use cdp_tests::mount::{FileSystem, Mount};
-use cdp_tests::process::{Cmd, cmd};
+use cdp_tests::process::{Cmd, cmd, poll_until};
 use cdp_tests::restore::Restore;
 use cdp_tests::rng::Rng;
 use cdp_tests::workload::Mix;
@@ -60,6 +60,36 @@ fn rounds_of_random_damage_are_undone() {
             agent.stop()
         },
     );
+}
+
+/// Goal: no undo is promised that cannot be had. Method: rewind while a gap is open: it says so, names none, and the device
+/// holds the moment all the same.
+#[test]
+fn a_rewind_within_a_gap_promises_no_undo() {
+    system_test("rewind: within a gap", &["mkfs.ext4"], |scene| {
+        let mut rng = scene.rng();
+        let (device, plan, agent) = stage(scene)?;
+        let restore = Restore::from(plan.store())?;
+        let moment = fill(scene, &device, &mut rng)?;
+        agent.stop()?;
+        plan.unload()?;
+        overwrite(device.path(), &mut rng, 0, 4 * MIB)?;
+        let slow = plan.clone().flag("--rate-readback", "128 KiB/s");
+        let agent = slow.start()?;
+        poll_until("the gap to be open", END_TIMEOUT, || {
+            let told = agent.status().ok();
+            let is_open = told.is_some_and(|told| told.volumes.iter().any(|v| v.state == "resyncing"));
+            Ok(is_open.then_some(()))
+        })?;
+        let ran = rewind(&restore, &moment.to.to_string(), device.path(), &[])
+            .run()?
+            .success()?;
+        let told: serde_json::Value = serde_json::from_str(&ran.stdout)?;
+        ensure!(told["undo"].is_null(), "{told}");
+        ran.expect_message(&["this cannot be undone", "agent-down"])?;
+        expect_held(&moment, device.path(), "within a gap")?;
+        agent.stop()
+    });
 }
 
 /// Goal: a rewind that was killed is finished by the same command. Method: SIGKILL once a random number of bytes has

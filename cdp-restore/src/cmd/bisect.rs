@@ -14,6 +14,7 @@ use cdp_journal::store::Archive;
 use cdp_journal::when::When;
 use serde::Serialize;
 
+use super::gap::JsonGap;
 use super::peek::{Peek, Peeking};
 use super::{open_block_volume, resolve};
 use crate::args::Bisect;
@@ -39,8 +40,10 @@ struct Outcome {
     good: Moment,
     /// The next one, which is bad.
     bad: Moment,
-    /// Who wrote what made the difference, and where.
+    /// Who wrote what made the difference, and where; nothing where that may have been in a gap.
     write: Option<Written>,
+    /// Gaps between the two: what was written in them nobody saw.
+    gaps: Vec<JsonGap>,
     /// How often the check was run.
     runs: u32,
 }
@@ -208,8 +211,10 @@ impl Search<'_> {
                 seq: seq.get(),
             })
         };
+        let gaps = JsonGap::within(self.store.history(self.volume.id)?.as_ref(), Some(good), bad);
         let mut write = None;
-        for frame in self.store.records(bad..=bad) {
+        let seen = gaps.is_empty().then_some(bad..=bad);
+        for frame in seen.into_iter().flat_map(|seqs| self.store.records(seqs)) {
             let of_volume = |placed: &&PlacedRecord| placed.record.volume == Some(self.volume.id);
             write = frame?.records.iter().find(of_volume).and_then(written);
         }
@@ -218,6 +223,7 @@ impl Search<'_> {
             good: moment(good)?,
             bad: moment(bad)?,
             write,
+            gaps,
             runs: self.runs,
         })
     }
@@ -274,6 +280,12 @@ impl Outcome {
             text.push_str(&format!(
                 ", {} bytes at {} by {}[{}]",
                 write.bytes, write.offset, write.comm, write.pid
+            ));
+        }
+        for gap in &self.gaps {
+            text.push_str(&format!(
+                "\nbetween the two lies gap {} from {}: what made the difference may have been written in it, unseen",
+                gap.cause, gap.from
             ));
         }
         text.push_str(&format!("\n{} of the check\n", count(self.runs.into(), "run")));

@@ -8,11 +8,11 @@
 use anyhow::Context;
 use cdp_journal::Seq;
 use cdp_journal::format::{Body, PlacedRecord};
-use cdp_journal::history::{Gap, History};
 use cdp_journal::view::View;
 use cdp_journal::when::When;
 use serde::Serialize;
 
+use super::gap::JsonGap;
 use super::peek::{Peek, Peeking};
 use super::{Instant, open_volume, require_block, resolve, table};
 use crate::args::Diff;
@@ -73,13 +73,6 @@ struct Writer {
     writes: u64,
 }
 
-#[derive(Debug, Serialize)]
-struct JsonGap {
-    from: Time,
-    to: Option<Time>,
-    cause: &'static str,
-}
-
 pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
     let (store, volume) = open_volume(&args.source, &args.volume)?;
     require_block(&volume, "diff")?;
@@ -106,10 +99,10 @@ pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
         false => changed_files(args, report, &before, &after)?,
     };
     let (files, files_truncated, files_unknown) = match files {
-        Ok(found) => (Some(found.files), found.truncated, None),
+        Ok((found, left_out)) => (Some(found.files), found.truncated, left_out),
         Err(why) => (None, false, Some(why)),
     };
-    let gaps = gaps_between(store.history(volume.id)?.as_ref(), since, until);
+    let gaps = JsonGap::within(store.history(volume.id)?.as_ref(), Some(since.seq), until.seq);
     let outcome = Outcome {
         volume: volume.name,
         since: Moment {
@@ -154,16 +147,19 @@ pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
     }
 }
 
+/// Which files differ, and why others are not told.
+type Found = (ChangedFiles, Option<String>);
+
 /// Which files differ; or why that cannot be told.
 fn changed_files(
     args: &Diff,
     report: &Report,
     before: &View,
     after: &View,
-) -> anyhow::Result<Result<ChangedFiles, String>> {
+) -> anyhow::Result<Result<Found, String>> {
     let changed = changed_ranges(before, after)?;
     if changed.is_empty() {
-        return Ok(Ok(ChangedFiles::default()));
+        return Ok(Ok(Found::default()));
     }
     let interrupt = Interrupt::catch().context("catch Ctrl-C")?;
     let peeking = Peeking::new(&args.source, &args.volume, &args.layer, report);
@@ -179,8 +175,11 @@ fn changed_files(
         Ok(after) => after,
         Err(why) => return Ok(Err(why)),
     };
+    let left_out = after.left_out().or_else(|| before.left_out());
+    let left_out = left_out.map(|what| format!("no file can be read from {what}"));
     let found = compare([&before, &after], &changed, &interrupt);
-    after.settle(before.settle(found)).map(Ok)
+    let found = after.settle(before.settle(found))?;
+    Ok(Ok((found, left_out)))
 }
 
 /// Where two views may differ: by what the index says, for the records of a stretch of time do not tell what was
@@ -246,23 +245,6 @@ fn note(changes: &mut Changes, placed: &PlacedRecord) {
         record.origin.pid,
         &record.origin.command(),
     );
-}
-
-fn gaps_between(history: Option<&History>, since: Instant, until: Instant) -> Vec<JsonGap> {
-    let between = |gap: &&Gap| {
-        gap.from_seq
-            .is_some_and(|from| since.seq <= from && from < until.seq)
-    };
-    let gaps = history
-        .map_or(&[][..], |history| &history.gaps)
-        .iter()
-        .filter(between);
-    gaps.map(|gap| JsonGap {
-        from: Time(gap.from),
-        to: gap.to.map(Time),
-        cause: gap.cause.as_str(),
-    })
-    .collect()
 }
 
 impl JsonRange {

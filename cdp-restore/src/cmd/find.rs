@@ -14,6 +14,7 @@ use cdp_journal::{ReadError, Seq, VolumeId};
 use serde::Serialize;
 
 use super::find_files::{FileSearch, Sighting};
+use super::gap::JsonGap;
 use super::peek::Peeking;
 use super::{open_block_volume, table};
 use crate::args::Find;
@@ -33,6 +34,8 @@ struct Outcome {
     hits: Vec<JsonHit>,
     /// There are more than were asked for.
     truncated: bool,
+    /// Gaps in what was searched: what was written in them nobody saw.
+    gaps: Vec<JsonGap>,
     /// Why the files of some hits are not known, beside that their bytes may be part of none.
     files_unknown: Option<String>,
 }
@@ -103,6 +106,16 @@ pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
     if let Some(why) = &files_unknown {
         report.note(format!("which files hits were in is not all told: {why}"));
     }
+    let gaps = match until {
+        Some(until) => JsonGap::within(store.history(volume.id)?.as_ref(), since, until),
+        None => Vec::new(),
+    };
+    for gap in &gaps {
+        report.warn(format!(
+            "gap {} from {} lies in what was searched: of what was written in it only what was there at its end was seen",
+            gap.cause, gap.from
+        ));
+    }
     let outcome = Outcome {
         volume: volume.name,
         pattern_bytes: args.bytes.0.len(),
@@ -110,6 +123,7 @@ pub(crate) fn run(args: &Find, report: &Report) -> anyhow::Result<()> {
         searched_bytes: searched.bytes,
         hits,
         truncated,
+        gaps,
         files_unknown,
     };
     if truncated {

@@ -164,7 +164,12 @@ fn owners_in(
             told = Err(format!("{} does not tell where its files lie", part.kind));
         }
     }
-    Ok(told)
+    match peek.left_out() {
+        Some(left_out) if wanted.values().any(Option::is_none) => {
+            Ok(Err(format!("no file can be read from {left_out}")))
+        }
+        _ => Ok(told),
+    }
 }
 
 /// From when on a moment may be asked about a sighting.

@@ -23,6 +23,7 @@ pub(crate) mod enroll;
 pub(crate) mod files;
 pub(crate) mod find;
 mod find_files;
+mod gap;
 pub(crate) mod image;
 pub(crate) mod ls;
 pub(crate) mod mount;
@@ -282,8 +283,19 @@ fn explain(cause: GapCause) -> &'static str {
     }
 }
 
-/// Rows as columns of equal width, two blanks between them; the last column is not padded.
+/// A file's name may hold what moves a terminal's cursor, or breaks a line.
+fn shown(text: &str) -> String {
+    let escaped = |c: char| match c.is_control() {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    };
+    text.chars().map(escaped).collect()
+}
+
+/// Rows as columns of equal width, two blanks between them; the last column is not padded. Control characters are escaped.
 fn table(rows: &[Vec<String>]) -> String {
+    let escaped = |row: &Vec<String>| row.iter().map(|cell| shown(cell)).collect::<Vec<_>>();
+    let rows: Vec<_> = rows.iter().map(escaped).collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
@@ -291,7 +303,7 @@ fn table(rows: &[Vec<String>]) -> String {
     };
     let widths: Vec<_> = (0..columns).map(width).collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(&widths) {
             line.push_str(&format!("{cell:<width$}  "));

@@ -12,11 +12,12 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use cdp_journal::{Seq, WallNs};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::peek::PeekPart;
-use super::{open_moment, refuse_own_files};
+use super::{Instant, open_moment, refuse_own_files};
 use crate::args::{Mount, Umount};
 use crate::disk::{Disk, complaints_in};
 use crate::mount::{
@@ -24,6 +25,7 @@ use crate::mount::{
     probe, unmount,
 };
 use crate::report::Report;
+use crate::time::Time;
 
 /// How long a serving process is given to end once its image is unmounted.
 const SERVER_END_MS_MAX: i64 = 10_000;
@@ -32,6 +34,7 @@ const SERVER_END_MS_MAX: i64 = 10_000;
 #[derive(Debug, Serialize, Deserialize)]
 struct Ready {
     moment: String,
+    at: WallNs,
     seq: u64,
     parts: Vec<ReadyPart>,
     /// What was found and is not mounted.
@@ -50,10 +53,13 @@ struct ReadyPart {
 #[derive(Debug, Serialize)]
 struct Outcome<'a> {
     volume: &'a str,
+    at: Time,
     seq: u64,
     dir: &'a Path,
     /// Where a file system, or with `--raw` the image, can be found.
     mounted: Vec<PathBuf>,
+    /// What was found and is not mounted.
+    left_out: &'a [String],
     read_only: bool,
 }
 
@@ -82,9 +88,11 @@ pub(crate) fn run(args: &Mount, report: &Report) -> anyhow::Result<()> {
     if args.json {
         return report.json(&Outcome {
             volume: &args.volume,
+            at: Time(ready.at),
             seq: ready.seq,
             dir,
             mounted,
+            left_out: &ready.left_out,
             read_only: !args.rw,
         });
     }
@@ -150,6 +158,17 @@ impl Mounting {
             offset: part.offset,
         });
         parts.collect()
+    }
+
+    /// What was found and is not mounted.
+    pub(super) fn left_out(&self) -> &[String] {
+        &self.ready.left_out
+    }
+
+    /// Which moment it is.
+    pub(super) fn instant(&self) -> Option<Instant> {
+        let at = Time(self.ready.at);
+        Seq::new(self.ready.seq).map(|seq| Instant { seq, at })
     }
 
     /// Undoes it; which requests failed meanwhile: nothing, if all that was asked for could be read.
@@ -302,6 +321,7 @@ fn serve(args: &Mount, folder: &Path, report: &Report) -> anyhow::Result<()> {
     };
     let mut ready = Ready {
         moment: format!("{} as it was at {}", moment.volume.name, moment.instant),
+        at: moment.instant.at.0,
         seq: moment.instant.seq.get(),
         parts: Vec::new(),
         left_out: Vec::new(),

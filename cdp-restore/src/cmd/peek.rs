@@ -6,8 +6,8 @@ use anyhow::{Context, bail};
 use cdp_journal::when::When;
 use tempfile::TempDir;
 
-use super::Damaged;
 use super::mount::{Mounting, ServerFailed};
+use super::{Damaged, Instant};
 use crate::args::{From, LayerBounds, Mount};
 use crate::exit::Exit;
 use crate::report::Report;
@@ -113,6 +113,17 @@ impl Peek {
     /// The file systems in it.
     pub(super) fn parts(&self) -> Vec<PeekPart> {
         self.mounting.as_ref().map_or_else(Vec::new, Mounting::parts)
+    }
+
+    /// What was found in it and is not mounted; nothing if that is nothing.
+    pub(super) fn left_out(&self) -> Option<String> {
+        let left_out = self.mounting.as_ref().map(Mounting::left_out).unwrap_or_default();
+        (!left_out.is_empty()).then(|| left_out.join(", "))
+    }
+
+    /// Which moment it is.
+    pub(super) fn instant(&self) -> Option<Instant> {
+        self.mounting.as_ref().and_then(Mounting::instant)
     }
 
     /// Unmounts it; which requests failed meanwhile.

@@ -1,10 +1,11 @@
 //! `points`: a volume's history, to choose a moment from.
 
 use anyhow::Context as _;
-use cdp_journal::history::{Bookmark, ExactInterval, Gap, History, Note, Resize};
+use cdp_journal::history::{Bookmark, ExactInterval, History, Note, Resize};
 use cdp_journal::{Seq, WallNs};
 use serde::Serialize;
 
+use super::gap::JsonGap;
 use super::{explain, open_volume, table};
 use crate::args::Points as Args;
 use crate::report::Report;
@@ -36,15 +37,6 @@ struct JsonExact {
     to_seq: u64,
     /// It reaches the newest record and goes on.
     open: bool,
-}
-
-#[derive(Debug, Serialize)]
-struct JsonGap {
-    from: Time,
-    to: Option<Time>,
-    cause: &'static str,
-    from_seq: Option<u64>,
-    to_seq: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -123,18 +115,6 @@ impl From<&ExactInterval> for JsonExact {
             from_seq: from_seq.get(),
             to_seq: to_seq.get(),
             open,
-        }
-    }
-}
-
-impl From<&Gap> for JsonGap {
-    fn from(gap: &Gap) -> Self {
-        JsonGap {
-            from: Time(gap.from),
-            to: gap.to.map(Time),
-            cause: gap.cause.as_str(),
-            from_seq: gap.from_seq.map(Seq::get),
-            to_seq: gap.to_seq.map(Seq::get),
         }
     }
 }
@@ -287,7 +267,7 @@ fn marks(history: &History) -> Vec<Vec<String>> {
 mod tests {
     use cdp_journal::VolumeId;
     use cdp_journal::format::{GapCause, VolumeKind};
-    use cdp_journal::history::VolumeInfo;
+    use cdp_journal::history::{Gap, VolumeInfo};
 
     use super::*;
 

@@ -54,8 +54,10 @@ struct Outcome<'a> {
     /// Bytes that differed and were, or would be, written.
     changed_bytes: u64,
     proof: Proof,
-    /// Names the state before, for `--at`; nothing where no agent could be asked.
+    /// Names the state before, for `--at`; nothing where no agent could be asked, or its history is not exact.
     undo: Option<String>,
+    /// The volume that it is a moment of: what the device is protected as.
+    undo_volume: Option<&'a str>,
     dry_run: bool,
     seconds: f64,
 }
@@ -152,6 +154,11 @@ pub(crate) fn run(args: &Rewind, report: &Report) -> anyhow::Result<()> {
         compared_bytes: plan.bytes(),
         changed_bytes: differences.bytes(),
         proof,
+        undo_volume: before
+            .as_ref()
+            .and_then(|before| before.undo.as_ref())
+            .and(protected.as_ref())
+            .map(|protected| protected.name.as_str()),
         undo: before.and_then(|before| before.undo),
         dry_run: args.dry_run,
         seconds: started.elapsed().as_secs_f64(),
@@ -204,7 +211,7 @@ impl Job<'_> {
         let head = head.map_or_else(String::new, |head| {
             format!("; the newest moment in the store is seq:{}", head.seq)
         });
-        let (Some(_), Some(folder)) = (protected, self.args.source.from.folder()) else {
+        let (Some(protected), Some(folder)) = (protected, self.args.source.from.folder()) else {
             let why = match self.args.source.from.folder() {
                 Some(_) => format!("no agent protects {to} into this store"),
                 None => format!("no agent can be asked through {}", self.args.source.from),
@@ -250,7 +257,17 @@ impl Job<'_> {
         match named {
             Ok(seq) => {
                 self.moment.store.refresh()?;
-                let undo = Some(format!("bookmark:{label}"));
+                let undo = match self.moment.store.resolve(protected.id, &When::Seq(seq)) {
+                    Ok(_) => Some(format!("bookmark:{label}")),
+                    Err(WhenError::NotExact(why)) => {
+                        self.report.warn(format!(
+                            "what {to} holds now cannot be brought back exactly, and this cannot be undone: {why}; once \
+                             `cdp-agent wait --for protected` returns, it could be"
+                        ));
+                        None
+                    }
+                    Err(error) => return Err(anyhow::Error::new(error).context("nothing was written")),
+                };
                 Ok(Some(Before { seq, undo }))
             }
             Err(error) => {
@@ -433,7 +450,11 @@ impl Outcome<'_> {
             )),
         }
         if let Some(undo) = &self.undo {
-            text.push_str(&format!("to undo it: --at {undo}\n"));
+            let of = match self.undo_volume {
+                Some(other) if other != volume => format!("of {other}, what {to} is protected as: "),
+                _ => String::new(),
+            };
+            text.push_str(&format!("to undo it: {of}--at {undo}\n"));
         }
         text
     }

@@ -23,17 +23,18 @@ use serde::Serialize;
 
 use self::draft::Draft;
 use self::keep::Lost;
-use super::refuse_own_files;
+use super::{Instant, refuse_own_files};
 use crate::args::Files;
 use crate::report::Report;
+use crate::time::Time;
 use crate::units::{Bytes, count};
 
 /// What `files --json` prints.
 #[derive(Debug, Serialize)]
 struct Outcome<'a> {
     volume: &'a str,
-    /// Moment, as it was asked for.
-    at: String,
+    at: Time,
+    seq: u64,
     to: &'a Path,
     /// Regular files, and the bytes in them.
     files: u64,
@@ -41,15 +42,33 @@ struct Outcome<'a> {
     /// Files and folders that belong to another than they did.
     owners_not_kept: u64,
     attributes_not_kept: u64,
+    /// What lies on the volume beside that, and no file can be read from.
+    left_out: Option<String>,
 }
 
 /// What was copied.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Copied {
+    instant: Instant,
     /// Regular files, and the bytes in them.
     files: u64,
     bytes: u64,
     lost: Lost,
+    /// What lies on the volume and no file can be read from.
+    left_out: Option<String>,
+}
+
+impl Copied {
+    /// Nothing yet.
+    fn of(instant: Instant) -> Self {
+        Self {
+            instant,
+            files: 0,
+            bytes: 0,
+            lost: Lost::default(),
+            left_out: None,
+        }
+    }
 }
 
 pub(crate) fn run(args: &Files, report: &Report) -> anyhow::Result<()> {
@@ -66,15 +85,21 @@ pub(crate) fn run(args: &Files, report: &Report) -> anyhow::Result<()> {
     };
     draft.finish()?;
     copied.lost.tell(report);
+    // Who named paths has got them.
+    if let Some(left_out) = copied.left_out.as_ref().filter(|_| paths.is_empty()) {
+        report.warn(format!("not copied, for no file can be read from it: {left_out}"));
+    }
     if args.json {
         return report.json(&Outcome {
             volume: &args.volume,
-            at: args.at.to_string(),
+            at: copied.instant.at,
+            seq: copied.instant.seq.get(),
             to: &args.to,
             files: copied.files,
             bytes: copied.bytes,
             owners_not_kept: copied.lost.owners(),
             attributes_not_kept: copied.lost.attributes(),
+            left_out: copied.left_out,
         });
     }
     report.out(format!(

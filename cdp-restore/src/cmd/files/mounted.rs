@@ -1,12 +1,15 @@
 //! Files through a mount of the moment: the kernel reads whatever it can mount, and `cp` keeps owner, mode, times, links
 //! and extended attributes, or fails.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
+use rustix::fs::{Dir, Mode, OFlags};
 
 use super::draft::Draft;
 use super::{Copied, link_on_the_way};
@@ -14,6 +17,9 @@ use crate::args::Files;
 use crate::cmd::peek::Peeking;
 use crate::interrupt::Interrupt;
 use crate::report::Report;
+
+/// Complaints of `cp` that are shown.
+const LINES_MAX: usize = 5;
 
 /// Mounts the moment, copies, unmounts.
 pub(super) fn copy(
@@ -25,12 +31,19 @@ pub(super) fn copy(
     let interrupt = Interrupt::catch().context("catch Ctrl-C")?;
     let peeking = Peeking::new(&args.source, &args.volume, &args.layer, report);
     let peek = peeking.at(args.at.clone())?;
-    let copied = interrupt
-        .check()
-        .map_err(anyhow::Error::from)
-        .and_then(|()| copy_tree(peek.dir(), paths, to.path()));
-    peek.settle(copied)?;
-    count(to.path())
+    let mut copied = Copied::of(peek.instant().context("which moment is mounted is not known")?);
+    copied.left_out = peek.left_out();
+    let copy = || {
+        interrupt.check()?;
+        copy_tree(peek.dir(), paths, to.path()).map_err(|error| match &copied.left_out {
+            Some(left_out) => error.context(format!("not all of the volume can be mounted ({left_out})")),
+            None => error,
+        })
+    };
+    let ended = copy();
+    peek.settle(ended)?;
+    count(to.path(), &mut copied)?;
+    Ok(copied)
 }
 
 /// Copies with everything that belongs to a file.
@@ -54,9 +67,19 @@ fn copy_tree(from: &Path, paths: &[PathBuf], to: &Path) -> anyhow::Result<()> {
         .output()
         .context("run cp")?;
     if !output.status.success() {
-        bail!("copy: {}", String::from_utf8_lossy(&output.stderr).trim());
+        bail!("copy: {}", first_lines(&String::from_utf8_lossy(&output.stderr)));
     }
     Ok(())
+}
+
+/// What `cp` says, once for each file; the first few are enough.
+fn first_lines(said: &str) -> String {
+    let lines: Vec<_> = said.trim().lines().collect();
+    let told = lines[..lines.len().min(LINES_MAX)].join("\n");
+    match lines.len().checked_sub(LINES_MAX) {
+        None | Some(0) => told,
+        Some(more) => format!("{told}\nand {more} more like these; nothing was left behind"),
+    }
 }
 
 fn refuse_links_on_the_way(from: &Path, path: &Path) -> anyhow::Result<()> {
@@ -74,21 +97,35 @@ fn refuse_links_on_the_way(from: &Path, path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What lies in a folder of ours; its time of access stays as it was copied.
+fn names_in(folder: &Path) -> io::Result<Vec<OsString>> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOATIME | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(folder, flags, Mode::empty())?;
+    let mut names = Vec::new();
+    for entry in Dir::new(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(OsStr::from_bytes(name).to_owned());
+        }
+    }
+    Ok(names)
+}
+
 /// Regular files below a folder, and their bytes.
-fn count(folder: &Path) -> anyhow::Result<Copied> {
-    let mut copied = Copied::default();
+fn count(folder: &Path, copied: &mut Copied) -> anyhow::Result<()> {
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).with_context(|| format!("list {}", folder.display()))? {
-            let entry = entry?;
-            let metadata = entry.metadata()?;
+        for name in names_in(&folder).with_context(|| format!("list {}", folder.display()))? {
+            let path = folder.join(name);
+            let metadata = fs::symlink_metadata(&path)?;
             if metadata.is_dir() {
-                folders.push(entry.path());
+                folders.push(path);
             } else if metadata.is_file() {
                 copied.files += 1;
                 copied.bytes += metadata.len();
             }
         }
     }
-    Ok(copied)
+    Ok(())
 }

@@ -111,10 +111,12 @@ struct Copying<'c, 'w> {
 /// Opens the moment and copies what is wanted.
 pub(super) fn copy(args: &Files, paths: &[PathBuf], to: &Draft<'_>) -> anyhow::Result<Copied> {
     let interrupt = Interrupt::catch().context("catch Ctrl-C")?;
-    let view = open_moment(&args.source, &args.volume, &args.at, "files")?.view;
-    let mut copied = Copied::default();
+    let moment = open_moment(&args.source, &args.volume, &args.at, "files")?;
+    let (view, mut copied) = (moment.view, Copied::of(moment.instant));
     let wanted = Wanted::of(paths);
-    for (part, wanted) in parts(&view, &args.volume, &wanted)? {
+    let (parts, left_out) = parts(&view, &args.volume, &wanted)?;
+    copied.left_out = left_out;
+    for (part, wanted) in parts {
         let to = match part.number {
             Some(number) => to.path().join(format!("p{number}")),
             None => to.path().to_owned(),
@@ -138,14 +140,22 @@ pub(super) fn copy(args: &Files, paths: &[PathBuf], to: &Draft<'_>) -> anyhow::R
     Ok(copied)
 }
 
+/// What is to be read, and what cannot be.
+type Parts<'w> = (Vec<(Part, &'w Wanted)>, Option<String>);
+
 /// The file systems that something is wanted of: what `mount` would show, in the folders that it would have.
-fn parts<'w>(view: &View, volume: &str, wanted: &'w Wanted) -> anyhow::Result<Vec<(Part, &'w Wanted)>> {
+/// Beside them what else was found.
+fn parts<'w>(view: &View, volume: &str, wanted: &'w Wanted) -> anyhow::Result<Parts<'w>> {
     let read_at = |offset, buf: &mut [u8]| view.read_at(offset, buf);
     let (parts, others): (Vec<_>, Vec<_>) = probe(&read_at, view.bytes())?
         .into_iter()
         .partition(|part| matches!(part.found, Found::FileSystem(_)));
+    let others = others.iter().map(|part| match part.number {
+        Some(number) => format!("{} in partition {number}", part.found),
+        None => part.found.to_string(),
+    });
+    let found: Vec<_> = others.collect();
     if parts.is_empty() {
-        let found: Vec<_> = others.iter().map(|part| part.found.to_string()).collect();
         return Err(Unmountable::NoFileSystem {
             volume: volume.to_owned(),
             found: found.join(", "),
@@ -169,7 +179,8 @@ fn parts<'w>(view: &View, volume: &str, wanted: &'w Wanted) -> anyhow::Result<Ve
         (Some(name), Wanted::Some(paths)) => paths.get(&name).map(|wanted| (part, wanted)),
         _ => Some((part, wanted)),
     };
-    Ok(parts.into_iter().filter_map(of_part).collect())
+    let left_out = (!found.is_empty()).then(|| found.join(", "));
+    Ok((parts.into_iter().filter_map(of_part).collect(), left_out))
 }
 
 fn open<'v>(view: &'v View, part: &Part, volume: &str) -> anyhow::Result<Ext4<'v>> {
