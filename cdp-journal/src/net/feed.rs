@@ -92,6 +92,11 @@ impl FeedError {
         }
     }
 
+    /// Does it say nothing of whether the holder will have us?
+    fn is_mute(&self) -> bool {
+        matches!(self, Self::Link(LinkError::Reset))
+    }
+
     fn thread(error: std::io::Error) -> Self {
         Self::Other(format!("reading the log: {error}"))
     }
@@ -265,6 +270,10 @@ impl Feed {
         let why = error.to_string();
         let mut progress = self.progress.lock();
         (progress.is_running, progress.full) = (false, false);
+        if progress.is_refused && error.is_mute() {
+            // Who is refused hears that instead of why if it was slow to listen. The next attempt tells.
+            return;
+        }
         progress.is_refused = error.is_refusal();
         if progress.why.as_ref() != Some(&why) {
             tracing::warn!(to = %self.to, "not connected: {why}");
@@ -307,10 +316,13 @@ impl Feed {
         let feed = Arc::clone(self);
         // Who speaks the first format knows nothing of offers.
         let may_offer = link::protocol(connection).as_deref() == Some(ALPN);
+        let turns = Arc::new(Turns::default());
+        let asked = Arc::clone(&turns);
         let reader = on_own_thread("cdp-tail", move || {
-            feed.read_ahead(tail, &sender, |feed| may_offer && feed.rest.is_over())
+            let may_offer = |feed: &Self| may_offer && feed.rest.is_over() && asked.wants_offer();
+            feed.read_ahead(tail, &sender, may_offer)
         });
-        let (turns, send) = (Turns::default(), tokio::sync::Mutex::new(send));
+        let send = tokio::sync::Mutex::new(send);
         tokio::select! {
             ended = self.take_answers(receive, &turns) => ended,
             ended = turns.fill(receiver, &send) => match ended? {},
@@ -558,6 +570,28 @@ mod tests {
             "{standing:?}"
         );
         assert_eq!(standing.backlog_bytes, 0);
+    }
+
+    /// Goal: `status` goes on telling why a server refuses, also where its word comes so late that all that is left of the
+    /// connection is a reset. One that was connected is told to have been started anew.
+    #[test]
+    fn a_reset_does_not_hide_a_refusal() {
+        let feed = feed_of(&Arc::default());
+        let refused = LinkError::Refused {
+            why: "revoked".to_owned(),
+        };
+        feed.note(&refused.into());
+        feed.note(&LinkError::Reset.into());
+        let told = |feed: &Feed| {
+            let progress = feed.progress();
+            (progress.is_refused, progress.why.clone())
+        };
+        assert_eq!(told(&feed), (true, Some("revoked".to_owned())));
+        let running = feed_of(&Arc::default());
+        running.progress.lock().is_running = true;
+        running.note(&LinkError::Reset.into());
+        let anew = "the server was started anew".to_owned();
+        assert_eq!(told(&running), (false, Some(anew)));
     }
 
     /// Goal: what is read back right after a start does not run ahead of a server that is about to be reached, nor wait for

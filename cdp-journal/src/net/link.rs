@@ -52,6 +52,9 @@ pub enum LinkError {
         /// Why.
         why: String,
     },
+    /// The other end knows nothing of the connection: it was started anew, or had closed it and a word of ours came late.
+    #[error("the server was started anew")]
+    Reset,
     /// Another connection with the same certificate took over.
     #[error("{why}; if this goes on, two agents use one certificate: enroll each of them by itself")]
     Superseded {
@@ -135,7 +138,7 @@ impl From<ConnectionError> for LinkError {
                 }
             }
             ConnectionError::TimedOut => Self::closed("no answer"),
-            ConnectionError::Reset => Self::closed("the server was started anew"),
+            ConnectionError::Reset => Self::Reset,
             _ => Self::closed(error.to_string()),
         }
     }

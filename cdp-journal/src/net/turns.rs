@@ -43,6 +43,11 @@ impl Turns {
         std::future::pending().await
     }
 
+    /// Is it worth while to look through the next frame for what may be offered?
+    pub(super) fn wants_offer(&self) -> bool {
+        self.ahead.lock().wants_offer()
+    }
+
     /// The answer to the oldest offer that has none.
     pub(super) fn answered(&self, have: u32) -> Result<(), BadAnswer> {
         self.ahead.lock().answered(have)?;

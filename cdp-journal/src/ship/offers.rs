@@ -22,6 +22,11 @@ const UNANSWERED_MAX: usize = 64;
 pub(crate) const HOLD_MAX: Duration = Duration::from_secs(2);
 /// After so many units in a row that were not there, frames wait no more, until one is.
 const MISSES_MAX: usize = (32 << 20) / UNIT_BYTES as usize;
+/// On a line that takes more bytes in a second, sending waits for the processor, not for the line: to hash what is not
+/// there costs more than it saves...
+const FAST_LINE_BYTES_PER_SECOND: f64 = 50e6;
+/// ... so of as many frames one is offered then, until something is there again.
+const FRAMES_OF_SAMPLE: u32 = 8;
 
 /// An answer to no offer, or of more than it had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -131,12 +136,25 @@ pub struct Lookahead {
     misses: usize,
     /// An answer took too long.
     is_late: bool,
+    /// More than [`FAST_LINE_BYTES_PER_SECOND`] when it was asked last.
+    is_line_fast: bool,
+    /// Frames since one was offered as a sample.
+    unsampled: u32,
 }
 
 impl Lookahead {
     /// May one more frame wait here?
     pub fn has_room(&self) -> bool {
         self.frames.len() < FRAMES_MAX && self.bytes < BYTES_MAX
+    }
+
+    /// Is it worth while to look through the next frame for what may be offered?
+    pub fn wants_offer(&mut self) -> bool {
+        if self.misses < MISSES_MAX || !self.is_line_fast {
+            return true;
+        }
+        self.unsampled = (self.unsampled + 1) % FRAMES_OF_SAMPLE;
+        self.unsampled == 0
     }
 
     /// Puts a frame behind the others. Gives what to offer.
@@ -176,6 +194,7 @@ impl Lookahead {
 
     /// What to do with the next frame, whose turn came `held` ago, on a line that takes so many bytes in a second.
     pub fn turn(&mut self, held: Duration, bytes_per_second: f64) -> Turn {
+        self.is_line_fast = bytes_per_second > FAST_LINE_BYTES_PER_SECOND;
         let Some((front, answer)) = self.frames.front() else {
             return Turn::Nobody;
         };
@@ -352,6 +371,26 @@ mod tests {
         ahead.push(frame(1001, false));
         ahead.take().unwrap();
         assert_eq!(ahead.turn(Duration::ZERO, SLOW), Turn::Hold(HOLD_MAX));
+    }
+
+    /// Goal: a first copy over a fast line does not pay for hashes that find nothing, and finds out when they would.
+    #[test]
+    fn where_nothing_is_there_a_fast_line_is_offered_samples() {
+        let mut ahead = Lookahead::default();
+        for seq in 0..MISSES_MAX as u64 {
+            assert!(ahead.wants_offer());
+            ahead.push(frame(seq + 1, false));
+            ahead.answered(0).unwrap();
+            ahead.take().unwrap();
+        }
+        assert_eq!(ahead.turn(Duration::ZERO, SLOW), Turn::Nobody);
+        assert!((0..100).all(|_| ahead.wants_offer()), "a slow line");
+        assert_eq!(ahead.turn(Duration::ZERO, 1e9), Turn::Nobody);
+        let wanted = (0..80).filter(|_| ahead.wants_offer()).count();
+        assert_eq!(wanted, 80 / FRAMES_OF_SAMPLE as usize);
+        ahead.push(frame(1000, false));
+        ahead.answered(1).unwrap();
+        assert!((0..100).all(|_| ahead.wants_offer()), "something is there");
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub(super) struct Shipped {
 /// Bytes each second of the same bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ingest {
-    /// From an agent's log to a server's, until all of it was durable there.
+    /// From an agent's log to a server's: from when the two were connected until all of it was durable there.
     pub(super) shipped: f64,
     /// `dd conv=fsync`.
     pub(super) copied: f64,
@@ -174,18 +174,21 @@ impl Bench<'_> {
         let mut server = Server::start(self.scene, &site)?;
         let (identity, reading) = server.enroll_both(self.scene, "bench")?;
         forget_caches()?;
-        let started = Instant::now();
         let agent = alone.ships_to(server.address(), &identity).start()?;
-        let sent = poll_until("the server to have everything", SHIP_TIMEOUT, || {
+        let mut connected = None;
+        let (sent, ship_time) = poll_until("the server to have everything", SHIP_TIMEOUT, || {
             // Until it listens, the store answers for it.
             let status = agent.status().ok();
             let Some(target) = status.as_ref().and_then(|status| status.targets.first()) else {
                 return Ok(None);
             };
+            if target.state != "connected" {
+                return Ok(None);
+            }
+            let (since, sent_before) = *connected.get_or_insert((Instant::now(), target.sent_bytes));
             let has_all = target.acked_seq > 0 && target.backlog_bytes == 0;
-            Ok(has_all.then_some(target.sent_bytes))
+            Ok(has_all.then(|| (target.sent_bytes - sent_before, since.elapsed())))
         })?;
-        let ship_time = started.elapsed();
         agent.stop()?;
         server.stop()?;
         forget_caches()?;
