@@ -19,7 +19,7 @@ Exit codes: 0 done; 1 failed, the message says what, why and what to do; 2 wrong
 
 /// Journals every write to the protected volumes of this host, so that any moment can be restored.
 #[derive(Debug, Parser)]
-#[command(name = "cdp-agent", version, after_help = EXAMPLES, max_term_width = 100)]
+#[command(name = "cdp-agent", version, propagate_version = true, after_help = EXAMPLES, max_term_width = 100)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) output: Output,

@@ -240,9 +240,13 @@ fn parse_volume(text: &str) -> anyhow::Result<VolumeConfig> {
     })
 }
 
+/// From how much alike on a key is taken for a mistyped one.
+const ALIKE_MIN: f64 = 0.8;
+
 fn read_file(path: &Path) -> anyhow::Result<RunArgs> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-    parse_file(&text).with_context(|| format!("{}", path.display()))
+    let parsed = parse_file(&text).with_context(|| format!("{}", path.display()));
+    parsed.map_err(|error| Usage(error).into())
 }
 
 fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
@@ -265,13 +269,12 @@ fn parse_file(text: &str) -> anyhow::Result<RunArgs> {
             "rate_readback" => args.rate_readback = limits(key, value)?,
             "store_bytes_max" => args.store_bytes_max = Some(bytes(key, value)?),
             _ => {
-                let nearest = KEYS
-                    .iter()
-                    .max_by(|a, b| strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b)));
-                bail!(
-                    "key {key:?} is not known; did you mean {:?}?",
-                    nearest.unwrap_or(&KEYS[0])
-                );
+                let alike = KEYS.iter().map(|known| (strsim::jaro_winkler(key, known), known));
+                let nearest = alike.max_by(|(a, _), (b, _)| a.total_cmp(b));
+                match nearest.filter(|(alike, _)| *alike >= ALIKE_MIN) {
+                    Some((_, nearest)) => bail!("key {key:?} is not known; did you mean {nearest:?}?"),
+                    None => bail!("key {key:?} is not known; there are {}", KEYS.join(", ")),
+                }
             }
         }
     }
@@ -289,9 +292,12 @@ fn limits(key: &str, value: &toml::Value) -> anyhow::Result<Vec<String>> {
 }
 
 fn strings(key: &str, value: &toml::Value, form: &str) -> anyhow::Result<Vec<String>> {
+    if let Some(one) = value.as_str() {
+        return Ok(vec![one.to_owned()]);
+    }
     let list = value
         .as_array()
-        .with_context(|| format!("{key} is a list of \"{form}\""))?;
+        .with_context(|| format!("{key} is \"{form}\", or a list of such"))?;
     list.iter().map(|item| string(key, item)).collect()
 }
 
@@ -305,7 +311,8 @@ fn string(key: &str, value: &toml::Value) -> anyhow::Result<String> {
 fn bytes(key: &str, value: &toml::Value) -> anyhow::Result<u64> {
     match value {
         toml::Value::Integer(number) => {
-            u64::try_from(*number).with_context(|| format!("{key} is {number}, must not be negative"))
+            let bytes = u64::try_from(*number).ok();
+            bytes.with_context(|| format!("{key} is {number}, must not be negative"))
         }
         toml::Value::String(text) => {
             cdp_journal::units::parse_bytes(text).map_err(|why| anyhow::anyhow!("{key}: {why}"))
@@ -394,6 +401,21 @@ mod tests {
             error.contains("\"ring_byte\"") && error.contains("\"ring_bytes\""),
             "{error}"
         );
+        let error = parse_file("frob = 1").unwrap_err().to_string();
+        assert!(
+            !error.contains("did you mean") && error.contains("rate_readback"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_single_volume_or_server_needs_no_list() {
+        let args = parse_file("volume = \"pg=/dev/x\"\nserver = [\"dr1:7443\"]").unwrap();
+        assert_eq!(
+            (args.volume, args.server),
+            (vec!["pg=/dev/x".to_owned()], vec!["dr1:7443".to_owned()])
+        );
+        assert!(parse_file("volume = 1").is_err());
     }
 
     #[test]

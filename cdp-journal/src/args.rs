@@ -24,7 +24,7 @@ Exit codes: 0 done; 1 failed, the message says what, why and what to do; 2 wrong
 
 /// The journal server: keeps what agents elsewhere capture, so that any moment can be restored from here.
 #[derive(Debug, Parser)]
-#[command(name = "cdp-journal", version, after_help = EXAMPLES, max_term_width = 100)]
+#[command(name = "cdp-journal", version, propagate_version = true, after_help = EXAMPLES, max_term_width = 100)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) common: Common,

@@ -159,7 +159,8 @@ fn run(options: &ServeOptions) -> anyhow::Result<()> {
 
 fn read_config(path: &Path) -> anyhow::Result<File> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-    toml::from_str(&text).with_context(|| format!("{}", path.display()))
+    let parsed = toml::from_str(&text).with_context(|| format!("{}", path.display()));
+    parsed.map_err(|error| Usage(error).into())
 }
 
 fn address(listen: &str) -> anyhow::Result<SocketAddr> {

@@ -16,8 +16,6 @@ use crate::scene::Scene;
 pub struct View {
     restore: Restore,
     dir: PathBuf,
-    /// Folders of mounts that were there before.
-    others: Vec<String>,
 }
 
 /// Where each mount has a folder of its own.
@@ -32,8 +30,7 @@ impl View {
     /// The new folder `dir`.
     pub fn at(dir: PathBuf, restore: Restore) -> Result<View> {
         fs::create_dir(&dir).with_context(|| format!("make {}", dir.display()))?;
-        let others = mount_folders();
-        Ok(View { restore, dir, others })
+        Ok(View { restore, dir })
     }
 
     /// The folder.
@@ -69,7 +66,11 @@ impl View {
     /// No mount, loop device, process or file of ours.
     pub fn expect_nothing_left(&self) -> Result<()> {
         let dir = self.dir.display().to_string();
-        let is_ours = |text: &str| !self.others.iter().any(|other| text.contains(other.as_str()));
+        let folders = self.mount_folders();
+        let is_ours = |text: &str| {
+            let mut others = folders.iter().filter(|(_, is_ours)| !is_ours);
+            !others.any(|(other, _)| text.contains(other.as_str()))
+        };
         for mount in fs::read_to_string("/proc/self/mounts")?.lines() {
             let is_left = mount.contains(&dir) || mount.contains(MOUNTS) && is_ours(mount);
             ensure!(!is_left, "mounted still: {mount}");
@@ -82,11 +83,25 @@ impl View {
             );
         }
         ensure!(self.server().is_err(), "a process serves still");
-        let mut left = mount_folders();
-        left.retain(|folder| !self.others.contains(folder));
+        let left: Vec<_> = folders.iter().filter(|(_, is_ours)| *is_ours).collect();
         ensure!(left.is_empty(), "left in {MOUNTS}: {left:?}");
         ensure!(fs::read_dir(&self.dir)?.count() == 0, "{dir} is not empty");
         Ok(())
+    }
+
+    /// The folders of all mounts by name, and whether they may be ours: all but those that say they are of another place,
+    /// of whoever else mounts here.
+    fn mount_folders(&self) -> Vec<(String, bool)> {
+        let Ok(entries) = fs::read_dir(MOUNTS) else {
+            return Vec::new();
+        };
+        let named = entries.flatten().map(|entry| {
+            let facts = fs::read(entry.path().join("mount.json")).unwrap_or_default();
+            let facts: serde_json::Value = serde_json::from_slice(&facts).unwrap_or_default();
+            let is_ours = facts["dir"].as_str().is_none_or(|dir| Path::new(dir) == self.dir);
+            (entry.file_name().to_string_lossy().into_owned(), is_ours)
+        });
+        named.collect()
     }
 
     /// The process that serves this place.
@@ -135,12 +150,4 @@ pub fn files_in(dir: &Path) -> Result<BTreeMap<PathBuf, String>> {
         }
     }
     Ok(files)
-}
-
-fn mount_folders() -> Vec<String> {
-    let Ok(entries) = fs::read_dir(MOUNTS) else {
-        return Vec::new();
-    };
-    let names = entries.flatten().map(|entry| entry.file_name());
-    names.map(|name| name.to_string_lossy().into_owned()).collect()
 }
