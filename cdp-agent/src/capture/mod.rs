@@ -142,8 +142,9 @@ impl Probe {
     /// As [`Probe::load`], pinned: it goes on without this process, until [`unload`] or the end of the host.
     pub(crate) fn load_pinned(ring_bytes: u32, agent: Uuid, store: &Path) -> anyhow::Result<Self> {
         PinnedSet::create(agent, |folder| {
+            let claim = Claim::of(folder)?;
             let mut probe = Self::load_into(ring_bytes, Some(folder))?;
-            probe.claim = Some(Claim::of(folder)?);
+            probe.claim = Some(claim);
             probe.notes.begin(&Owner::new(agent, ring_bytes), store);
             Ok(probe)
         })
@@ -378,9 +379,6 @@ fn why_useless(set: &PinnedSet) -> Option<&'static str> {
         return None;
     };
     let store = notes.store()?;
-    if set.is_claimed() {
-        return None;
-    }
     if !store.exists() {
         return Some("its store is gone");
     }
@@ -401,6 +399,7 @@ pub(crate) fn sweep(own: Uuid) {
         if Some(&set) == own.as_ref() {
             continue;
         }
+        let Some(_seized) = set.seize() else { continue };
         let Some(why) = why_useless(&set) else { continue };
         match set.remove() {
             Ok(()) => tracing::info!(probe = %set.folder().display(), "unloaded a pinned probe: {why}"),

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail, ensure};
 use aya::maps::MapData;
 use rustix::fs::{FlockOperation, Mode, OFlags};
-use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use uuid::Uuid;
 
@@ -38,6 +37,10 @@ pub(crate) struct PinnedSet {
 /// That an agent runs on a set: a lock on its folder, for a store may be seen in some mount namespaces only.
 #[derive(Debug)]
 pub(super) struct Claim(#[expect(dead_code, reason = "held for its lock")] OwnedFd);
+
+/// Nobody takes up a set that is to be unloaded.
+#[derive(Debug)]
+pub(crate) struct Seized(#[expect(dead_code, reason = "held for its lock")] OwnedFd);
 
 /// Where a program's link lies in a set's folder; all else lies there under its own name.
 pub(super) fn link_path(folder: &Path, program: &str) -> PathBuf {
@@ -115,13 +118,12 @@ impl PinnedSet {
         self.notes().ok()?.store()
     }
 
-    /// Does an agent run on it, in this mount namespace or another?
-    pub(crate) fn is_claimed(&self) -> bool {
-        let tried = open(&self.folder).map(|folder| {
-            // Given back with the descriptor.
-            rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive)
-        });
-        matches!(tried, Ok(Err(Errno::WOULDBLOCK)))
+    /// Takes it from whoever may start on it meanwhile, to unload it; `None` if an agent runs on it, in this mount namespace
+    /// or another, or if that cannot be told.
+    pub(crate) fn seize(&self) -> Option<Seized> {
+        let folder = open(&self.folder).ok()?;
+        rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive).ok()?;
+        Some(Seized(folder))
     }
 
     /// Unloads it, unless an agent has it open: then it goes with that agent.
@@ -150,7 +152,7 @@ impl Claim {
     /// Of the agent that calls, on the set in that folder, also while it gets its name.
     pub(super) fn of(folder: &Path) -> anyhow::Result<Self> {
         let claim = open(folder)?;
-        // Who asks whether it is claimed holds it for a moment.
+        // Who looks whether it can be unloaded holds it for a moment; who does unload it, until its links are gone.
         rustix::fs::flock(&claim, FlockOperation::LockShared)
             .with_context(|| format!("claim {}", folder.display()))?;
         Ok(Self(claim))

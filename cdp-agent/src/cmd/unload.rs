@@ -34,7 +34,8 @@ pub(crate) fn run(store: Option<&Path>) -> anyhow::Result<()> {
             |store| store.display().to_string(),
         );
         // Its store may be seen in its own mount namespace only.
-        let is_running = pinned.is_claimed()
+        let seized = pinned.seize();
+        let is_running = seized.is_none()
             || of_store.is_some_and(|store| cdp_journal::store::is_locked(&store).unwrap_or(false));
         if is_running {
             if wanted.is_some() {
