@@ -512,8 +512,14 @@ fn index_loop(shared: &Shared, mut index: IndexWriter, queue: &Receiver<IndexReq
             }
         }
     }
-    index.flush()?;
-    Ok(())
+    match index.flush() {
+        // The next agent replays what is missing from the log.
+        Err(error) if error.is_no_space() => {
+            tracing::warn!("{error}");
+            Ok(())
+        }
+        flushed => Ok(flushed?),
+    }
 }
 
 #[cfg(test)]

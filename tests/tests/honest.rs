@@ -13,7 +13,7 @@ use cdp_tests::process::poll_until;
 use cdp_tests::refused::expect_refused;
 use cdp_tests::restore::{Gap, Restore};
 use cdp_tests::small::{NOTICE_TIMEOUT, device, job, plan, wait_for_gap, write};
-use cdp_tests::system_test;
+use cdp_tests::{Scene, system_test};
 
 /// Goal: a full ring loses nothing silently. Method: stop the agent's process while fio writes far more
 /// than the ring holds; the loss must be counted, be a gap, refuse its moments with exit code 3 and name
@@ -206,46 +206,53 @@ fn a_full_store_disk_is_a_gap_and_harms_nobody() {
 }
 
 /// Goal: whoever else fills the store's file system, to its last block and at once, costs history, and the agent goes on by
-/// itself when there is room. Method: a file takes all there is while writes come; then it is removed.
+/// itself when there is room. Method: a file takes all there is while writes come; then it is removed. On an ext4, and on a
+/// tmpfs, where nothing can be asked for ahead.
 #[test]
 fn a_store_disk_that_others_fill_to_the_last_block_is_a_gap_that_ends_by_itself() {
-    system_test(
-        "honest: store disk filled by others",
-        &["mkfs.ext4", "fio"],
-        |scene| {
-            let device = device(scene)?;
-            let disk = LoopDevice::create(&scene.path("store-disk"), LoopOptions::of_bytes(256 * MIB))?;
-            FileSystem::Ext4.make(disk.path())?;
-            let mount = Mount::new(disk.path(), FileSystem::Ext4, &scene.path("small"))?;
-            let plan = AgentPlan::new(scene, &mount.dir().join("store"))?.volume("v", device.path());
-            let mut agent = plan.protect()?;
-            write(scene, &device, "before", 4 * MIB)?;
-            let before = QuietMoment::of_raw("v", device.path())?;
-            agent.wait_and_check()?;
-            let filler = mount.dir().join("filler");
-            let full = std::fs::write(&filler, vec![1; 300 << 20]);
-            ensure!(full.is_err(), "the disk took more than it holds");
-            write(scene, &device, "flood", 100 * MIB)?;
-            poll_until("the lost writes to be counted", NOTICE_TIMEOUT, || {
-                agent.check_alive()?;
-                Ok((agent.volume("v")?.dropped_writes > 0).then_some(()))
-            })?;
-            let inside = WallNs::now();
-            let told = agent.volume("v")?;
-            ensure!(told.gap_cause.as_deref() == Some("spool-full"), "{told:?}");
-            std::fs::remove_file(&filler)?;
-            agent.wait_protected(PROTECT_TIMEOUT)?;
-            let after = QuietMoment::of_raw("v", device.path())?;
-            agent.wait_synced()?;
-            let restore = Restore::from(plan.store())?;
-            restore.verify()?.success()?;
-            expect_refused(scene, &restore, inside, "spool-full", &before)?;
-            before.check(&restore, &mut scene.rng(), &scene.path("image"))?;
-            after.check_at(&restore, "latest", &scene.path("image"))?;
-            agent.stop()?;
-            mount.unmount()
-        },
-    );
+    let name = "honest: store disk filled by others";
+    system_test(name, &["mkfs.ext4", "fio"], |scene| {
+        let disk = LoopDevice::create(&scene.path("store-disk"), LoopOptions::of_bytes(256 * MIB))?;
+        FileSystem::Ext4.make(disk.path())?;
+        let mount = Mount::new(disk.path(), FileSystem::Ext4, &scene.path("small"))?;
+        filled_by_others(scene, mount)
+    });
+    system_test(name, &["fio"], |scene| {
+        let none = Path::new("none");
+        let mount = Mount::with_options(none, "tmpfs", &scene.path("small"), "size=256m")?;
+        filled_by_others(scene, mount)
+    });
+}
+
+fn filled_by_others(scene: &Scene, mount: Mount) -> Result<()> {
+    let device = device(scene)?;
+    let plan = AgentPlan::new(scene, &mount.dir().join("store"))?.volume("v", device.path());
+    let mut agent = plan.protect()?;
+    write(scene, &device, "before", 4 * MIB)?;
+    let before = QuietMoment::of_raw("v", device.path())?;
+    agent.wait_and_check()?;
+    let filler = mount.dir().join("filler");
+    let full = std::fs::write(&filler, vec![1; 300 << 20]);
+    ensure!(full.is_err(), "the disk took more than it holds");
+    write(scene, &device, "flood", 100 * MIB)?;
+    poll_until("the lost writes to be counted", NOTICE_TIMEOUT, || {
+        agent.check_alive()?;
+        Ok((agent.volume("v")?.dropped_writes > 0).then_some(()))
+    })?;
+    let inside = WallNs::now();
+    let told = agent.volume("v")?;
+    ensure!(told.gap_cause.as_deref() == Some("spool-full"), "{told:?}");
+    std::fs::remove_file(&filler)?;
+    agent.wait_protected(PROTECT_TIMEOUT)?;
+    let after = QuietMoment::of_raw("v", device.path())?;
+    agent.wait_synced()?;
+    let restore = Restore::from(plan.store())?;
+    restore.verify()?.success()?;
+    expect_refused(scene, &restore, inside, "spool-full", &before)?;
+    before.check(&restore, &mut scene.rng(), &scene.path("image"))?;
+    after.check_at(&restore, "latest", &scene.path("image"))?;
+    agent.stop()?;
+    mount.unmount()
 }
 
 /// Goal: a store whose disk fails a write costs nothing that was durable, nor the host's writers, and nothing is tried

@@ -15,6 +15,8 @@ use crate::recorder::Epoch;
 const ROOM_INTERVAL: Duration = Duration::from_secs(1);
 /// How often one without any room at all is.
 const NO_ROOM_INTERVAL: Duration = Duration::from_millis(100);
+/// A disk that refuses so many writes in a row while its file system says that there is room fails.
+const REFUSALS_MAX: u32 = 3;
 /// Room that a full store must have before the log goes on: a resync that fills it at once helps nobody.
 const ROOM_BYTES_MIN: u64 = 64 << 20;
 
@@ -97,7 +99,10 @@ impl LogStage<'_> {
             }
             Err(error)
                 if error.is_full()
-                    && (frame.has_data() || self.has_appended && self.full_since.is_none()) =>
+                    && (frame.has_data()
+                        || self.has_appended
+                            && self.full_since.is_none()
+                            && !self.shared.stop.load(Ordering::SeqCst)) =>
             {
                 tracing::error!("{error}");
                 self.commit()?;
@@ -120,24 +125,25 @@ impl LogStage<'_> {
         frame: &SealedFrame,
         first_error: LogError,
     ) -> Result<FrameLocation, LogError> {
-        let bytes = frame.bytes().len() as u64;
         let mut error = first_error;
+        self.commit().map_err(|_| LogError::Poisoned {
+            reason: "the sync stage has ended".to_owned(),
+        })?;
         tracing::error!("{error}: not even that can be journaled; waiting for room");
         // What finds no room where the file system says that there is some has a disk that fails.
-        while error.is_full() && !self.log.has_control_room(bytes) && !self.shared.stop.load(Ordering::SeqCst)
-        {
+        let mut had_room = 0;
+        while error.is_full() && had_room < REFUSALS_MAX && !self.shared.stop.load(Ordering::SeqCst) {
+            had_room = match self.log.has_control_room(frame) {
+                true => had_room + 1,
+                false => 0,
+            };
             std::thread::sleep(NO_ROOM_INTERVAL);
             match self.log.append(frame) {
                 Ok(location) => return Ok(location),
                 Err(again) => error = again,
             }
         }
-        // It may have come just now.
-        if error.is_full() {
-            self.log.append(frame)
-        } else {
-            Err(error)
-        }
+        Err(error)
     }
 
     /// Has everything made durable that was appended so far. Waits for the sync before, if one is under way.

@@ -44,3 +44,14 @@ pub enum IndexError {
     #[error("remove what is left of the index")]
     Remove(#[source] std::io::Error),
 }
+
+impl IndexError {
+    /// Did it find no room? RocksDB tells that in the words of the C library.
+    pub fn is_no_space(&self) -> bool {
+        let says = |error: &rocksdb::Error| {
+            let text = error.to_string();
+            text.contains("No space left on device") || text.contains("Disk quota exceeded")
+        };
+        matches!(self, Self::Db(error) if says(error))
+    }
+}

@@ -25,6 +25,11 @@ const FLUSH_EVERY: Duration = Duration::from_secs(10);
 /// The same in keys, which are in memory until then: some 100 bytes each.
 const FLUSH_KEYS: usize = 1 << 17;
 
+/// Keys that may be in memory where the file system has no room for them...
+const UNFLUSHED_KEYS_MAX: usize = 4 * FLUSH_KEYS;
+/// ... and how often it is asked for some.
+const ROOM_INTERVAL: Duration = Duration::from_secs(1);
+
 /// An index that was opened.
 #[derive(Debug)]
 pub(crate) struct IndexParts {
@@ -79,6 +84,9 @@ pub struct IndexWriter {
     failed: bool,
     index_bytes: Arc<AtomicU64>,
     flushed_at: Instant,
+    /// The last flush found no room.
+    has_no_room: bool,
+    tried_at: Instant,
     unflushed_log_bytes: u64,
     segment: Option<u64>,
     /// Held for as long as the writer lives.
@@ -103,6 +111,8 @@ impl IndexWriter {
             failed: false,
             index_bytes,
             flushed_at: Instant::now(),
+            has_no_room: false,
+            tried_at: Instant::now(),
             unflushed_log_bytes: 0,
             _lock: lock,
         }
@@ -138,14 +148,37 @@ impl IndexWriter {
         self.unflushed_log_bytes += frame.header.frame_bytes as u64;
         let segment = Some(location.segment.0.get());
         let rolled = self.segment.replace(location.segment.0.get()) != segment;
-        if rolled
-            || keys >= FLUSH_KEYS
-            || self.unflushed_log_bytes >= FLUSH_LOG_BYTES
-            || self.flushed_at.elapsed() >= FLUSH_EVERY
-        {
-            self.flush()?;
+        let is_due = match self.has_no_room {
+            true => self.tried_at.elapsed() >= ROOM_INTERVAL,
+            false => {
+                rolled
+                    || keys >= FLUSH_KEYS
+                    || self.unflushed_log_bytes >= FLUSH_LOG_BYTES
+                    || self.flushed_at.elapsed() >= FLUSH_EVERY
+            }
+        };
+        match is_due {
+            true => self.flush_if_there_is_room(keys),
+            false => Ok(()),
         }
-        Ok(())
+    }
+
+    /// What finds no room stays in memory, within a bound: a log without room gets few frames more.
+    fn flush_if_there_is_room(&mut self, keys: usize) -> Result<(), IndexError> {
+        self.tried_at = Instant::now();
+        match self.flush() {
+            Err(error) if error.is_no_space() && keys < UNFLUSHED_KEYS_MAX => {
+                if !self.has_no_room {
+                    tracing::warn!("{error}: the index stays in memory until there is room");
+                }
+                self.has_no_room = true;
+                Ok(())
+            }
+            flushed => {
+                self.has_no_room = false;
+                flushed
+            }
+        }
     }
 
     /// Writes what is in memory to disk, so that readers have less to replay.

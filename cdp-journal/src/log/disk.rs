@@ -58,8 +58,10 @@ pub(crate) trait DiskFile: Debug + Send + Sync {
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Makes contents and length durable.
     fn sync(&self) -> io::Result<()>;
-    /// Asks for space ahead; may do nothing.
-    fn reserve(&self, _offset: u64, _len: u64) {}
+    /// Asks for space ahead. True if there is that space now, whoever else takes some.
+    fn reserve(&self, _offset: u64, _len: u64) -> bool {
+        false
+    }
 }
 
 /// A folder of the real file system.
@@ -322,9 +324,9 @@ impl DiskFile for RealFile {
         result
     }
 
-    fn reserve(&self, offset: u64, len: u64) {
+    fn reserve(&self, offset: u64, len: u64) -> bool {
         // Only a hint: an append that finds no space says so itself.
-        let _ = rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, offset, len);
+        rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, offset, len).is_ok()
     }
 }
 

@@ -131,8 +131,10 @@ impl LogWriter {
             let ahead = RESERVE_STEP_BYTES
                 .min(self.limits.segment_bytes_max.saturating_sub(*end))
                 .max(bytes);
-            segment.file.reserve(*end, ahead);
-            self.reserved_until = *end + ahead;
+            self.reserved_until = match segment.file.reserve(*end, ahead) {
+                true => *end + ahead,
+                false => *end,
+            };
         }
         let envelope = Envelope {
             frame_bytes: frame.bytes().len() as u64,
@@ -382,8 +384,9 @@ impl LogWriter {
         self.poison.is_none() && self.refuse_if_full(bytes, true).is_ok()
     }
 
-    /// Would a frame of so many bytes without data find room, by what the file system says?
-    pub fn has_control_room(&self, bytes: u64) -> bool {
+    /// Would this frame, which is without data, find room, by what the file system says?
+    pub fn has_control_room(&self, frame: &SealedFrame) -> bool {
+        let bytes = (ENVELOPE_BYTES + frame.bytes().len()) as u64;
         self.refuse_if_full(bytes, false).is_ok()
     }
 
