@@ -29,7 +29,7 @@ pub(crate) enum Request {
         #[serde(default)]
         volume: Option<String>,
     },
-    /// Tell when everything that is recorded by now is durable in the store.
+    /// Tell when it is durable in the store since when the volumes are exact.
     Durable {
         /// Give up after this long.
         timeout_ms: u64,

@@ -208,7 +208,10 @@ pub(crate) fn wait(
         let left = deadline.saturating_duration_since(Instant::now());
         let done = match state {
             WaitFor::Protected => {
-                is_protected(store, volume, &mut last)? && is_durable(store, left, &mut last)?
+                // What was said to be durable is no more if the store came to be full meanwhile.
+                is_protected(store, volume, &mut last)?
+                    && is_durable(store, left, &mut last)?
+                    && is_protected(store, volume, &mut last)?
             }
             WaitFor::Synced => is_synced(store, volume, left, &mut last)?,
         };
@@ -281,7 +284,7 @@ fn is_synced(store: &Path, volume: Option<&str>, left: Duration, last: &mut Stri
     is_answered(store, &request, left, last)
 }
 
-/// Has the store what the agent knows by now? So that it is known still if the agent ends in the next moment.
+/// Does the store know of it? So that it is known still if the agent ends in the next moment.
 fn is_durable(store: &Path, left: Duration, last: &mut String) -> anyhow::Result<bool> {
     let timeout_ms = left.as_millis() as u64;
     is_answered(store, &Request::Durable { timeout_ms }, left, last)

@@ -50,7 +50,10 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
         Signals::new().context("wait for signals")?
     };
     let agent = Agent::start(config)?;
-    runtime.block_on(serve(agent, signals, args))
+    let ended = runtime.block_on(serve(agent, signals, args));
+    // Whoever still waits for an answer gets none.
+    runtime.shutdown_background();
+    ended
 }
 
 /// What the agent is told from outside.
@@ -204,9 +207,16 @@ fn behind(shared: &Shared, volume: Option<&str>) -> Option<Answer> {
     failed(format!("{} is not read whole yet", behind.name))
 }
 
-/// Waits until what is recorded is durable here.
+/// Waits until it is durable here since when the volumes are exact.
 fn recorded(shared: &Shared, timeout: Duration) -> Answer {
-    let last = shared.recorder.lock().last_seq();
+    let last = {
+        let recorder = shared.recorder.lock();
+        recorder
+            .volumes()
+            .iter()
+            .filter_map(|volume| volume.exact_from())
+            .max()
+    };
     shared.hurry();
     match shared.wait_durable(last, timeout) {
         true => Answer::Synced {

@@ -175,6 +175,14 @@ impl VolumeRun {
         matches!(self.state, State::Exact { .. }) && self.pending.is_none()
     }
 
+    /// The record since which every moment is exact, if it is.
+    pub(crate) fn exact_from(&self) -> Option<Seq> {
+        match self.state {
+            State::Exact { seq, .. } => Some(seq),
+            _ => None,
+        }
+    }
+
     fn regions_left(&self) -> u64 {
         self.dirty.len() + self.reading.as_ref().map_or(0, |run| run.end - run.start)
     }
