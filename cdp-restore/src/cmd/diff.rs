@@ -133,7 +133,8 @@ pub(crate) fn run(args: &Diff, report: &Report) -> anyhow::Result<()> {
         ));
     }
     if let Some(why) = outcome.files_unknown.as_ref().filter(|_| !args.no_files) {
-        report.note(format!("which files were changed is not told: {why}"));
+        let all = if outcome.files.is_some() { "all " } else { "" };
+        report.note(format!("which files were changed is not {all}told: {why}"));
     }
     if files_truncated {
         report.warn(format!(

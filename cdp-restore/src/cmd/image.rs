@@ -107,8 +107,9 @@ impl Job<'_> {
         let beyond_bytes = target.bytes() - self.view.bytes();
         let started = Clock::now();
         let interrupt = Interrupt::catch().context("catch Ctrl-C")?;
-        self.prove(&interrupt)?;
+        // Held from here on: what is written to is what was inspected.
         let device = target.open()?;
+        self.prove(&interrupt)?;
         let sink = DeviceSink {
             device: &device,
             interrupt,

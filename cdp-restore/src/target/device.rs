@@ -102,6 +102,15 @@ impl DeviceTarget {
     /// Opens the device for writing; it stays ours alone until it is dropped.
     pub(crate) fn open(self) -> Result<DeviceInProgress, TargetError> {
         let device = open_exclusively(&self.path, OpenOptions::new().write(true))?;
+        let metadata = device
+            .metadata()
+            .map_err(TargetError::io("look at", &self.path))?;
+        if DeviceNumber::from_raw(metadata.rdev()) != self.number {
+            return Err(TargetError::InUse {
+                path: self.path,
+                by: "the name stands for another device than a moment ago".to_owned(),
+            });
+        }
         let device = Flushed::new(device, self.bytes).map_err(TargetError::io("write", &self.path))?;
         Ok(DeviceInProgress {
             path: self.path,

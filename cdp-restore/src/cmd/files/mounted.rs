@@ -99,8 +99,10 @@ fn refuse_links_on_the_way(from: &Path, path: &Path) -> anyhow::Result<()> {
 
 /// What lies in a folder of ours; its time of access stays as it was copied.
 fn names_in(folder: &Path) -> io::Result<Vec<OsString>> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOATIME | OFlags::CLOEXEC;
-    let folder = rustix::fs::open(folder, flags, Mode::empty())?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let open = |flags| rustix::fs::open(folder, flags, Mode::empty());
+    // Whose the folder is not may have to leave its trace.
+    let folder = open(flags | OFlags::NOATIME).or_else(|_| open(flags))?;
     let mut names = Vec::new();
     for entry in Dir::new(folder)? {
         let entry = entry?;
