@@ -85,7 +85,12 @@ fn parse_ago(text: &str) -> Option<Duration> {
 
 fn parse_time(text: &str) -> Result<WallNs, String> {
     // The parser would take it for the second before.
-    if text.get(16..19) == Some(":60") {
+    let time = text.split(['T', 't', ' ']).nth(1).unwrap_or_default();
+    let digits = time
+        .split(['Z', 'z', '+', '-', '.', ',', '['])
+        .next()
+        .unwrap_or_default();
+    if digits.replace(':', "").get(4..6) == Some("60") {
         return Err("leap seconds have no number here: say the second after or before".to_owned());
     }
     if let Ok(timestamp) = text.parse::<jiff::Timestamp>() {
@@ -340,6 +345,8 @@ mod tests {
             "yesterday",
             "2026-13-01T00:00:00Z",
             "2026-11-21T01:15:60Z",
+            "20261121T011560Z",
+            "+002026-11-21 01:15:60.5+01:00",
             "2300-01-01T00:00:00Z",
         ] {
             let message = text.parse::<When>().unwrap_err().to_string();

@@ -22,7 +22,7 @@ pub enum EnrollError {
         server: String,
     },
     /// The server said no, or nothing.
-    #[error("enroll with {server}: {source}")]
+    #[error("enroll with {server}")]
     Link {
         /// As it was given.
         server: String,
@@ -41,6 +41,21 @@ pub enum EnrollError {
 /// Enrols with `server` (HOST:PORT) and puts the certificate into the folder `dir`. Returns its file and whom it is
 /// for. Blocks; makes a runtime of its own.
 pub fn enroll(
+    server: &str,
+    token: &Token,
+    right: Right,
+    dir: &Path,
+) -> Result<(PathBuf, Holder), EnrollError> {
+    let was_there = dir.exists();
+    let enrolled = enroll_into(server, token, right, dir);
+    if enrolled.is_err() && !was_there {
+        // Only if it is empty.
+        let _ = std::fs::remove_dir(dir);
+    }
+    enrolled
+}
+
+fn enroll_into(
     server: &str,
     token: &Token,
     right: Right,

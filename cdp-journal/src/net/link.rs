@@ -20,6 +20,8 @@ use crate::wire::{Close, HEADER_BYTES, Header, Kind, Message, Right, WireError};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long after the end of its streams a connection may take to end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Of who could not be reached at all.
+const NO_ANSWER: &str = "no answer (does `cdp-journal serve` run there, and is UDP let through to it?)";
 /// Addresses of one name that are tried.
 const ADDRESSES_MAX: usize = 8;
 
@@ -292,7 +294,11 @@ impl Link {
             .map_err(|error| LinkError::closed(error.to_string()))?;
         let connection = tokio::time::timeout(timeout, connecting)
             .await
-            .map_err(|_| LinkError::closed("no answer"))??;
+            .map_err(|_| LinkError::closed(NO_ANSWER))?
+            .map_err(|error| match error {
+                ConnectionError::TimedOut => LinkError::closed(NO_ANSWER),
+                error => error.into(),
+            })?;
         Ok(Self { connection, endpoint })
     }
 

@@ -71,7 +71,7 @@ impl StoreReader {
             // Only what is durable is indexed.
             tracing::warn!(
                 store = %dir.display(),
-                "the log ends at seq:{}, and its index knows of seq:{}: what was recorded in between is gone, as after an                  interrupted copy; all moments are of what is left",
+                "the log ends at seq:{}, and its index knows of seq:{}: what was recorded in between is gone, as after an interrupted copy; all moments are of what is left",
                 Seq::number_of(head),
                 Seq::number_of(indexed)
             );

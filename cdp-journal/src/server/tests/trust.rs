@@ -52,10 +52,13 @@ fn a_token_is_for_its_server_and_works_once() {
     };
     let error = enroll(other.address, Right::Append).unwrap_err();
     assert!(matches!(error, EnrollError::OtherServer { .. }), "{error}");
-    let error = enroll(kit.address, Right::Read).unwrap_err().to_string();
+    let told = |error: EnrollError| format!("{:#}", anyhow::Error::from(error));
+    let error = told(enroll(kit.address, Right::Read).unwrap_err());
     assert!(error.contains("for an agent and not for restores"), "{error}");
+    assert!(!identity.exists(), "an empty folder is left");
     enroll(kit.address, Right::Append).unwrap();
-    let error = enroll(kit.address, Right::Append).unwrap_err().to_string();
+    let error = told(enroll(kit.address, Right::Append).unwrap_err());
+    assert_eq!(error.matches("used before").count(), 1, "{error}");
     assert!(error.contains("used before"), "{error}");
 }
 
