@@ -56,13 +56,14 @@ pub(crate) struct BenchArgs {
     /// Only how long `rewind` takes; writes no file
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore"])]
     rewind: bool,
-    /// Only how long `mount`, `image` and single reads take with a long history; writes no file
+    /// Only how long `mount`, `image` and single reads take with a long history; writes a file of its own, beside the table
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore", "rewind"])]
     views: bool,
-    /// Only how long it takes until PostgreSQL runs again, with a mount, restic, borg and WAL replay; writes no file
+    /// Only how long it takes until PostgreSQL runs again, with a mount, restic, borg and WAL replay; writes a file of its
+    /// own, beside the table
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore", "rewind", "views"])]
     recovery: bool,
-    /// Only a server's lag, what travels to it, and how fast it takes in; writes no file
+    /// Only a server's lag, what travels to it, and how fast it takes in; writes a file of its own, beside the table
     #[arg(long, conflicts_with_all = ["latency", "held", "bytes", "restore", "rewind", "views", "recovery"])]
     ship: bool,
     /// How often both sides take turns (5; with --quick 2)
@@ -144,6 +145,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     catch_interrupts();
     let scene = Scene::new(1)?;
     let stream = workspace.target().join("release/examples/quic_stream");
+    let began = CpuTime::now()?;
     let measured = match (args.bytes, args.restore) {
         (true, _) => measure_bytes(&scene, Effort::of(args)),
         (_, true) => restore::measure(&scene, restore_effort(args)),
@@ -160,14 +162,68 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     let text = measured?;
     cleared?;
     println!("{text}");
-    if !args.quick && !parts(args).iter().any(|(is_asked, _)| *is_asked) {
-        let path = workspace.root.join(&args.to);
+    let stolen = format!(
+        "Of the machine's processor time {:.1} % went to others meanwhile (steal).",
+        100.0 * CpuTime::now()?.stolen_since(&began)
+    );
+    sh::say(&stolen);
+    if let Some((page, to)) = page(args, &text)?.filter(|_| !args.quick) {
+        let text = format!("{}\n\n{stolen}\n", page.trim_end());
+        let path = workspace.root.join(to);
         let folder = path.parent().context("a folder for the table")?;
         std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
         std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
         sh::say(format!("written: {}", path.display()));
     }
     Ok(())
+}
+
+/// The page that a run writes, and where; none for what is only shown.
+fn page(args: &BenchArgs, measured: &str) -> Result<Option<(String, PathBuf)>> {
+    let of_part = |title: &str, flag: &str| {
+        let head = report::head(title, &format!(" --{flag}"))?;
+        let path = args.to.with_file_name(format!("bench-{flag}.md"));
+        Ok(Some((format!("{head}\n{measured}"), path)))
+    };
+    match args {
+        _ if args.ship => of_part("What a server costs", "ship"),
+        _ if args.views => of_part("How soon a moment can be read", "views"),
+        _ if args.recovery => of_part("How soon a database runs again", "recovery"),
+        _ if parts(args).iter().any(|(is_asked, _)| *is_asked) => Ok(None),
+        _ => Ok(Some((measured.to_owned(), args.to.clone()))),
+    }
+}
+
+/// What the machine's processors did so far, in ticks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct CpuTime {
+    all: u64,
+    /// Of it what a hypervisor gave to others (proc_stat(5)).
+    stolen: u64,
+}
+
+impl CpuTime {
+    fn now() -> Result<Self> {
+        let text = std::fs::read_to_string("/proc/stat").context("read /proc/stat")?;
+        Self::parse(&text).context("/proc/stat tells no processor time")
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let fields = text.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
+        let ticks: Vec<u64> = fields.map_while(|field| field.parse().ok()).collect();
+        // The time of guests, behind them, is part of the first two.
+        let stolen = *ticks.get(7)?;
+        Some(Self {
+            all: ticks.iter().take(8).sum(),
+            stolen,
+        })
+    }
+
+    /// Which part of the time since then.
+    fn stolen_since(&self, before: &Self) -> f64 {
+        let stolen = self.stolen.saturating_sub(before.stolen);
+        stolen as f64 / self.all.saturating_sub(before.all).max(1) as f64
+    }
 }
 
 fn again(args: &BenchArgs) -> Vec<String> {
@@ -316,4 +372,19 @@ fn measure_latencies(bench: &Bench<'_>, effort: Effort, report: &mut Report) -> 
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_that_went_to_others_is_told() {
+        let before = CpuTime::parse("cpu  10 0 10 70 0 0 0 10 5 5\ncpu0 1").unwrap();
+        let after = CpuTime::parse("cpu  20 0 20 130 0 0 0 30 9 9\n").unwrap();
+        assert_eq!((before.all, before.stolen), (100, 10));
+        assert_eq!(after.stolen_since(&before), 0.2);
+        assert_eq!(before.stolen_since(&before), 0.0);
+        assert_eq!(CpuTime::parse("intr 5"), None);
+    }
 }

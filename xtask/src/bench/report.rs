@@ -63,7 +63,7 @@ impl Report {
 
     /// The page as it is written to `docs/bench.md`.
     pub(super) fn markdown(&self) -> Result<String> {
-        let mut page = format!("# What protection costs\n\n{}\n", self.how()?);
+        let mut page = format!("{}\n{}\n", head("What protection costs", "")?, self.how()?);
         self.write_loads(&mut page)?;
         self.write_held(&mut page)?;
         self.write_latencies(&mut page)?;
@@ -79,15 +79,12 @@ impl Report {
             rounds, fio, pgbench, ..
         } = self.effort;
         Ok(format!(
-            "Written by `cargo xtask bench` on {}. Machine: {}.\n\n\
-             Both sides take turns, {rounds} times ({} s of fio, {} s of pgbench each); medians, and in brackets the \
+            "Both sides take turns, {rounds} times ({} s of fio, {} s of pgbench each); medians, and in brackets the \
              smallest and largest. The unprotected side runs beside an agent that protects another, idle device, \
              because a process that wakes often keeps virtual CPUs from sleeping and makes databases faster. The \
              devices are loop devices over the page cache, as fast as memory, so fio at depth measures CPU time; \
              pgbench (scale 20, 4 clients) measures what users feel. The agent has its default settings; its \
              store lies on the disk that also backs the devices.\n",
-            jiff::Timestamp::now().strftime("%Y-%m-%d"),
-            machine()?,
             fio.as_secs(),
             pgbench.as_secs(),
         ))
@@ -301,6 +298,15 @@ fn cpu_per_gib(cost: AgentCost) -> f64 {
     } else {
         cost.cpu.as_secs_f64() / (cost.captured_bytes as f64 / GIB)
     }
+}
+
+/// What a page begins with: by which run it was written, when and where.
+pub(super) fn head(title: &str, flags: &str) -> Result<String> {
+    let date = jiff::Timestamp::now().strftime("%Y-%m-%d");
+    let machine = machine()?;
+    Ok(format!(
+        "# {title}\n\nWritten by `cargo xtask bench{flags}` on {date}. Machine: {machine}.\n"
+    ))
 }
 
 /// Processor, cores, memory and kernel.
