@@ -32,6 +32,9 @@ const RUN_BYTES_MAX: u64 = 32 << 20;
 const READ_BYTES: u64 = 1 << 20;
 /// One read of ours is split into a few requests at most.
 const REQUESTS_PER_READ: u64 = 16;
+/// Suspects that are compared at once. To know what was written meanwhile takes a tenth of a second, however many they
+/// are; and where all of a large table is written while it is changed, ten thousand blocks become suspect each second.
+const COMPARE_BYTES: u64 = 16 << 20;
 /// One read while others use the disk: as long as it takes, a write may have to wait behind it.
 const BUSY_READ_BYTES: u64 = 64 << 10;
 /// How fast it goes on then: what is read is compared, encoded and written as well. So that fewer than one write in a
@@ -175,18 +178,10 @@ impl ReadBack {
     fn compare(&self, suspicion: &Suspicion) -> anyhow::Result<()> {
         let device = self.device(suspicion.volume)?;
         let file = device.open_direct()?;
-        let mut buffer = AlignedBuffer::new(READ_BYTES as usize);
-        let mut pieces = suspicion.ranges.iter().flat_map(pieces_of).peekable();
-        while pieces.peek().is_some() {
-            let mut batch = Vec::new();
-            let mut bytes = 0;
-            while let Some(piece) = pieces.next_if(|piece| bytes + (piece.end - piece.start) <= READ_BYTES) {
-                bytes += piece.end - piece.start;
-                batch.push(piece);
-            }
-            self.compare_batch(suspicion, &device, &file, batch, &mut buffer)?;
-        }
-        Ok(())
+        let bytes: u64 = suspicion.ranges.iter().map(|range| range.end - range.start).sum();
+        let mut buffer = AlignedBuffer::new(bytes.min(COMPARE_BYTES) as usize);
+        batches_of(&suspicion.ranges)
+            .try_for_each(|batch| self.compare_batch(suspicion, &device, &file, batch, &mut buffer))
     }
 
     /// As [`ReadBack::read_run`], of several places, and only what was not written meanwhile counts: it stands
@@ -239,16 +234,20 @@ impl ReadBack {
     }
 
     fn correct_changed(&self, run: &Run, bytes: &[u8], view: &View) -> anyhow::Result<()> {
-        let mut known = vec![0u8; BLOCK_BYTES as usize];
-        for (block, at) in bytes
-            .chunks(BLOCK_BYTES as usize)
-            .zip((run.bytes.start..).step_by(BLOCK_BYTES as usize))
-        {
-            let known = &mut known[..block.len()];
-            if at + block.len() as u64 > view.bytes() {
-                continue;
-            }
-            if view.read_at(at, known).is_ok() && known == block {
+        // Blocks that the volume does not have, or not whole, are nobody's.
+        let had = view.bytes().saturating_sub(run.bytes.start);
+        let bytes = match had < bytes.len() as u64 {
+            true => &bytes[..(had - had % BLOCK_BYTES) as usize],
+            false => bytes,
+        };
+        let mut known = vec![0u8; bytes.len()];
+        // Where a part cannot be read, each block is asked for.
+        let is_known = view.read_at(run.bytes.start, &mut known).is_ok();
+        let blocks = bytes.chunks(BLOCK_BYTES as usize);
+        let known = known.chunks_mut(BLOCK_BYTES as usize);
+        let places = (run.bytes.start..).step_by(BLOCK_BYTES as usize);
+        for ((block, known), at) in blocks.zip(known).zip(places) {
+            if (is_known || view.read_at(at, known).is_ok()) && known == block {
                 continue;
             }
             let written_by = view.written_by(at)?;
@@ -482,6 +481,19 @@ fn pieces_of(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
         .map(move |at| at..end.min(at + READ_BYTES))
 }
 
+/// What is compared at once of these ranges: pieces of one read each.
+fn batches_of(ranges: &[Range<u64>]) -> impl Iterator<Item = Vec<Range<u64>>> {
+    let mut pieces = ranges.iter().flat_map(pieces_of).peekable();
+    std::iter::from_fn(move || {
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        while let Some(piece) = pieces.next_if(|piece| bytes + (piece.end - piece.start) <= COMPARE_BYTES) {
+            bytes += piece.end - piece.start;
+            batch.push(piece);
+        }
+        (!batch.is_empty()).then_some(batch)
+    })
+}
+
 /// Reads exactly `bytes.len()` bytes. The last sectors of a device may be fewer than O_DIRECT reads at once.
 fn read_device(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
     debug_assert!(at.is_multiple_of(SECTOR_BYTES));
@@ -530,6 +542,29 @@ impl AlignedBuffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal: blocks that became suspect all over a table are compared in few batches, for each takes a tenth of a second,
+    /// and no batch takes more memory than is said. Method: single blocks, and one long range among them.
+    #[test]
+    fn thousands_of_blocks_are_compared_at_once() {
+        const BLOCKS: u64 = COMPARE_BYTES / BLOCK_BYTES;
+        let mut ranges: Vec<_> = (0..BLOCKS + 1)
+            .map(|block| 2 * block * BLOCK_BYTES..(2 * block + 1) * BLOCK_BYTES)
+            .collect();
+        let after = 4 * BLOCKS * BLOCK_BYTES;
+        ranges.push(after..after + COMPARE_BYTES + BLOCK_BYTES);
+        let batches: Vec<_> = batches_of(&ranges).collect();
+        assert_eq!(batches.len(), 3);
+        assert_eq!(batches[0].len() as u64, BLOCKS);
+        for batch in &batches {
+            let bytes: u64 = batch.iter().map(|piece| piece.end - piece.start).sum();
+            assert!(bytes <= COMPARE_BYTES, "{bytes} bytes at once");
+            assert!(batch.iter().all(|piece| piece.end - piece.start <= READ_BYTES));
+        }
+        let count =
+            |ranges: &[Range<u64>]| -> u64 { ranges.iter().map(|range| range.end - range.start).sum() };
+        assert_eq!(count(&batches.concat()), count(&ranges));
+    }
 
     #[test]
     fn runs_join_neighbours_and_keep_the_short_end() {

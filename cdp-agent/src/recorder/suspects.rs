@@ -13,8 +13,8 @@ use std::ops::Range;
 
 use cdp_journal::{BLOCK_BYTES, Seq};
 
-/// More of one volume (256 MiB) are not kept: the range becomes dirty, and a gap opens.
-pub(crate) const SUSPECT_BLOCKS_MAX: usize = 1 << 16;
+/// More of one volume (1 GiB) are not kept: the range becomes dirty, and a gap opens. Some 10 MiB of memory.
+pub(crate) const SUSPECT_BLOCKS_MAX: usize = 1 << 18;
 
 /// The suspects of one volume.
 #[derive(Debug, Default)]
@@ -65,7 +65,7 @@ impl Suspects {
         }
         let touched = blocks_around(bytes);
         let whole = bytes.start.div_ceil(BLOCK_BYTES)..bytes.end / BLOCK_BYTES;
-        if touched.end - touched.start > SUSPECT_BLOCKS_MAX as u64 {
+        if touched.end - touched.start > (self.waiting.len() + self.checking.len()) as u64 {
             self.waiting.retain(|block, _| !whole.contains(block));
             let checking = std::mem::take(&mut self.checking);
             let (hit, rest) = checking
