@@ -11,6 +11,9 @@ use super::tls;
 use crate::trust::{Holder, Token, fingerprint};
 use crate::wire::{Kind, Message, Right};
 
+/// How often a server is asked that gives no answer but a reset.
+const ASKED_MAX: u32 = 3;
+
 /// No certificate was had.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -102,7 +105,19 @@ fn enroll_into(
     Ok((path, holder))
 }
 
+/// A server that only says that it does not know the connection any more, as it does when its refusal was lost on the
+/// way, is asked again.
 async fn ask(server: &str, token: &Token, message: &Message) -> Result<Message, LinkError> {
+    for _ in 1..ASKED_MAX {
+        match ask_once(server, token, message).await {
+            Err(LinkError::Reset) => {}
+            answer => return answer,
+        }
+    }
+    ask_once(server, token, message).await
+}
+
+async fn ask_once(server: &str, token: &Token, message: &Message) -> Result<Message, LinkError> {
     let link = Link::connect(server, tls::enrolling_client(token.authority)?).await?;
     let (mut send, mut receive) = link.connection.open_bi().await?;
     send.write_all(&message.encode()).await?;
