@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 
 use crate::disk::BLOCK_BYTES;
 use crate::interrupt::Interrupt;
+use crate::memory;
 use crate::target::DeviceInPlace;
 
 /// What must be written is kept in memory up to this; more is read from the history again.
@@ -211,6 +212,7 @@ impl Both<'_> {
         let options = CopyOptions {
             threads: self.threads,
             one_writer: false,
+            gather_bytes_max: memory::to_gather_bytes(),
             ..CopyOptions::default()
         };
         let sink = Compare { both: self, visit };
@@ -294,6 +296,10 @@ impl Sink for Compare<'_> {
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         self.compare(offset, len, None)
+    }
+
+    fn go_on(&self) -> io::Result<()> {
+        self.both.interrupt.check()
     }
 }
 

@@ -24,6 +24,7 @@ mod disk;
 mod exit;
 mod ext4;
 mod interrupt;
+mod memory;
 mod mount;
 mod nbd;
 mod owners;

@@ -143,7 +143,7 @@ pub use bases::{DeltaCache, EncodedBlocks, Packing};
 pub use build::{FrameBuilder, PushError, SealedFrame};
 pub(crate) use delta::{Block, apply as apply_patch};
 pub use frame::{Frame, FrameError, FrameHeader, GroupRef, Part, PlacedRecord};
-pub(crate) use group::{Delta, Group, Piece, Stored, decode_group, stored_group_bytes};
+pub(crate) use group::{Delta, Group, GroupHeader, Piece, Stored, decode_group, stored_group_bytes};
 pub(crate) use packed::refill;
 pub use packed::{FRAME_UNITS_MAX, PackedUnit, RefillError, UnitHash};
 pub use record::{Body, GapCause, Origin, Record, RecordFlags, VolumeKind};

@@ -88,6 +88,11 @@ pub(crate) trait Blocks: Debug + Send + Sync {
     /// A segment, to be read in long runs.
     fn segment_bytes(&self, segment: u64) -> Result<Arc<dyn SegmentBytes>, ReadError>;
 
+    /// Does what was read once cost little to read again?
+    fn is_near(&self) -> bool {
+        false
+    }
+
     /// The error that says what is wrong with the group at `place`.
     fn damage(&self, place: &GroupPlace, what: &str) -> ReadError;
 }

@@ -1,5 +1,6 @@
 //! What reads keep of the log for the next ones.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -16,6 +17,11 @@ const CACHED_FRAMES_MAX: usize = 1 << 16;
 pub(super) const BAD_CHECKSUM: &str = "bad checksum of a data group";
 /// What is said of one whose checksum is right.
 pub(super) const BAD_DIRECTORY: &str = "a data group that makes no sense";
+
+thread_local! {
+    /// Where a thread unpacks a group, before its bytes get a place of their own.
+    static RAW: RefCell<Vec<u8>> = RefCell::new(vec![0; GROUP_BYTES_MAX]);
+}
 
 /// The groups that were decoded last, and where frames lie that deltas went back to.
 #[derive(Debug)]
@@ -72,10 +78,12 @@ impl GroupCache {
         stored: &[u8],
         damage: impl Fn(&str) -> ReadError,
     ) -> Result<PlacedGroup, ReadError> {
-        let mut raw = vec![0; GROUP_BYTES_MAX];
-        let header = decode_group(stored, place.crc, &mut raw).ok_or_else(|| damage(BAD_CHECKSUM))?;
-        raw.truncate(header.raw_bytes);
-        raw.shrink_to_fit();
+        let unpack = |raw: &mut Vec<u8>| {
+            let header = decode_group(stored, place.crc, raw)?;
+            Some((header, raw.get(..header.raw_bytes)?.to_vec()))
+        };
+        let unpacked = RAW.with_borrow_mut(unpack);
+        let (header, raw) = unpacked.ok_or_else(|| damage(BAD_CHECKSUM))?;
         let group = Arc::new(Group::new(header, raw).ok_or_else(|| damage(BAD_DIRECTORY))?);
         let mut kept = self.kept.lock();
         while kept.order.len() >= self.groups_max {

@@ -5,10 +5,12 @@ mod cache;
 mod changes;
 mod content;
 mod copy;
+mod gather;
 mod plan;
 mod source;
 #[cfg(test)]
 mod tests;
+mod windows;
 
 use std::io;
 use std::ops::Range;
@@ -50,9 +52,10 @@ pub trait Sink: Sync {
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Zeroes at an offset. May do nothing where the target is known to be zero.
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
-    /// Told before a long range is given to the others in small pieces and in no order, so that room can be made at
-    /// once.
-    fn scattered(&self, _offset: u64, _len: u64) {}
+    /// Asked now and then, also while nothing is ready to be written: an error ends the copy.
+    fn go_on(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Bounds of [`View::copy_to`].
@@ -60,8 +63,12 @@ pub trait Sink: Sync {
 pub struct CopyOptions {
     /// Threads that read, decompress and write.
     pub threads: usize,
-    /// Bytes of the volume whose index entries are held at a time.
+    /// Bytes of data whose index entries are held at a time, while as many are looked up.
     pub window_bytes: u64,
+    /// Memory in which pieces that lie scattered in the log are put together; a long range of them reaches the sink
+    /// as stretches of two mebibytes. Where it is less than what is scattered in a window, the log is read again for
+    /// each part that fits; where that would be often, or with 0, they are handed on as they come.
+    pub gather_bytes_max: u64,
     /// One thread gives the sink data at a time, while the others read and unpack: for a sink whose writers would
     /// only wait for each other.
     pub one_writer: bool,
@@ -73,6 +80,7 @@ impl Default for CopyOptions {
         Self {
             threads: threads.clamp(1, 8),
             window_bytes: 2 << 30,
+            gather_bytes_max: 256 << 20,
             one_writer: true,
         }
     }
@@ -104,6 +112,16 @@ pub enum CopyError {
         /// Why not.
         #[source]
         source: io::Error,
+    },
+    /// Not all of it reached the target, for no reason that is known. Never seen; looked for all the same.
+    #[error(
+        "{done_bytes} of {wanted_bytes} bytes reached the target: this is an error of the program, please tell us"
+    )]
+    Incomplete {
+        /// Written, as data or as zeroes.
+        done_bytes: u64,
+        /// What should have been.
+        wanted_bytes: u64,
     },
 }
 
@@ -209,7 +227,8 @@ impl View {
         Ok(versions.first().and_then(|version| Seq::new(version.seq)))
     }
 
-    /// Copies everything. `progress` is told how many more bytes are done, from several threads.
+    /// Copies everything. `progress` is told how many more bytes are done, from several threads; what is put together in
+    /// memory first (see [`CopyOptions::gather_bytes_max`]) counts as done there.
     pub fn copy_to(
         &self,
         sink: &dyn Sink,

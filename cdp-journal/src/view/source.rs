@@ -1,5 +1,6 @@
 //! What views read from: the index, and the groups of the log.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -16,7 +17,7 @@ use super::changes::{self, Between};
 use super::plan::plan;
 use super::{Blocks, GroupCache, GroupName, GroupPlace, Item, PlacedGroup, SegmentBytes};
 use crate::error::ReadError;
-use crate::format::{Frame, FrameError, FrameHeader, GROUP_BYTES_MAX, GROUP_HEADER_BYTES};
+use crate::format::{Frame, FrameError, FrameHeader, GROUP_BYTES_MAX, GROUP_HEADER_BYTES, GroupHeader};
 use crate::index::{BlockVersion, Db, FrameEntry, Lookup, Overlay};
 use crate::types::{SegmentId, Seq, VolumeId};
 
@@ -26,6 +27,16 @@ const CACHED_GROUPS_MAX: usize = 256;
 const OPEN_SEGMENTS_MAX: usize = 128;
 /// A group with its header at most.
 pub(crate) const GROUP_STORED_BYTES_MAX: usize = GROUP_HEADER_BYTES + GROUP_BYTES_MAX;
+
+/// What is read of a group before it is known how long it is: most are shorter.
+const FIRST_READ_BYTES: usize = 16 << 10;
+
+const _: () = assert!(FIRST_READ_BYTES > GROUP_HEADER_BYTES && FIRST_READ_BYTES < GROUP_STORED_BYTES_MAX);
+
+thread_local! {
+    /// Where a thread reads groups to.
+    static STORED: RefCell<Vec<u8>> = RefCell::new(vec![0; GROUP_STORED_BYTES_MAX]);
+}
 
 /// Shared by the views of one store.
 #[derive(Debug)]
@@ -155,10 +166,22 @@ impl ViewStore {
             return Ok(Some(group));
         }
         let file = self.segment(place.segment)?;
-        let mut stored = vec![0; GROUP_STORED_BYTES_MAX];
-        let filled = self.read(&file, place.segment, place.offset, &mut stored)?;
-        let damage = |what: &str| self.damage(&place, what);
-        self.groups.take_in(place, &stored[..filled], damage).map(Some)
+        STORED.with_borrow_mut(|stored| {
+            let (first, rest) = stored.split_at_mut(FIRST_READ_BYTES);
+            let mut filled = self.read(&file, place.segment, place.offset, first)?;
+            // What makes no sense is told by who decodes it.
+            let header = GroupHeader::decode(&first[..filled]);
+            let missing = header.map_or(0, |header| {
+                (GROUP_HEADER_BYTES + header.stored_bytes).saturating_sub(FIRST_READ_BYTES)
+            });
+            if missing > 0 {
+                let rest = rest.get_mut(..missing).unwrap_or_default();
+                let offset = place.offset + FIRST_READ_BYTES as u64;
+                filled += self.read(&file, place.segment, offset, rest)?;
+            }
+            let damage = |what: &str| self.damage(&place, what);
+            self.groups.take_in(place, &stored[..filled], damage).map(Some)
+        })
     }
 
     /// First and last record of the frame that holds a group. A walk, for messages only.
@@ -214,6 +237,10 @@ impl Blocks for ViewStore {
         let _ = fadvise(&file, 0, None, Advice::Sequential);
         let path = self.segment_path(segment);
         Ok(Arc::new(LocalSegment { file, path }))
+    }
+
+    fn is_near(&self) -> bool {
+        true
     }
 
     fn damage(&self, place: &GroupPlace, what: &str) -> ReadError {

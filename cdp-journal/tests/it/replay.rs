@@ -4,6 +4,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cdp_journal::Seq;
 use cdp_journal::format::{Body, EncodedBlocks};
@@ -365,6 +366,7 @@ fn check(reader: &StoreReader, naive: &Naive, first: u64, last: u64) -> Result<(
                 threads: 2,
                 window_bytes: 12 << 10,
                 one_writer: false,
+                ..CopyOptions::default()
             };
             let report = view.copy_ranges_to(&changed, &sink, &options, &|_| ()).unwrap();
             let changed_bytes: u64 = changed.iter().map(|range| range.end - range.start).sum();
@@ -383,6 +385,7 @@ fn check(reader: &StoreReader, naive: &Naive, first: u64, last: u64) -> Result<(
                     threads: 2,
                     window_bytes,
                     one_writer: window_bytes > 1 << 16,
+                    ..CopyOptions::default()
                 },
                 &|_| (),
             )
@@ -456,37 +459,108 @@ fn the_view_at_every_seq_equals_a_naive_replay() {
     );
 }
 
-/// Goal: a sink hears of what will come in small pieces, and of nothing else. Method: 2 MiB of blocks in no order,
-/// and 1 MiB in a row further on.
+/// Goal: what lies scattered in the log reaches a sink in long stretches, and is right, whatever memory there is for
+/// it. Method: 5 MiB of pieces in no order, among them zeroes and pieces that lie over the borders of stretches, and
+/// 1 MiB in a row further on; windows that end within a stretch.
 #[test]
-fn a_sink_is_told_of_scattered_ranges() {
-    const BLOCK: usize = 4096;
+fn scattered_pieces_come_as_long_stretches() {
+    const PIECE: usize = 6 << 10;
+    const PIECES: usize = (5 << 20) / PIECE;
+    const MIB: u64 = 1 << 20;
     #[derive(Default)]
-    struct Told(Mutex<Vec<(u64, u64)>>);
+    struct Told(MemorySink, Mutex<Vec<(u64, u64)>>);
     impl Sink for Told {
-        fn write_at(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
-            Ok(())
+        fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.1.lock().push((offset, data.len() as u64));
+            self.0.write_at(offset, data)
         }
-        fn zero(&self, _offset: u64, _len: u64) -> io::Result<()> {
-            Ok(())
-        }
-        fn scattered(&self, offset: u64, len: u64) {
-            self.0.lock().push((offset, len));
+        fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+            self.0.zero(offset, len)
         }
     }
     let dir = tempfile::tempdir().unwrap();
     let mut writer = Writer::open(dir.path());
-    writer.declare(8 << 20);
-    for block in (0..512).step_by(2).chain((1..512).step_by(2)) {
-        writer.write(block * BLOCK as u64, &bytes_of(block, BLOCK));
+    writer.declare(8 * MIB);
+    let mut expected = vec![0; 8 << 20];
+    let mut write = |offset: usize, bytes: &[u8]| {
+        expected[offset..offset + bytes.len()].copy_from_slice(bytes);
+        writer.write(offset as u64, bytes)
+    };
+    for piece in (0..PIECES).map(|step| step * 389 % PIECES) {
+        // A stretch of zeroes among them, of whole blocks.
+        let bytes = match piece {
+            300..330 => vec![0; PIECE],
+            _ => bytes_of(piece as u64, PIECE),
+        };
+        write(piece * PIECE, &bytes);
     }
-    let last = writer.write(4 << 20, &bytes_of(7, 1 << 20));
+    let last = write(6 << 20, &bytes_of(7, 1 << 20));
     writer.apply();
-    let view = StoreReader::open(dir.path())
-        .unwrap()
-        .view(volume(), last)
-        .unwrap();
-    let told = Told::default();
-    view.copy_to(&told, &CopyOptions::default(), &|_| ()).unwrap();
-    assert_eq!(told.0.into_inner(), [(0, 2 << 20)]);
+    let reader = StoreReader::open(dir.path()).unwrap();
+    let view = reader.view(volume(), last).unwrap();
+    for (gather_bytes_max, window_bytes) in [
+        (0, 2 << 30),
+        (2 * MIB, 2 << 30),
+        (3 * MIB, 2 << 30),
+        (64 * MIB, 2 << 30),
+        (2 * MIB, 5 * MIB / 2 + 4096),
+        (64 * MIB, 5 * MIB / 2 + 4096),
+    ] {
+        let options = CopyOptions {
+            threads: 3,
+            gather_bytes_max,
+            window_bytes,
+            ..CopyOptions::default()
+        };
+        let (sink, progress_bytes) = (Told::default(), AtomicU64::new(0));
+        let report = view
+            .copy_to(&sink, &options, &|bytes| {
+                progress_bytes.fetch_add(bytes, Ordering::Relaxed);
+            })
+            .unwrap();
+        let what = format!("{gather_bytes_max} bytes of memory, windows of {window_bytes}");
+        assert_eq!(report.data_bytes + report.zero_bytes, view.bytes(), "{what}");
+        assert_eq!(progress_bytes.into_inner(), view.bytes(), "{what}");
+        assert!(sink.0.0.into_inner() == expected, "{what}");
+        let told = sink.1.into_inner();
+        let scattered = told.iter().filter(|(offset, _)| *offset < 5 * MIB).count();
+        match gather_bytes_max {
+            0 => assert!(scattered > PIECES / 2, "{what}: {scattered} writes"),
+            // Three stretches, a hole in one of them, and what a window cuts.
+            _ => assert!(scattered <= 10, "{what}: {told:?}"),
+        }
+    }
+}
+
+/// Goal: a sink that panics ends the copy with its panic, and nobody waits for what it will not take. Method: scattered
+/// pieces of three stretches, and memory for one.
+#[test]
+fn a_sink_that_panics_ends_the_copy() {
+    struct Panics;
+    impl Sink for Panics {
+        fn write_at(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
+            panic!("a sink that panics, as a test wants it to");
+        }
+        fn zero(&self, _offset: u64, _len: u64) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    const BLOCKS: u64 = 3 * 512;
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = Writer::open(dir.path());
+    writer.declare(8 << 20);
+    let mut last = Seq::FIRST;
+    for block in (0..BLOCKS).map(|step| step * 389 % BLOCKS) {
+        last = writer.write(block * 4096, &bytes_of(block, 4096));
+    }
+    writer.apply();
+    let reader = StoreReader::open(dir.path()).unwrap();
+    let view = reader.view(volume(), last).unwrap();
+    let options = CopyOptions {
+        threads: 2,
+        gather_bytes_max: 2 << 20,
+        ..CopyOptions::default()
+    };
+    let copy = || view.copy_to(&Panics, &options, &|_| ());
+    assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(copy)).is_err());
 }

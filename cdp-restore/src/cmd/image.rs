@@ -18,6 +18,7 @@ use super::overwrite::{confirm, protected_as, warn_if_protected};
 use super::{Instant, open_volume, refuse_own_files, require_block, resolve};
 use crate::args::Image;
 use crate::interrupt::Interrupt;
+use crate::memory;
 use crate::report::Report;
 use crate::target::{DeviceInProgress, DeviceTarget, FileInProgress, FileTarget, Target, TargetError};
 use crate::time::Time;
@@ -147,9 +148,13 @@ impl Job<'_> {
     fn prove(&self, interrupt: &Interrupt) -> anyhow::Result<()> {
         let left = "nothing was written";
         let progress = self.report.progress("checking", self.view.bytes());
-        let checked = self.view.copy_to(&Proof(interrupt), &self.options(), &|bytes| {
-            progress.advance(bytes)
-        });
+        let options = CopyOptions {
+            gather_bytes_max: 0,
+            ..self.options()
+        };
+        let checked = self
+            .view
+            .copy_to(&Proof(interrupt), &options, &|bytes| progress.advance(bytes));
         match checked {
             Ok(_) => Ok(()),
             Err(CopyError::Write { .. }) => Err(TargetError::Interrupted {
@@ -166,6 +171,7 @@ impl Job<'_> {
     fn options(&self) -> CopyOptions {
         CopyOptions {
             threads: self.args.threads.get(),
+            gather_bytes_max: memory::to_gather_bytes(),
             ..CopyOptions::default()
         }
     }
@@ -307,7 +313,7 @@ impl Job<'_> {
     }
 }
 
-/// Takes what was read and checked, and leaves it; what fails is Ctrl-C.
+/// Takes what was read and checked as it comes, and leaves it; what fails is Ctrl-C.
 struct Proof<'a>(&'a Interrupt);
 
 impl Sink for Proof<'_> {
@@ -337,8 +343,8 @@ impl Sink for FileSink<'_> {
         self.file.leave_hole(offset, len)
     }
 
-    fn scattered(&self, offset: u64, len: u64) {
-        self.file.reserve(offset, len);
+    fn go_on(&self) -> io::Result<()> {
+        self.interrupt.check()
     }
 }
 
@@ -357,5 +363,9 @@ impl Sink for DeviceSink<'_> {
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         self.interrupt.check()?;
         self.device.zero(offset, len)
+    }
+
+    fn go_on(&self) -> io::Result<()> {
+        self.interrupt.check()
     }
 }

@@ -150,12 +150,13 @@ fn verify_volume(name: &str, args: &Verify, report: &Report) -> anyhow::Result<O
         let read_at = |offset, buf: &mut [u8]| view.read_at(offset, buf);
         digest::sha256(view.bytes(), &read_at, args.threads.get(), &progress)
             .map(|digest| (view.bytes(), Some(digest)))
+            .map_err(CopyError::Read)
     } else {
         read_all(&view, args.threads.get(), &progress).map(|data_bytes| (data_bytes, None))
     };
     let (bytes, sha256, damages) = match read {
         Ok((bytes, sha256)) => (bytes, sha256, Vec::new()),
-        Err(error) if error.is_damage() => {
+        Err(CopyError::Read(error)) if error.is_damage() => {
             progress.set(0);
             progress.stage("damaged, looking for more");
             (view.bytes(), None, damages_of(store, &view, &progress)?)
@@ -180,16 +181,17 @@ fn verify_volume(name: &str, args: &Verify, report: &Report) -> anyhow::Result<O
 }
 
 /// Reads and checks every block that is not zero; returns how many bytes those are.
-fn read_all(view: &View, threads: usize, progress: &Progress) -> Result<u64, ReadError> {
+fn read_all(view: &View, threads: usize, progress: &Progress) -> Result<u64, CopyError> {
     let options = CopyOptions {
         threads,
+        gather_bytes_max: 0,
         ..CopyOptions::default()
     };
     match view.copy_to(&Discard, &options, &|bytes| progress.advance(bytes)) {
         Ok(copied) => Ok(copied.data_bytes),
-        Err(CopyError::Read(error)) => Err(error),
         // `Discard` refuses nothing.
-        Err(_) => Ok(0),
+        Err(CopyError::Write { .. }) => Ok(0),
+        Err(error) => Err(error),
     }
 }
 

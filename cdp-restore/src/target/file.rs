@@ -6,9 +6,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{AtFlags, CWD, FallocateFlags, OFlags, fallocate};
+use rustix::fs::{AtFlags, CWD, OFlags};
 use rustix::io::Errno;
 
 use super::TargetError;
@@ -84,8 +83,6 @@ impl FileTarget {
 
     /// Makes the file, `bytes` long and zero, without a name where the file system can do that.
     pub(crate) fn create(self, bytes: u64) -> Result<FileInProgress, TargetError> {
-        // With room for all of it, what is reserved is taken from nobody, ourselves included.
-        let roomy = self.free_bytes().is_some_and(|free| free >= bytes);
         let (file, temporary) = self.open()?;
         let guard = TemporaryName(temporary);
         let prepare = || -> io::Result<Flushed> {
@@ -101,8 +98,6 @@ impl FileTarget {
         Ok(FileInProgress {
             target: self,
             file,
-            roomy,
-            reserved: AtomicBool::new(false),
             temporary: guard,
         })
     }
@@ -156,10 +151,6 @@ impl Drop for TemporaryName {
 pub(crate) struct FileInProgress {
     target: FileTarget,
     file: Flushed,
-    /// The whole image has room on the file system.
-    roomy: bool,
-    /// Parts of it have their blocks though nothing was written there.
-    reserved: AtomicBool,
     temporary: TemporaryName,
 }
 
@@ -170,21 +161,8 @@ impl FileInProgress {
         self.file.wrote(offset, data.len() as u64)
     }
 
-    /// Makes room for what will be written in small pieces: to find room for each of them as it comes takes the file
-    /// system as long as to take their bytes. What comes of it does not matter: the range reads as zero either way.
-    pub(crate) fn reserve(&self, offset: u64, len: u64) {
-        if self.roomy {
-            self.reserved.store(true, Ordering::Relaxed);
-            let _ = fallocate(self.file.file(), FallocateFlags::KEEP_SIZE, offset, len);
-        }
-    }
-
-    /// Gives back what may have been reserved for a range that is not written.
+    /// Tells that a range stays a hole.
     pub(crate) fn leave_hole(&self, offset: u64, len: u64) -> io::Result<()> {
-        if self.reserved.load(Ordering::Relaxed) {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            let _ = fallocate(self.file.file(), flags, offset, len);
-        }
         self.file.left_out(offset, len)
     }
 
@@ -244,26 +222,6 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, MODE);
     }
 
-    /// Goal: room made for scattered writes is given back where nothing is written. Method: a reserved file with
-    /// one block of data.
-    #[test]
-    fn what_was_reserved_and_not_written_is_a_hole() {
-        const BYTES: u64 = 1 << 20;
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk.img");
-        let target = FileTarget::new_file(&path).unwrap();
-        let file = target.create(BYTES).unwrap();
-        file.reserve(0, BYTES);
-        file.leave_hole(0, 65_536).unwrap();
-        file.write_at(65_536, &[7; 4096]).unwrap();
-        file.leave_hole(69_632, BYTES - 69_632).unwrap();
-        file.finish().unwrap();
-        let allocated_bytes = fs::metadata(&path).unwrap().blocks() * 512;
-        assert!(allocated_bytes <= 65_536, "{allocated_bytes} bytes for one block");
-        let content = fs::read(&path).unwrap();
-        assert_eq!(content.iter().filter(|byte| **byte == 7).count(), 4096);
-    }
-
     #[test]
     fn a_file_that_is_given_up_leaves_the_old_one_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
@@ -287,8 +245,6 @@ mod tests {
         drop(FileInProgress {
             target,
             file,
-            roomy: false,
-            reserved: AtomicBool::new(false),
             temporary: TemporaryName(Some(temporary)),
         });
         assert_eq!(names_in(folder.path()), Vec::<OsString>::new());
