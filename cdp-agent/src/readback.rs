@@ -24,7 +24,7 @@ use crate::clock;
 use crate::device::{BlockDevice, Requests};
 use crate::pipeline::{IndexRequest, Shared};
 use crate::priority;
-use crate::recorder::{FLIGHT_TIME_MAX, PLUG_TIME, Run, Suspicion};
+use crate::recorder::{FLIGHT_TIME_MAX, PLUG_TIME, Run, SUSPECT_BLOCKS_MAX, Suspicion};
 
 /// Read under one note of `s`.
 const RUN_BYTES_MAX: u64 = 32 << 20;
@@ -32,6 +32,9 @@ const RUN_BYTES_MAX: u64 = 32 << 20;
 const READ_BYTES: u64 = 1 << 20;
 /// One read of ours is split into a few requests at most.
 const REQUESTS_PER_READ: u64 = 16;
+/// With more of a volume's blocks to compare than this no way is given: until they are compared nothing is exact, and
+/// there may only be so many.
+const UNHURRIED_BLOCKS_MAX: usize = SUSPECT_BLOCKS_MAX / 8;
 /// Suspects that are compared at once. To know what was written meanwhile takes a tenth of a second, however many they
 /// are; and where all of a large table is written while it is changed, ten thousand blocks become suspect each second.
 const COMPARE_BYTES: u64 = 16 << 20;
@@ -82,6 +85,29 @@ struct Pace {
     done: Option<Requests>,
 }
 
+/// Reads of ours, one behind the other.
+struct Reads {
+    began: Instant,
+    bytes: u64,
+    /// Which the disk counts, at most.
+    requests: u64,
+}
+
+impl Reads {
+    fn begin() -> Self {
+        Self {
+            began: Instant::now(),
+            bytes: 0,
+            requests: 0,
+        }
+    }
+
+    fn add(&mut self, bytes: u64) {
+        self.bytes += bytes;
+        self.requests += (bytes / BLOCK_BYTES).clamp(1, REQUESTS_PER_READ);
+    }
+}
+
 impl Pace {
     fn is_busy(&self) -> bool {
         self.others_at.is_some_and(|at| at.elapsed() < BUSY_TIME)
@@ -95,19 +121,19 @@ impl Pace {
         }
     }
 
-    /// This many bytes were read in one read that began at `began`.
-    fn give_way(&mut self, device: &BlockDevice, began: Instant, bytes: u64) {
+    /// These reads are done.
+    fn give_way(&mut self, device: &BlockDevice, reads: &Reads) {
         let now = device.requests_done();
         let others = now.zip(self.done).is_some_and(|(now, then)| {
-            now.writes > then.writes || now.reads.saturating_sub(then.reads) > REQUESTS_PER_READ
+            now.writes > then.writes || now.reads.saturating_sub(then.reads) > reads.requests
         });
         self.done = now;
         if others {
             self.others_at = Some(Instant::now());
         }
         if self.is_busy() {
-            let time = Duration::from_secs_f64(bytes as f64 / BUSY_BYTES_PER_S);
-            std::thread::sleep(time.saturating_sub(began.elapsed()));
+            let time = Duration::from_secs_f64(reads.bytes as f64 / BUSY_BYTES_PER_S);
+            std::thread::sleep(time.saturating_sub(reads.began.elapsed()));
         }
     }
 }
@@ -122,7 +148,7 @@ impl ReadBack {
         let mut lingering: HashMap<DiskNumber, Lingering> = HashMap::new();
         let mut idle = IDLE;
         while !self.shared.stop.load(Ordering::SeqCst) {
-            if !self.check_suspects()? {
+            if !self.check_suspects(&mut paces)? {
                 return Ok(());
             }
             let bytes = self.shared.pace.bytes_now().min(RUN_BYTES_MAX);
@@ -155,11 +181,11 @@ impl ReadBack {
     }
 
     /// Compares with the device what it may have taken otherwise than it was seen. False if the agent stops.
-    fn check_suspects(&self) -> anyhow::Result<bool> {
+    fn check_suspects(&self, paces: &mut HashMap<VolumeId, Pace>) -> anyhow::Result<bool> {
         let Some(suspicion) = self.shared.recorder.lock().take_suspects() else {
             return Ok(true);
         };
-        let result = self.compare(&suspicion);
+        let result = self.compare(&suspicion, paces.entry(suspicion.volume).or_default());
         self.shared
             .recorder
             .lock()
@@ -175,13 +201,13 @@ impl ReadBack {
         }
     }
 
-    fn compare(&self, suspicion: &Suspicion) -> anyhow::Result<()> {
+    fn compare(&self, suspicion: &Suspicion, pace: &mut Pace) -> anyhow::Result<()> {
         let device = self.device(suspicion.volume)?;
         let file = device.open_direct()?;
         let bytes: u64 = suspicion.ranges.iter().map(|range| range.end - range.start).sum();
         let mut buffer = AlignedBuffer::new(bytes.min(COMPARE_BYTES) as usize);
         batches_of(&suspicion.ranges)
-            .try_for_each(|batch| self.compare_batch(suspicion, &device, &file, batch, &mut buffer))
+            .try_for_each(|batch| self.compare_batch(suspicion, &device, &file, batch, &mut buffer, pace))
     }
 
     /// As [`ReadBack::read_run`], of several places, and only what was not written meanwhile counts: it stands
@@ -193,6 +219,7 @@ impl ReadBack {
         file: &File,
         batch: Vec<Range<u64>>,
         buffer: &mut AlignedBuffer,
+        pace: &mut Pace,
     ) -> anyhow::Result<()> {
         let as_of = self.shared.drained().ok_or(Stopping)?;
         let runs: Vec<Run> = batch
@@ -211,12 +238,24 @@ impl ReadBack {
         let view = self.head_view(first, as_of)?;
         let mut places = Vec::with_capacity(runs.len());
         let mut filled = 0;
+        let mut reads = Reads::begin();
         for run in &runs {
             let end = run.bytes.end.min(device.bytes);
             let length = end.saturating_sub(run.bytes.start) as usize;
             let bytes = &mut buffer.slice(filled + length)[filled..];
-            read_device(file, bytes, run.bytes.start)
-                .with_context(|| format!("read {} at byte {}", device.path.display(), run.bytes.start))?;
+            let mut at = run.bytes.start;
+            for bytes in bytes.chunks_mut(pace.read_bytes() as usize) {
+                read_device(file, bytes, at)
+                    .with_context(|| format!("read {} at byte {at}", device.path.display()))?;
+                at += bytes.len() as u64;
+                reads.add(bytes.len() as u64);
+                if reads.bytes >= pace.read_bytes() {
+                    let reads = std::mem::replace(&mut reads, Reads::begin());
+                    if !self.hurries(suspicion.volume) {
+                        pace.give_way(device, &reads);
+                    }
+                }
+            }
             places.push(filled..filled + length);
             filled += length.next_multiple_of(BLOCK_BYTES as usize);
         }
@@ -231,6 +270,11 @@ impl ReadBack {
             self.correct_changed(run, &bytes[place], &view)?;
         }
         Ok(())
+    }
+
+    /// Do more blocks wait to be compared than can while others come first?
+    fn hurries(&self, volume: VolumeId) -> bool {
+        self.shared.recorder.lock().suspect_blocks(volume) > UNHURRIED_BLOCKS_MAX
     }
 
     fn correct_changed(&self, run: &Run, bytes: &[u8], view: &View) -> anyhow::Result<()> {
@@ -286,7 +330,7 @@ impl ReadBack {
         let mut buffer = AlignedBuffer::new(READ_BYTES as usize);
         let mut at = run.bytes.start;
         while at < run.bytes.end {
-            let began = Instant::now();
+            let mut reads = Reads::begin();
             let length = pace.read_bytes().min(run.bytes.end - at);
             let bytes = buffer.slice(length as usize);
             read_device(&file, bytes, at)
@@ -296,7 +340,8 @@ impl ReadBack {
                 Some(view) => self.record_changed(run, at, bytes, as_of, view)?,
             }
             at += length;
-            pace.give_way(&device, began, length);
+            reads.add(length);
+            pace.give_way(&device, &reads);
         }
         Ok(())
     }

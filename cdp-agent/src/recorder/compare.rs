@@ -153,6 +153,12 @@ impl Recorder {
         }
     }
 
+    /// How many blocks of a volume wait to be compared, or are being.
+    pub(crate) fn suspect_blocks(&self, volume: VolumeId) -> usize {
+        let volume = self.volumes.iter().find(|known| known.id == volume);
+        volume.map_or(0, |volume| volume.suspects.blocks())
+    }
+
     /// Corrects what record `written_by` wrote: the device holds `data` there, and nothing was written since.
     /// Does nothing if something was. False if there is no room just now.
     pub(crate) fn correct(

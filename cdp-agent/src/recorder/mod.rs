@@ -41,6 +41,7 @@ use crate::losses::LossCounts;
 use crate::regions::Regions;
 use declared::Declared;
 pub(crate) use end::End;
+pub(crate) use suspects::SUSPECT_BLOCKS_MAX;
 use suspects::Suspects;
 use unseen::Unseen;
 pub(crate) use volume::{NewVolume, State, VolumeRun};

@@ -42,7 +42,7 @@ impl Suspects {
     pub(super) fn raise(&mut self, bytes: &Range<u64>, since: Seq) -> bool {
         let blocks = blocks_around(bytes);
         let new = (blocks.end - blocks.start) as usize;
-        if self.waiting.len() + self.checking.len() + new > SUSPECT_BLOCKS_MAX {
+        if self.blocks() + new > SUSPECT_BLOCKS_MAX {
             return false;
         }
         for block in blocks {
@@ -65,7 +65,7 @@ impl Suspects {
         }
         let touched = blocks_around(bytes);
         let whole = bytes.start.div_ceil(BLOCK_BYTES)..bytes.end / BLOCK_BYTES;
-        if touched.end - touched.start > (self.waiting.len() + self.checking.len()) as u64 {
+        if touched.end - touched.start > self.blocks() as u64 {
             self.waiting.retain(|block, _| !whole.contains(block));
             let checking = std::mem::take(&mut self.checking);
             let (hit, rest) = checking
@@ -107,6 +107,11 @@ impl Suspects {
             }
         }
         ranges
+    }
+
+    /// How many are waiting or being checked.
+    pub(super) fn blocks(&self) -> usize {
+        self.waiting.len() + self.checking.len()
     }
 
     /// Was this block not written since it was taken?
