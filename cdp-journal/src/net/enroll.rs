@@ -105,16 +105,23 @@ fn enroll_into(
     Ok((path, holder))
 }
 
+async fn ask(server: &str, token: &Token, message: &Message) -> Result<Message, LinkError> {
+    insist(|| ask_once(server, token, message)).await
+}
+
 /// A server that only says that it does not know the connection any more, as it does when its refusal was lost on the
 /// way, is asked again.
-async fn ask(server: &str, token: &Token, message: &Message) -> Result<Message, LinkError> {
+async fn insist<T, Answer>(mut ask: impl FnMut() -> Answer) -> Result<T, LinkError>
+where
+    Answer: Future<Output = Result<T, LinkError>>,
+{
     for _ in 1..ASKED_MAX {
-        match ask_once(server, token, message).await {
+        match ask().await {
             Err(LinkError::Reset) => {}
             answer => return answer,
         }
     }
-    ask_once(server, token, message).await
+    ask().await
 }
 
 async fn ask_once(server: &str, token: &Token, message: &Message) -> Result<Message, LinkError> {
@@ -125,4 +132,38 @@ async fn ask_once(server: &str, token: &Token, message: &Message) -> Result<Mess
     let answer = link::expect(&mut receive, Kind::Enrolled).await?;
     link.close().await;
     Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: a reset is no answer, anything else is, and nobody is asked for ever. Method: the answers that a server would
+    /// give, in their order.
+    #[tokio::test]
+    async fn only_a_server_that_resets_is_asked_again() {
+        let refused = || {
+            Err(LinkError::Refused {
+                why: "the token was used".to_owned(),
+            })
+        };
+        let reset = || Err(LinkError::Reset);
+        for (answers, asked, last) in [
+            (vec![Ok(7)], 1, "Ok(7)"),
+            (vec![reset(), Ok(7)], 2, "Ok(7)"),
+            (vec![reset(), reset(), refused()], 3, "Err(Refused"),
+            (vec![refused(), Ok(7)], 1, "Err(Refused"),
+            (vec![reset(), reset(), reset(), Ok(7)], 3, "Err(Reset)"),
+        ] {
+            let mut answers = answers.into_iter();
+            let mut times = 0;
+            let answer = insist(|| {
+                times += 1;
+                std::future::ready(answers.next().unwrap())
+            })
+            .await;
+            assert_eq!(times, asked);
+            assert!(format!("{answer:?}").starts_with(last), "{answer:?}");
+        }
+    }
 }
