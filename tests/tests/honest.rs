@@ -180,7 +180,10 @@ fn a_full_store_disk_is_a_gap_and_harms_nobody() {
         write(scene, &device, "before", 4 * MIB)?;
         let before = QuietMoment::of_raw("v", device.path())?;
         agent.wait_and_check()?;
-        write(scene, &device, "flood", 400 * MIB)?;
+        // Not faster than the ring is emptied: it is the store that is to be full.
+        job(&device, "flood", 400 * MIB)
+            .option("rate", "100m")
+            .run(scene.dir())?;
         let restore = Restore::from(plan.store())?;
         let inside = WallNs::now();
         wait_for_gap(&restore, "spool-full")?;
@@ -314,7 +317,9 @@ fn expect_full_store_told(
     poll_until("the lost writes to be counted", NOTICE_TIMEOUT, || {
         agent.check_alive()?;
         let told = agent.volume("v")?;
-        Ok((told.losses.store_full > 0 && told.losses.store_full == told.dropped_writes).then_some(()))
+        // On a machine that is slow just then the ring may be full besides.
+        let named = told.losses.store_full + told.losses.ring_full;
+        Ok((told.losses.store_full > 0 && named == told.dropped_writes).then_some(()))
     })?;
     let told = agent.volume("v")?;
     let since = WallNs::parse(told.gap_since.as_deref().context("since when the gap is open")?)?;
