@@ -42,6 +42,11 @@ impl GroupHeader {
         sound.then_some(header)
     }
 
+    /// Bytes of the group in the log, this header included.
+    pub(crate) fn group_bytes(&self) -> usize {
+        GROUP_HEADER_BYTES + self.stored_bytes
+    }
+
     /// Are its raw bytes the data itself?
     pub(crate) fn is_plain(&self) -> bool {
         self.form == FORM_PLAIN
@@ -51,16 +56,14 @@ impl GroupHeader {
 /// Bytes of the group at the start of `bytes`, header included; nothing is checked. All of `bytes` if that is no group.
 pub(crate) fn stored_group_bytes(bytes: &[u8]) -> usize {
     let header = GroupHeader::decode(bytes);
-    header.map_or(bytes.len(), |header| {
-        bytes.len().min(GROUP_HEADER_BYTES + header.stored_bytes)
-    })
+    header.map_or(bytes.len(), |header| bytes.len().min(header.group_bytes()))
 }
 
 /// Checks the group at the start of `bytes` and puts its raw bytes at the start of `raw`. `crc` comes from elsewhere
 /// than the group, so that a good group in a wrong place fails too; without it, the group's own counts.
 pub(crate) fn decode_group(bytes: &[u8], crc: Option<u32>, raw: &mut [u8]) -> Option<GroupHeader> {
     let header = GroupHeader::decode(bytes)?;
-    let stored = bytes.get(GROUP_HEADER_BYTES..GROUP_HEADER_BYTES + header.stored_bytes)?;
+    let stored = bytes.get(GROUP_HEADER_BYTES..header.group_bytes())?;
     let found = crc32c::crc32c_append(crc32c::crc32c(&bytes[4..GROUP_HEADER_BYTES]), stored);
     if found != header.crc || crc.is_some_and(|crc| found != crc) {
         return None;

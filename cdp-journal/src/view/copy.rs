@@ -15,7 +15,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use parking_lot::Mutex;
 
 use super::cache::{BAD_CHECKSUM, BAD_DIRECTORY};
@@ -182,17 +182,27 @@ impl Shared<'_> {
         sort_by_place(&mut data);
         let store = &*self.view.store;
         let (mut files, mut hints) = (Files::default(), Files::default());
-        // As many jobs ahead of the one that is sent as the kernel may read.
-        let mut soon = data.chunk_by(run_together(&data));
-        soon.by_ref()
-            .take(jobs_ahead)
-            .try_for_each(|run| hints.will_read(store, run))?;
-        for run in data.chunk_by(run_together(&data)) {
-            soon.next().map_or(Ok(()), |run| hints.will_read(store, run))?;
-            let file = files.of(store, run)?;
+        let mut soon = data.chunk_by(run_together(&data)).enumerate().peekable();
+        for (number, run) in data.chunk_by(run_together(&data)).enumerate() {
+            let mut job = Job::Data(files.of(store, run)?, run.to_vec());
             self.gather.job_begins();
-            // A closed channel means that every worker has stopped, and the reason is known.
-            if self.stop.load(Ordering::Relaxed) || jobs.send(Job::Data(file, run.to_vec())).is_err() {
+            soon.next_if(|(soon, _)| *soon <= number);
+            // While all workers are busy the kernel is told what they need next, so many jobs ahead as it may read.
+            let is_sent = loop {
+                if self.stop.load(Ordering::Relaxed) {
+                    break false;
+                }
+                match jobs.try_send(job) {
+                    Err(TrySendError::Full(back)) => job = back,
+                    sent => break sent.is_ok(),
+                }
+                match soon.next_if(|(soon, _)| *soon <= number + jobs_ahead) {
+                    Some((_, run)) => hints.will_read(store, run)?,
+                    None => break jobs.send(job).is_ok(),
+                }
+            };
+            // Nobody takes jobs any more once every worker has stopped, and the reason is known.
+            if !is_sent {
                 return Ok(false);
             }
         }
@@ -392,6 +402,8 @@ struct Worker<'a> {
     gather: &'a Gather,
     /// Stretches that can be written.
     complete: Vec<Complete<'a>>,
+    /// Bytes that were put together since that was last told.
+    gathered_bytes: u64,
 }
 
 /// Cuts the bytes at `offset` into runs of blocks that are all zero and runs that are not.
@@ -431,6 +443,7 @@ impl<'a> Worker<'a> {
             zeroes: Vec::new(),
             gather,
             complete: Vec::new(),
+            gathered_bytes: 0,
         }
     }
 
@@ -466,7 +479,7 @@ impl<'a> Worker<'a> {
             let header =
                 decode_group(stored, place.crc, raw).ok_or_else(|| store.damage(&place, BAD_CHECKSUM))?;
             if header.is_plain() {
-                self.take_plain(shared, group, header.raw_bytes)
+                self.take_plain(group, header.raw_bytes)
                     .ok_or_else(|| store.damage(&place, BAD_CHECKSUM))?;
             } else {
                 let raw = self.raw[self.raw_bytes..self.raw_bytes + header.raw_bytes].to_vec();
@@ -478,13 +491,13 @@ impl<'a> Worker<'a> {
     }
 
     /// Takes stretches of the plain group that was unpacked behind the others; `None` if one lies outside of it.
-    fn take_plain(&mut self, shared: &Shared<'_>, items: &[Item], group_bytes: usize) -> Option<()> {
+    fn take_plain(&mut self, items: &[Item], group_bytes: usize) -> Option<()> {
         for item in items {
             let in_group = item.data.map_or(0, |data| data.in_group as usize);
             if in_group + item.len as usize > group_bytes {
                 return None;
             }
-            self.take(shared, item, self.raw_bytes + in_group);
+            self.take(item, self.raw_bytes + in_group);
         }
         self.raw_bytes += group_bytes;
         Some(())
@@ -516,11 +529,11 @@ impl<'a> Worker<'a> {
     }
 
     /// Takes a stretch that was unpacked to `from`.
-    fn take(&mut self, shared: &Shared<'_>, item: &Item, from: usize) {
+    fn take(&mut self, item: &Item, from: usize) {
         let bytes = &self.raw[from..from + item.len as usize];
-        let mut gathered_bytes = item.len;
+        self.gathered_bytes += item.len;
         self.gather.take(item.offset, bytes, &mut self.complete, |part| {
-            gathered_bytes -= part.len() as u64;
+            self.gathered_bytes -= part.len() as u64;
             let part_start = part.start;
             split_zeroes(item.offset + part_start as u64, &bytes[part], |range, is_zero| {
                 let start = part_start + range.start;
@@ -532,15 +545,15 @@ impl<'a> Worker<'a> {
                 }
             });
         });
-        (shared.progress)(gathered_bytes);
     }
 
     /// Writes what was unpacked, neighbours in one go.
     fn write_out(&mut self, shared: &Shared<'_>) -> Result<(), CopyError> {
         self.reading.finish(&mut self.raw)?;
         for (item, from) in std::mem::take(&mut self.told) {
-            self.take(shared, &item, from);
+            self.take(&item, from);
         }
+        (shared.progress)(std::mem::take(&mut self.gathered_bytes));
         self.targets.sort_unstable();
         let writing = shared.writing.as_ref().map(Mutex::lock);
         for run in self.targets.chunk_by(|one, next| one.0 + one.2 as u64 == next.0) {

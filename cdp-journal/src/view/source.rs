@@ -171,9 +171,7 @@ impl ViewStore {
             let mut filled = self.read(&file, place.segment, place.offset, first)?;
             // What makes no sense is told by who decodes it.
             let header = GroupHeader::decode(&first[..filled]);
-            let missing = header.map_or(0, |header| {
-                (GROUP_HEADER_BYTES + header.stored_bytes).saturating_sub(FIRST_READ_BYTES)
-            });
+            let missing = header.map_or(0, |header| header.group_bytes().saturating_sub(FIRST_READ_BYTES));
             if missing > 0 {
                 let rest = rest.get_mut(..missing).unwrap_or_default();
                 let offset = place.offset + FIRST_READ_BYTES as u64;

@@ -70,16 +70,19 @@ pub(super) fn plan_windows(
     let mut first = Some(first);
     while !stop.load(Ordering::Relaxed) {
         let left_bytes = window_bytes.saturating_sub(window.data_bytes);
-        let parts = ranges.take(step_bytes.min(left_bytes).next_multiple_of(BLOCK_BYTES).max(1));
+        let wanted_bytes = step_bytes.min(left_bytes).max(1).next_multiple_of(BLOCK_BYTES);
+        let parts = ranges.take(wanted_bytes);
         let is_last = parts.is_none();
-        planned_bytes += step_bytes;
-        match plan_step(view, parts.unwrap_or_default()) {
+        let parts = parts.unwrap_or_default();
+        let taken_bytes: u64 = parts.iter().map(|part| part.end - part.start).sum();
+        planned_bytes += taken_bytes;
+        match plan_step(view, parts) {
             Ok(step) => {
                 if let Some(first) = first.take_if(|_| !step.data.is_empty()) {
                     first(&step.data);
                 }
                 // Where there is little, far away, each question takes as long as one about much.
-                step_bytes = match step.data_bytes < step_bytes / 2 {
+                step_bytes = match step.data_bytes < taken_bytes / 2 {
                     true => (2 * step_bytes).min(window_bytes),
                     false => step_bytes_min,
                 };
