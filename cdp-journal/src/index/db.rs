@@ -1,5 +1,7 @@
 //! RocksDB, bounded and without a log of its own: the log of the store is the truth.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -24,6 +26,8 @@ const RUNS_NEVER_REACHED: i32 = 1 << 20;
 const INCOMING_FILE: &str = "incoming";
 const BLOCK_CACHE_BYTES: usize = 32 << 20;
 const OPEN_FILES_MAX: i32 = 256;
+/// One read of [`Db::read_ahead`].
+const AHEAD_READ_BYTES: usize = 256 << 10;
 /// A writer may remove files while a reader opens them.
 const READER_OPEN_ATTEMPTS: u32 = 50;
 const READER_OPEN_PAUSE: Duration = Duration::from_millis(10);
@@ -182,6 +186,29 @@ impl Db {
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(vec![b'v' + 1]);
         self.db.raw_iterator_opt(options)
+    }
+
+    /// Reads its files, the smallest first, as far as `bytes_max` goes. One read at a time, so that others who need the
+    /// disk are not kept waiting.
+    pub(crate) fn read_ahead(&self, bytes_max: u64) {
+        let Ok(mut files) = self.db.live_files() else {
+            return;
+        };
+        files.sort_unstable_by_key(|file| file.size);
+        let mut buf = vec![0; AHEAD_READ_BYTES];
+        let mut left = bytes_max;
+        for file in files {
+            // Each of them is open already; what is wrong with one is told when it is needed.
+            let path = self.db.path().join(file.name.trim_start_matches('/'));
+            let Ok(mut file) = File::open(path) else { continue };
+            while left > 0 {
+                let most = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                match file.read(&mut buf[..most]) {
+                    Ok(bytes) if bytes > 0 => left -= bytes as u64,
+                    _ => break,
+                }
+            }
+        }
     }
 
     /// Bytes of its files.

@@ -178,6 +178,13 @@ impl View {
         read_content(&*self.store, &wanted, buf)
     }
 
+    /// Reads so many bytes at most of what tells where blocks lie, the smallest files first, from a disk that may be slow into the
+    /// kernel's memory: a block that is read later then costs one read of the disk, where it would cost several. Returns when
+    /// that is done; to be called on a thread of its own. Does nothing for a store that is not on this host.
+    pub fn read_index_ahead(&self, bytes_max: u64) {
+        self.store.read_index_ahead(bytes_max);
+    }
+
     fn checked(&self, offset: u64, len: u64) -> Result<Range<u64>, ReadError> {
         match offset.checked_add(len) {
             Some(end) if end <= self.bytes => Ok(offset..end),

@@ -237,6 +237,12 @@ impl Blocks for ViewStore {
         Ok(Arc::new(LocalSegment { file, path }))
     }
 
+    fn read_index_ahead(&self, bytes_max: u64) {
+        if let Some(db) = &self.db {
+            db.read_ahead(bytes_max);
+        }
+    }
+
     fn is_near(&self) -> bool {
         true
     }

@@ -732,3 +732,54 @@ fn copy_dir(from: &std::path::Path, to: &std::path::Path) {
         std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
     }
 }
+
+/// The parts of a file that can be read without its disk, from its start on.
+fn cached_bytes(file: &std::fs::File) -> u64 {
+    let mut buf = vec![0; 64 << 10];
+    let mut at = 0;
+    loop {
+        let bufs = &mut [std::io::IoSliceMut::new(&mut buf)];
+        match rustix::io::preadv2(file, bufs, at, rustix::io::ReadWriteFlags::NOWAIT) {
+            Ok(bytes) if bytes > 0 => at += bytes as u64,
+            _ => return at,
+        }
+    }
+}
+
+/// Goal: whoever reads at random what was never read before need not wait for the disk of the index. Method: the kernel
+/// forgets the index of forty thousand blocks; then it is read ahead, with no room and with enough of it.
+#[test]
+fn the_index_is_read_ahead_as_far_as_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = Writer::open(dir.path());
+    writer.declare(1 << 30);
+    let mut seq = Seq::FIRST;
+    for number in 0..40_000u64 {
+        seq = writer.write(number * 7919 % (1 << 18) * 4096, &bytes_of(number, 512));
+    }
+    writer.flush();
+    drop(writer);
+    let reader = StoreReader::open(dir.path()).unwrap();
+    let view = reader.view(volume(), seq).unwrap();
+    let runs: Vec<_> = std::fs::read_dir(dir.path().join("index"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "sst"))
+        .map(|path| std::fs::File::open(path).unwrap())
+        .collect();
+    let in_all: u64 = runs.iter().map(|run| run.metadata().unwrap().len()).sum();
+    let cached = || runs.iter().map(cached_bytes).sum::<u64>();
+    assert!(in_all > 512 << 10, "an index of {in_all} bytes shows nothing");
+    for run in &runs {
+        run.sync_all().unwrap();
+        rustix::fs::fadvise(run, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    }
+    view.read_index_ahead(0);
+    let before = cached();
+    assert!(
+        before < in_all / 2,
+        "{before} of {in_all} bytes are in memory: does the temporary folder lie on a disk?"
+    );
+    view.read_index_ahead(u64::MAX);
+    assert_eq!(cached(), in_all);
+}

@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use cdp_journal::Seq;
@@ -33,6 +35,11 @@ mod peek;
 pub(crate) mod points;
 pub(crate) mod rewind;
 pub(crate) mod verify;
+
+/// Of the index of a store that is read at random: a history of some ten million writes.
+const INDEX_AHEAD_BYTES_MAX: u64 = 256 << 20;
+/// It begins when the file system is mounted, most likely: the few blocks that takes are had sooner without it.
+const INDEX_AHEAD_AFTER: Duration = Duration::from_millis(200);
 
 /// Something that was read does not match its checksum; where it lies has been printed.
 #[derive(Debug, thiserror::Error)]
@@ -161,6 +168,16 @@ fn open_moment(source: &From, volume: &str, when: &When, command: &str) -> anyho
         instant,
         view,
     })
+}
+
+/// Reads the index from its disk while who serves a moment gets ready: what is asked for at random then costs one read of
+/// the disk each.
+fn read_index_ahead(view: &View) {
+    let view = view.clone();
+    thread::spawn(move || {
+        thread::sleep(INDEX_AHEAD_AFTER);
+        view.read_index_ahead(INDEX_AHEAD_BYTES_MAX);
+    });
 }
 
 /// Refuses to write where the store's own files lie.
