@@ -152,7 +152,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
         _ if args.rewind => restore::measure_rewinds(&scene, restore_effort(args)),
         _ if args.ship => measure_ship(&scene, Effort::of(args), &stream),
         _ if args.views => views::measure(&scene, restore_effort(args)),
-        _ if args.recovery => recovery::measure(&scene, recovery_effort(args)),
+        _ if args.recovery => recovery::measure(scene.seed(), recovery_effort(args)),
         _ => measure(&scene, args).and_then(|report| report.markdown()),
     };
     if measured.is_err() {
@@ -267,7 +267,7 @@ fn restore_effort(args: &BenchArgs) -> RestoreEffort {
 fn recovery_effort(args: &BenchArgs) -> RecoveryEffort {
     RecoveryEffort {
         rounds: Effort::of(args).rounds,
-        scale: if args.quick { 20 } else { 100 },
+        scales: if args.quick { &[20] } else { &[100, 300] },
         transactions: if args.quick { 20_000 } else { 200_000 },
     }
 }

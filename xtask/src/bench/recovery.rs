@@ -48,8 +48,8 @@ const ACCOUNTS: &str = "select count(*), sum(abalance) from pgbench_accounts";
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RecoveryEffort {
     pub(super) rounds: usize,
-    /// pgbench's: 100 000 accounts each, some 15 MiB.
-    pub(super) scale: u64,
+    /// pgbench's, one database each: 100 000 accounts, some 15 MiB, for each one of it.
+    pub(super) scales: &'static [u64],
     /// Between the backups and the moment; a tenth of it follows.
     pub(super) transactions: u64,
 }
@@ -119,13 +119,28 @@ struct Stage<'a> {
     at_moment: Content,
 }
 
-/// Measures and gives the table.
-pub(super) fn measure(scene: &Scene, effort: RecoveryEffort) -> Result<String> {
+/// Measures and gives the tables.
+pub(super) fn measure(seed: u64, effort: RecoveryEffort) -> Result<String> {
     let Some(postgres) = Installation::find()? else {
         bail!("how soon a database runs again cannot be measured: PostgreSQL is missing");
     };
-    let version = postgres.version()?;
-    let volume_bytes = (effort.scale * VOLUME_BYTES_PER_SCALE).max(VOLUME_BYTES_MIN);
+    let mut text = how(&postgres.version()?, effort);
+    for &scale in effort.scales {
+        // Of a database that was measured nothing is left on the disk when the next one is filled.
+        let scene = Scene::new(seed)?;
+        let measured = measure_at(&scene, &postgres, effort, scale);
+        if measured.is_err() {
+            scene.show_logs();
+        }
+        let cleared = scene.clear();
+        text.push_str(&measured?);
+        cleared?;
+    }
+    Ok(text)
+}
+
+fn measure_at(scene: &Scene, postgres: &Installation, effort: RecoveryEffort, scale: u64) -> Result<String> {
+    let volume_bytes = (scale * VOLUME_BYTES_PER_SCALE).max(VOLUME_BYTES_MIN);
     let device = LoopDevice::create(&scene.path("disk"), LoopOptions::of_bytes(volume_bytes))?;
     FileSystem::Ext4.make(device.path())?;
     let mount = Mount::new(device.path(), FileSystem::Ext4, &scene.path("mnt"))?;
@@ -143,10 +158,9 @@ pub(super) fn measure(scene: &Scene, effort: RecoveryEffort) -> Result<String> {
     };
 
     let server = run("fill")?;
-    let scale = effort.scale.to_string();
     let fill = server
         .client("pgbench")
-        .args(["--initialize", "--quiet", "--scale", &scale]);
+        .args(["--initialize", "--quiet", "--scale", &scale.to_string()]);
     fill.timeout(LOAD_TIMEOUT).run()?.success()?;
     let at_backup = Content::of(&server)?;
     server.stop()?;
@@ -180,11 +194,7 @@ pub(super) fn measure(scene: &Scene, effort: RecoveryEffort) -> Result<String> {
     server.stop()?;
     mount.unmount()?;
     agent.stop()?;
-    Ok(format!(
-        "{}\n{}",
-        how(&version, effort, distance),
-        table(&figures)
-    ))
+    Ok(format!("\n{}\n{}", what(scale, distance), table(&figures)))
 }
 
 impl Stage<'_> {
@@ -305,24 +315,29 @@ fn folder_bytes(folder: &Path) -> Result<u64> {
     Ok(bytes)
 }
 
-fn how(version: &str, effort: RecoveryEffort, distance: Distance) -> String {
-    let mib = |bytes: u64| bytes / MIB;
+fn how(version: &str, effort: RecoveryEffort) -> String {
     format!(
-        "{version} with pgbench's tables of scale {} on a protected volume: {} MiB of data when it was backed up; then {} \
-         transactions and {} MiB of WAL, {} MiB of it since the last checkpoint; then the moment; then {} more transactions. \
-         {MAX_WAL_SIZE}, else PostgreSQL's own settings. restic and borg (without encryption) backed up the data folder \
-         while PostgreSQL was stopped, so nothing has to recover; they bring back their backup, and every transaction since \
-         is lost. All repositories, archives, copies and the store lie on one disk; copies are not synced. {} rounds; \
-         medians, and in brackets the smallest and largest, in milliseconds since the decision, from a cold page cache. First \
-         answer: the database takes writes and has told sum and number of the payments, which are right; so are all \
-         accounts, read after that.\n",
-        effort.scale,
-        mib(distance.data_bytes),
+        "{version} with pgbench's tables on a protected volume. It is backed up; then come {} transactions; then the moment; \
+         then {} more transactions. {MAX_WAL_SIZE}, else PostgreSQL's own settings. restic and borg (without encryption) \
+         backed up the data folder while PostgreSQL was stopped, so nothing has to recover; they bring back their backup, \
+         and every transaction since is lost. All repositories, archives, copies and the store lie on one disk; copies are \
+         not synced. {} rounds; medians, and in brackets the smallest and largest, in milliseconds since the decision, from \
+         a cold page cache. First answer: the database takes writes and has told sum and number of the payments, which are \
+         right; so are all accounts, read after that.\n",
         effort.transactions,
-        mib(distance.wal_bytes),
-        mib(distance.redo_bytes),
         effort.transactions / 10,
         effort.rounds,
+    )
+}
+
+fn what(scale: u64, distance: Distance) -> String {
+    let mib = |bytes: u64| bytes / MIB;
+    format!(
+        "Scale {scale}: {} MiB of data when it was backed up; {} MiB of WAL until the moment, {} MiB of it since the last \
+         checkpoint.\n",
+        mib(distance.data_bytes),
+        mib(distance.wal_bytes),
+        mib(distance.redo_bytes),
     )
 }
 
