@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
-use crate::kit::{MemorySink, Writer, bytes_of, volume};
+use crate::kit::{MemorySink, Writer, bytes_of, noise_of, volume};
 
 const SECTOR: u64 = 512;
 /// 20 units and a few sectors: the last block is not a whole one.
@@ -533,7 +533,8 @@ fn scattered_pieces_come_as_long_stretches() {
 }
 
 /// Goal: a sink that panics ends the copy with its panic, and nobody waits for what it will not take. Method: scattered
-/// pieces of three stretches, and memory for one.
+/// pieces of three stretches, and memory for one; before them comes what is written as it is, on which all workers panic
+/// while the pieces of the first stretch are still waiting for one.
 #[test]
 fn a_sink_that_panics_ends_the_copy() {
     struct Panics;
@@ -548,11 +549,14 @@ fn a_sink_that_panics_ends_the_copy() {
     const BLOCKS: u64 = 3 * 512;
     let dir = tempfile::tempdir().unwrap();
     let mut writer = Writer::open(dir.path());
-    writer.declare(8 << 20);
-    let mut last = Seq::FIRST;
+    writer.declare(16 << 20);
     for block in (0..BLOCKS).map(|step| step * 389 % BLOCKS) {
-        last = writer.write(block * 4096, &bytes_of(block, 4096));
+        writer.write((4 << 20) + block * 4096, &bytes_of(block, 4096));
     }
+    // The newest of the log is read first.
+    let whole = |half: u64| noise_of(half, 1 << 20);
+    writer.write(0, &whole(0));
+    let last = writer.write(1 << 20, &whole(1));
     writer.apply();
     let reader = StoreReader::open(dir.path()).unwrap();
     let view = reader.view(volume(), last).unwrap();
