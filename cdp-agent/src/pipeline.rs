@@ -68,6 +68,10 @@ pub(crate) struct Shared {
     sync_ns: AtomicU64,
     /// What was queued before this time is recorded.
     drained_at_ns: AtomicU64,
+    /// The next agent was left the note that all writes before this record have ended as the log says.
+    noted_unsettled: AtomicU64,
+    /// Somebody waits for that note.
+    awaits_note: AtomicBool,
 }
 
 /// What the log stage tells the capture stage.
@@ -125,6 +129,8 @@ impl Shared {
             // Until one is known, as slow as may be.
             sync_ns: AtomicU64::new(commit_interval.as_nanos() as u64),
             drained_at_ns: AtomicU64::new(clock::boot_ns().0),
+            noted_unsettled: AtomicU64::new(0),
+            awaits_note: AtomicBool::new(false),
         }
     }
 
@@ -277,6 +283,17 @@ impl Shared {
         let mark = self.recorder.lock().suspicions();
         self.poll(Some(Instant::now() + timeout), || {
             self.recorder.lock().is_clear(&mark)
+        })
+    }
+
+    /// Waits until the next agent would know that every write up to `last` has ended as the log says, without which a loss
+    /// that follows puts them in doubt; false after `timeout` or when the agent ends first. For who has waited until they
+    /// ended, and until nothing was suspect.
+    pub(crate) fn wait_noted(&self, last: Option<Seq>, timeout: Duration) -> bool {
+        self.poll(Some(Instant::now() + timeout), || {
+            let is_noted = Seq::new(self.noted_unsettled.load(Ordering::SeqCst)) > last;
+            self.awaits_note.store(!is_noted, Ordering::SeqCst);
+            is_noted
         })
     }
 

@@ -269,6 +269,14 @@ fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
             why: format!("not durable after {} ms", timeout.as_millis()),
         };
     }
+    if !shared.wait_noted(last, left()) {
+        return Answer::Failed {
+            why: format!(
+                "writes of before the call are not settled after {} ms",
+                timeout.as_millis()
+            ),
+        };
+    }
     match ships.wait_acked(seq, deadline) {
         Ok(()) => Answer::Synced {
             seq: seq.map_or(0, cdp_journal::Seq::get),

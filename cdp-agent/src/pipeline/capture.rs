@@ -115,7 +115,7 @@ impl Capture {
                     None => {}
                 }
                 self.poll_losses(&mut recorder);
-                self.note(&recorder, shared.appended());
+                self.note(shared, &recorder);
             }
             self.probe.release(shared.appended_position());
             let (events, empty) = self.drain(shared, to_encode, target)?;
@@ -155,7 +155,7 @@ impl Capture {
                 while shared.appended() < last && begun.elapsed() < STOP_NOTE_WAIT_MAX {
                     self.sleep(LOOK_INTERVAL);
                 }
-                self.note(&shared.recorder.lock(), shared.appended());
+                self.note(shared, &shared.recorder.lock());
                 return Ok(());
             }
             if empty {
@@ -284,8 +284,8 @@ impl Capture {
 
     /// Notes for the agent after this one what it need not care about. What is repaired is noted at once: who was told that
     /// a volume is protected may end the agent in the next moment.
-    fn note(&mut self, recorder: &Recorder, appended: Option<Seq>) {
-        let notes = self.probe.notes();
+    fn note(&mut self, shared: &Shared, recorder: &Recorder) {
+        let (notes, appended) = (self.probe.notes(), shared.appended());
         for (&disk, watched) in &mut self.watched {
             if !watched.is_settled && recorder.is_settled(Some(disk), appended) {
                 notes.settle(watched.slot, watched.seen);
@@ -295,7 +295,8 @@ impl Capture {
         if notes.misses() != self.misses && recorder.is_settled(None, appended) {
             notes.set_misses(self.misses);
         }
-        if self.noted_at.elapsed() < NOTES_INTERVAL {
+        let is_awaited = shared.awaits_note.swap(false, Ordering::SeqCst);
+        if !is_awaited && self.noted_at.elapsed() < NOTES_INTERVAL {
             return;
         }
         self.noted_at = Instant::now();
@@ -303,6 +304,7 @@ impl Capture {
             Some((_, last)) if appended < last => {}
             Some((first, _)) => {
                 notes.set_unsettled(first);
+                shared.noted_unsettled.store(first.get(), Ordering::SeqCst);
                 self.unsettled = None;
             }
             None => self.unsettled = Some((recorder.unsettled(), recorder.last_seq())),
@@ -320,7 +322,7 @@ impl Capture {
             };
             // Before a frame gives back the event that told of it.
             if let Some(reopened) = reopened {
-                self.unsettle(reopened);
+                self.unsettle(shared, reopened);
             }
             let Some(sealed) = sealed else {
                 return Ok(());
@@ -336,13 +338,14 @@ impl Capture {
     }
 
     /// A write came to be in doubt that the notes may call settled.
-    fn unsettle(&mut self, reopened: Seq) {
+    fn unsettle(&mut self, shared: &Shared, reopened: Seq) {
         if let Some((first, _)) = &mut self.unsettled {
             *first = reopened.min(*first);
         }
         let notes = self.probe.notes();
         if notes.unsettled() > Some(reopened) {
             notes.set_unsettled(reopened);
+            shared.noted_unsettled.store(reopened.get(), Ordering::SeqCst);
         }
     }
 
