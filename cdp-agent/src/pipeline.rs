@@ -68,8 +68,8 @@ pub(crate) struct Shared {
     sync_ns: AtomicU64,
     /// What was queued before this time is recorded.
     drained_at_ns: AtomicU64,
-    /// The next agent was left the note that all writes before this record have ended as the log says.
-    noted_unsettled: AtomicU64,
+    /// The last record when that was noted which the next agent need not doubt.
+    noted: AtomicU64,
     /// Somebody waits for that note.
     awaits_note: AtomicBool,
 }
@@ -129,7 +129,7 @@ impl Shared {
             // Until one is known, as slow as may be.
             sync_ns: AtomicU64::new(commit_interval.as_nanos() as u64),
             drained_at_ns: AtomicU64::new(clock::boot_ns().0),
-            noted_unsettled: AtomicU64::new(0),
+            noted: AtomicU64::new(0),
             awaits_note: AtomicBool::new(false),
         }
     }
@@ -286,13 +286,15 @@ impl Shared {
         })
     }
 
-    /// Waits until the next agent would know that every write up to `last` has ended as the log says, without which a loss
-    /// that follows puts them in doubt; false after `timeout` or when the agent ends first. For who has waited until they
-    /// ended, and until nothing was suspect.
-    pub(crate) fn wait_noted(&self, last: Option<Seq>, timeout: Duration) -> bool {
+    /// Waits until the next agent would know which writes had ended as the log says when `seq` was recorded: those that it
+    /// does not know of are in doubt when something is lost before it starts. False after `timeout` or when the agent ends
+    /// first.
+    pub(crate) fn wait_noted(&self, seq: Option<Seq>, timeout: Duration) -> bool {
         self.poll(Some(Instant::now() + timeout), || {
-            let is_noted = Seq::new(self.noted_unsettled.load(Ordering::SeqCst)) > last;
-            self.awaits_note.store(!is_noted, Ordering::SeqCst);
+            let is_noted = Seq::new(self.noted.load(Ordering::SeqCst)) >= seq;
+            if !is_noted {
+                self.awaits_note.store(true, Ordering::SeqCst);
+            }
             is_noted
         })
     }

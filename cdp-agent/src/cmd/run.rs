@@ -269,10 +269,10 @@ fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
             why: format!("not durable after {} ms", timeout.as_millis()),
         };
     }
-    if !shared.wait_noted(last, left()) {
+    if !shared.wait_noted(seq, left()) {
         return Answer::Failed {
             why: format!(
-                "writes of before the call are not settled after {} ms",
+                "durable, but not noted for the next agent after {} ms",
                 timeout.as_millis()
             ),
         };

@@ -302,9 +302,9 @@ impl Capture {
         self.noted_at = Instant::now();
         match self.unsettled {
             Some((_, last)) if appended < last => {}
-            Some((first, _)) => {
+            Some((first, last)) => {
                 notes.set_unsettled(first);
-                shared.noted_unsettled.store(first.get(), Ordering::SeqCst);
+                shared.noted.store(last.map_or(0, Seq::get), Ordering::SeqCst);
                 self.unsettled = None;
             }
             None => self.unsettled = Some((recorder.unsettled(), recorder.last_seq())),
@@ -322,7 +322,7 @@ impl Capture {
             };
             // Before a frame gives back the event that told of it.
             if let Some(reopened) = reopened {
-                self.unsettle(shared, reopened);
+                self.unsettle(reopened);
             }
             let Some(sealed) = sealed else {
                 return Ok(());
@@ -338,14 +338,13 @@ impl Capture {
     }
 
     /// A write came to be in doubt that the notes may call settled.
-    fn unsettle(&mut self, shared: &Shared, reopened: Seq) {
+    fn unsettle(&mut self, reopened: Seq) {
         if let Some((first, _)) = &mut self.unsettled {
             *first = reopened.min(*first);
         }
         let notes = self.probe.notes();
         if notes.unsettled() > Some(reopened) {
             notes.set_unsettled(reopened);
-            shared.noted_unsettled.store(reopened.get(), Ordering::SeqCst);
         }
     }
 
