@@ -12,7 +12,7 @@ mod log;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -72,6 +72,8 @@ pub(crate) struct Shared {
     noted: AtomicU64,
     /// Somebody waits for that note.
     awaits_note: AtomicBool,
+    /// How many wait until what is suspect is compared.
+    await_clear: AtomicUsize,
 }
 
 /// What the log stage tells the capture stage.
@@ -131,6 +133,7 @@ impl Shared {
             drained_at_ns: AtomicU64::new(clock::boot_ns().0),
             noted: AtomicU64::new(0),
             awaits_note: AtomicBool::new(false),
+            await_clear: AtomicUsize::new(0),
         }
     }
 
@@ -281,9 +284,17 @@ impl Shared {
     /// Waits until all that is suspect now is settled; false after `timeout` or when the agent ends first.
     pub(crate) fn wait_clear(&self, timeout: Duration) -> bool {
         let mark = self.recorder.lock().suspicions();
-        self.poll(Some(Instant::now() + timeout), || {
+        self.await_clear.fetch_add(1, Ordering::SeqCst);
+        let is_clear = self.poll(Some(Instant::now() + timeout), || {
             self.recorder.lock().is_clear(&mark)
-        })
+        });
+        self.await_clear.fetch_sub(1, Ordering::SeqCst);
+        is_clear
+    }
+
+    /// Does somebody wait until what is suspect is compared?
+    pub(crate) fn awaits_clear(&self) -> bool {
+        self.await_clear.load(Ordering::SeqCst) > 0
     }
 
     /// Waits until the next agent would know which writes had ended as the log says when `seq` was recorded: those that it
@@ -293,6 +304,7 @@ impl Shared {
         self.poll(Some(Instant::now() + timeout), || {
             let is_noted = Seq::new(self.noted.load(Ordering::SeqCst)) >= seq;
             if !is_noted {
+                self.hurry();
                 self.awaits_note.store(true, Ordering::SeqCst);
             }
             is_noted

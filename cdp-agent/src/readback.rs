@@ -35,9 +35,9 @@ const REQUESTS_PER_READ: u64 = 16;
 /// With more of a volume's blocks to compare than this no way is given: until they are compared nothing is exact, and
 /// there may only be so many.
 const UNHURRIED_BLOCKS_MAX: usize = SUSPECT_BLOCKS_MAX / 8;
-/// Suspects that are compared at once. To know what was written meanwhile takes a tenth of a second, however many they
+/// Suspects that are compared at once (16 MiB). To know what was written meanwhile takes a tenth of a second, however many they
 /// are; and where all of a large table is written while it is changed, ten thousand blocks become suspect each second.
-const COMPARE_BYTES: u64 = 16 << 20;
+const COMPARE_BLOCKS_MAX: usize = 4096;
 /// One read while others use the disk: as long as it takes, a write may have to wait behind it.
 const BUSY_READ_BYTES: u64 = 64 << 10;
 /// How fast it goes on then: what is read is compared, encoded and written as well. So that fewer than one write in a
@@ -74,6 +74,20 @@ struct Stopping;
 struct Lingering {
     since: Instant,
     last: Option<Seq>,
+}
+
+/// Volumes whose device failed a read: others are read meanwhile.
+#[derive(Debug, Default)]
+struct Resting(HashMap<VolumeId, Instant>);
+
+impl Resting {
+    fn rest(&mut self, volume: VolumeId) {
+        self.0.insert(volume, Instant::now() + RETRY);
+    }
+
+    fn contains(&self, volume: VolumeId) -> bool {
+        self.0.get(&volume).is_some_and(|&until| Instant::now() < until)
+    }
 }
 
 /// Makes reading back give way to production: while others use the disk, it goes on in small reads and at a rate that
@@ -121,8 +135,8 @@ impl Pace {
         }
     }
 
-    /// These reads are done.
-    fn give_way(&mut self, device: &BlockDevice, reads: &Reads) {
+    /// These reads are done. Sleeps while others use the disk, unless ours are urgent.
+    fn give_way(&mut self, device: &BlockDevice, reads: &Reads, is_urgent: bool) {
         let now = device.requests_done();
         let others = now.zip(self.done).is_some_and(|(now, then)| {
             now.writes > then.writes || now.reads.saturating_sub(then.reads) > reads.requests
@@ -131,7 +145,7 @@ impl Pace {
         if others {
             self.others_at = Some(Instant::now());
         }
-        if self.is_busy() {
+        if self.is_busy() && !is_urgent {
             let time = Duration::from_secs_f64(reads.bytes as f64 / BUSY_BYTES_PER_S);
             std::thread::sleep(time.saturating_sub(reads.began.elapsed()));
         }
@@ -146,13 +160,15 @@ impl ReadBack {
         let mut idle_at: HashMap<VolumeId, BootNs> = HashMap::new();
         let mut paces: HashMap<VolumeId, Pace> = HashMap::new();
         let mut lingering: HashMap<DiskNumber, Lingering> = HashMap::new();
+        let mut resting = Resting::default();
         let mut idle = IDLE;
         while !self.shared.stop.load(Ordering::SeqCst) {
-            if !self.check_suspects(&mut paces)? {
+            let Ok(is_more_suspect) = self.check_suspects(&mut paces, &mut resting) else {
                 return Ok(());
-            }
+            };
             let bytes = self.shared.pace.bytes_now().min(RUN_BYTES_MAX);
-            let run = (bytes > 0).then(|| self.shared.recorder.lock().take_run(bytes));
+            let may = |volume| !resting.contains(volume);
+            let run = (bytes > 0).then(|| self.shared.recorder.lock().take_run(bytes, may));
             let Some(run) = run.flatten() else {
                 let is_waiting = self.close_gaps(&mut idle_at);
                 self.give_up_lingering(&mut lingering);
@@ -161,7 +177,9 @@ impl ReadBack {
                 } else {
                     (idle * 2).min(IDLE_MAX)
                 };
-                std::thread::sleep(idle);
+                if !is_more_suspect {
+                    std::thread::sleep(idle);
+                }
                 continue;
             };
             idle = IDLE;
@@ -173,57 +191,49 @@ impl ReadBack {
                 Err(error) if error.is::<Stopping>() => return Ok(()),
                 Err(error) => {
                     tracing::warn!("read back bytes {:?}: {error:#}; trying again", run.bytes);
-                    std::thread::sleep(RETRY);
+                    resting.rest(run.volume);
                 }
             }
         }
         Ok(())
     }
 
-    /// Compares with the device what it may have taken otherwise than it was seen. False if the agent stops.
-    fn check_suspects(&self, paces: &mut HashMap<VolumeId, Pace>) -> anyhow::Result<bool> {
-        let Some(suspicion) = self.shared.recorder.lock().take_suspects() else {
-            return Ok(true);
+    /// Compares with the device some of what it may have taken otherwise than it was seen. Is there likely more?
+    fn check_suspects(
+        &self,
+        paces: &mut HashMap<VolumeId, Pace>,
+        resting: &mut Resting,
+    ) -> Result<bool, Stopping> {
+        let may = |volume| !resting.contains(volume);
+        let taken = self.shared.recorder.lock().take_suspects(COMPARE_BLOCKS_MAX, may);
+        let Some(suspicion) = taken else {
+            return Ok(false);
         };
-        let result = self.compare(&suspicion, paces.entry(suspicion.volume).or_default());
-        self.shared
-            .recorder
-            .lock()
-            .suspects_done(suspicion.volume, result.is_ok());
+        let volume = suspicion.volume;
+        let bytes: u64 = suspicion.ranges.iter().map(|range| range.end - range.start).sum();
+        let result = self.compare(suspicion, paces.entry(volume).or_default());
+        self.shared.recorder.lock().suspects_done(volume, result.is_ok());
         match result {
-            Ok(()) => Ok(true),
-            Err(error) if error.is::<Stopping>() => Ok(false),
+            Ok(()) => {}
+            Err(error) if error.is::<Stopping>() => return Err(Stopping),
             Err(error) => {
                 tracing::warn!("compare blocks that changed in flight: {error:#}; trying again");
-                std::thread::sleep(RETRY);
-                Ok(true)
+                resting.rest(volume);
             }
         }
-    }
-
-    fn compare(&self, suspicion: &Suspicion, pace: &mut Pace) -> anyhow::Result<()> {
-        let device = self.device(suspicion.volume)?;
-        let file = device.open_direct()?;
-        let bytes: u64 = suspicion.ranges.iter().map(|range| range.end - range.start).sum();
-        let mut buffer = AlignedBuffer::new(bytes.min(COMPARE_BYTES) as usize);
-        batches_of(&suspicion.ranges)
-            .try_for_each(|batch| self.compare_batch(suspicion, &device, &file, batch, &mut buffer, pace))
+        Ok(bytes >= COMPARE_BLOCKS_MAX as u64 * BLOCK_BYTES)
     }
 
     /// As [`ReadBack::read_run`], of several places, and only what was not written meanwhile counts: it stands
     /// for the record that wrote it last.
-    fn compare_batch(
-        &self,
-        suspicion: &Suspicion,
-        device: &BlockDevice,
-        file: &File,
-        batch: Vec<Range<u64>>,
-        buffer: &mut AlignedBuffer,
-        pace: &mut Pace,
-    ) -> anyhow::Result<()> {
+    fn compare(&self, suspicion: Suspicion, pace: &mut Pace) -> anyhow::Result<()> {
+        let device = self.device(suspicion.volume)?;
+        let file = device.open_direct()?;
         let as_of = self.shared.drained().ok_or(Stopping)?;
-        let runs: Vec<Run> = batch
-            .into_iter()
+        let runs: Vec<Run> = suspicion
+            .ranges
+            .iter()
+            .flat_map(pieces_of)
             .map(|bytes| Run {
                 volume: suspicion.volume,
                 bytes,
@@ -232,28 +242,29 @@ impl ReadBack {
             })
             .collect();
         for run in &runs {
-            self.wait_until_ended(run, as_of, device)?;
+            self.wait_until_ended(run, as_of, &device)?;
         }
         let Some(first) = runs.first() else { return Ok(()) };
         let view = self.head_view(first, as_of)?;
+        let bytes: u64 = runs.iter().map(|run| run.bytes.end - run.bytes.start).sum();
+        let mut buffer = AlignedBuffer::new(bytes as usize);
         let mut places = Vec::with_capacity(runs.len());
         let mut filled = 0;
         let mut reads = Reads::begin();
         for run in &runs {
+            self.is_wanted(run)?;
             let end = run.bytes.end.min(device.bytes);
             let length = end.saturating_sub(run.bytes.start) as usize;
             let bytes = &mut buffer.slice(filled + length)[filled..];
             let mut at = run.bytes.start;
             for bytes in bytes.chunks_mut(pace.read_bytes() as usize) {
-                read_device(file, bytes, at)
+                read_device(&file, bytes, at)
                     .with_context(|| format!("read {} at byte {at}", device.path.display()))?;
                 at += bytes.len() as u64;
                 reads.add(bytes.len() as u64);
                 if reads.bytes >= pace.read_bytes() {
                     let reads = std::mem::replace(&mut reads, Reads::begin());
-                    if !self.hurries(suspicion.volume) {
-                        pace.give_way(device, &reads);
-                    }
+                    pace.give_way(&device, &reads, self.is_urgent(suspicion.volume));
                 }
             }
             places.push(filled..filled + length);
@@ -272,9 +283,10 @@ impl ReadBack {
         Ok(())
     }
 
-    /// Do more blocks wait to be compared than can while others come first?
-    fn hurries(&self, volume: VolumeId) -> bool {
-        self.shared.recorder.lock().suspect_blocks(volume) > UNHURRIED_BLOCKS_MAX
+    /// Does somebody wait until blocks are compared, or wait more of them than can while others come first?
+    fn is_urgent(&self, volume: VolumeId) -> bool {
+        self.shared.awaits_clear()
+            || self.shared.recorder.lock().suspect_blocks(volume) > UNHURRIED_BLOCKS_MAX
     }
 
     fn correct_changed(&self, run: &Run, bytes: &[u8], view: &View) -> anyhow::Result<()> {
@@ -341,7 +353,7 @@ impl ReadBack {
             }
             at += length;
             reads.add(length);
-            pace.give_way(&device, &reads);
+            pace.give_way(&device, &reads, false);
         }
         Ok(())
     }
@@ -457,13 +469,19 @@ impl ReadBack {
 
     fn wait_until(&self, run: &Run, mut done: impl FnMut() -> bool) -> anyhow::Result<()> {
         while !done() {
-            if self.shared.stop.load(Ordering::SeqCst) {
-                bail!(Stopping);
-            }
-            if self.shared.recorder.lock().epoch() != run.epoch {
-                bail!("the store filled up meanwhile");
-            }
+            self.is_wanted(run)?;
             std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    /// An error if what is read of a run would be of no use any more.
+    fn is_wanted(&self, run: &Run) -> anyhow::Result<()> {
+        if self.shared.stop.load(Ordering::SeqCst) {
+            bail!(Stopping);
+        }
+        if self.shared.recorder.lock().epoch() != run.epoch {
+            bail!("the store filled up meanwhile");
         }
         Ok(())
     }
@@ -526,19 +544,6 @@ fn pieces_of(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
         .map(move |at| at..end.min(at + READ_BYTES))
 }
 
-/// What is compared at once of these ranges: pieces of one read each.
-fn batches_of(ranges: &[Range<u64>]) -> impl Iterator<Item = Vec<Range<u64>>> {
-    let mut pieces = ranges.iter().flat_map(pieces_of).peekable();
-    std::iter::from_fn(move || {
-        let (mut batch, mut bytes) = (Vec::new(), 0);
-        while let Some(piece) = pieces.next_if(|piece| bytes + (piece.end - piece.start) <= COMPARE_BYTES) {
-            bytes += piece.end - piece.start;
-            batch.push(piece);
-        }
-        (!batch.is_empty()).then_some(batch)
-    })
-}
-
 /// Reads exactly `bytes.len()` bytes. The last sectors of a device may be fewer than O_DIRECT reads at once.
 fn read_device(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
     debug_assert!(at.is_multiple_of(SECTOR_BYTES));
@@ -587,29 +592,6 @@ impl AlignedBuffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Goal: blocks that became suspect all over a table are compared in few batches, for each takes a tenth of a second,
-    /// and no batch takes more memory than is said. Method: single blocks, and one long range among them.
-    #[test]
-    fn thousands_of_blocks_are_compared_at_once() {
-        const BLOCKS: u64 = COMPARE_BYTES / BLOCK_BYTES;
-        let mut ranges: Vec<_> = (0..BLOCKS + 1)
-            .map(|block| 2 * block * BLOCK_BYTES..(2 * block + 1) * BLOCK_BYTES)
-            .collect();
-        let after = 4 * BLOCKS * BLOCK_BYTES;
-        ranges.push(after..after + COMPARE_BYTES + BLOCK_BYTES);
-        let batches: Vec<_> = batches_of(&ranges).collect();
-        assert_eq!(batches.len(), 3);
-        assert_eq!(batches[0].len() as u64, BLOCKS);
-        for batch in &batches {
-            let bytes: u64 = batch.iter().map(|piece| piece.end - piece.start).sum();
-            assert!(bytes <= COMPARE_BYTES, "{bytes} bytes at once");
-            assert!(batch.iter().all(|piece| piece.end - piece.start <= READ_BYTES));
-        }
-        let count =
-            |ranges: &[Range<u64>]| -> u64 { ranges.iter().map(|range| range.end - range.start).sum() };
-        assert_eq!(count(&batches.concat()), count(&ranges));
-    }
 
     #[test]
     fn runs_join_neighbours_and_keep_the_short_end() {

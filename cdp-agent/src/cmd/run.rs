@@ -264,6 +264,15 @@ fn sync(shared: &Shared, ships: &Ships, timeout: Duration) -> Answer {
         Some(recorder.note(now, None, Body::Tick))
     };
     shared.hurry();
+    // Events that the kernel skips from now on do not put in doubt what came before.
+    if shared.losses_known_within(left()).is_none() {
+        return Answer::Failed {
+            why: format!(
+                "whether writes were lost is not known after {} ms",
+                timeout.as_millis()
+            ),
+        };
+    }
     if !shared.wait_durable(seq, left()) {
         return Answer::Failed {
             why: format!("not durable after {} ms", timeout.as_millis()),

@@ -108,6 +108,8 @@ impl Capture {
                 match shared.store.lock().take() {
                     Some(StoreChange::Full { next, epoch }) => {
                         self.probe.notes().forget_after(next.prev());
+                        // It is of records that are no more: others will have their numbers.
+                        self.unsettled = None;
                         shared.none_on_its_way_from(next);
                         recorder.store_full(next, epoch, now);
                     }

@@ -126,20 +126,35 @@ impl Recorder {
         }
     }
 
-    /// Chooses what to compare with the device next.
-    pub(crate) fn take_suspects(&mut self) -> Option<Suspicion> {
+    /// Chooses what to compare with the device next: so many blocks at most, of a volume that `may` be read. Volumes take
+    /// turns.
+    pub(crate) fn take_suspects(
+        &mut self,
+        blocks_max: usize,
+        may: impl Fn(VolumeId) -> bool,
+    ) -> Option<Suspicion> {
         if self.full {
             return None;
         }
-        let epoch = self.epoch;
-        self.volumes.iter_mut().find_map(|volume| {
-            let ranges = volume.suspects.take();
-            (!ranges.is_empty()).then_some(Suspicion {
-                volume: volume.id,
-                ranges,
-                epoch,
-            })
-        })
+        let count = self.volumes.len();
+        for turn in 0..count {
+            let i = (self.suspects_turn + turn) % count;
+            let volume = &mut self.volumes[i];
+            if !may(volume.id) {
+                continue;
+            }
+            let ranges = volume.suspects.take(blocks_max);
+            if !ranges.is_empty() {
+                let (volume, epoch) = (volume.id, self.epoch);
+                self.suspects_turn = i + 1;
+                return Some(Suspicion {
+                    volume,
+                    ranges,
+                    epoch,
+                });
+            }
+        }
+        None
     }
 
     /// What was taken by [`Recorder::take_suspects`] was compared, or could not be.

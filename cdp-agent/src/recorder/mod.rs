@@ -155,6 +155,8 @@ pub(crate) struct Recorder {
     /// The store takes no more: events are counted as dropped until there is room.
     full: bool,
     last_write: BootNs,
+    /// Whose suspects are compared next, by its place among the volumes.
+    suspects_turn: usize,
     /// The last record, each time that [`Recorder::give_up_overdue`] looked: next at `overdue_at`.
     overdue: VecDeque<Option<Seq>>,
     overdue_at: BootNs,
@@ -189,6 +191,7 @@ impl Recorder {
             epoch: Epoch::default(),
             full: false,
             last_write: BootNs(0),
+            suspects_turn: 0,
             overdue: VecDeque::new(),
             overdue_at: BootNs(0),
             reopened: None,
@@ -486,13 +489,14 @@ impl Recorder {
     }
 
     /// Chooses what to read back next: the first volume with something dirty, at most `bytes_max` of it.
-    pub(crate) fn take_run(&mut self, bytes_max: u64) -> Option<Run> {
+    pub(crate) fn take_run(&mut self, bytes_max: u64, may: impl Fn(VolumeId) -> bool) -> Option<Run> {
         if self.full {
             return None;
         }
         // Bytes read before the gap has its place among the records would count as of its last exact moment.
         let ready = |volume: &&mut VolumeRun| {
             volume.attached
+                && may(volume.id)
                 && !volume.dirty.is_empty()
                 && volume.reading.is_none()
                 && volume.pending.is_none()

@@ -5,8 +5,11 @@
 //! corrects the record that wrote it last, so that every moment since then is right. Where it cannot be compared,
 //! no moment since the first write that is in doubt may count as exact: so each block has that write's Seq.
 //!
-//! Always true: a block that was raised is waiting or being checked until it was compared, written anew, or became
+//! Always true: a block that was raised is waiting, due or being checked until it was compared, written anew, or became
 //! part of a dirty region.
+//!
+//! They are taken in rounds: all that wait become due, and are taken some at a time, so that nobody who shares the reader
+//! waits for all of them. What is raised meanwhile waits for the next round.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -21,15 +24,17 @@ pub(crate) const SUSPECT_BLOCKS_MAX: usize = 1 << 18;
 pub(super) struct Suspects {
     /// By block: no write before this Seq is in doubt.
     waiting: BTreeMap<u64, Seq>,
+    /// Of this round, and not taken yet.
+    due: BTreeMap<u64, Seq>,
     /// Being read; a block that is written meanwhile leaves.
     checking: BTreeMap<u64, Seq>,
     /// How often blocks were raised …
     raised: u64,
-    /// … and the count when those under check were taken …
-    taken_at: u64,
+    /// … and the count when this round began …
+    begun_at: u64,
     /// … and the one up to which all were checked.
     cleared: u64,
-    /// Of those under check, one was written in part and waits again.
+    /// Of this round, one waits again: it was written in part, or could not be compared.
     has_put_back: bool,
 }
 
@@ -46,6 +51,10 @@ impl Suspects {
             return false;
         }
         for block in blocks {
+            if let Some(known) = self.due.get_mut(&block) {
+                *known = since.min(*known);
+                continue;
+            }
             // What is being read just now has to be read again.
             let before = self.checking.remove(&block);
             let first = before.map_or(since, |before| before.min(since));
@@ -60,13 +69,14 @@ impl Suspects {
 
     /// These bytes are written anew.
     pub(super) fn written(&mut self, bytes: &Range<u64>) {
-        if self.waiting.is_empty() && self.checking.is_empty() {
+        if self.blocks() == 0 {
             return;
         }
         let touched = blocks_around(bytes);
         let whole = bytes.start.div_ceil(BLOCK_BYTES)..bytes.end / BLOCK_BYTES;
         if touched.end - touched.start > self.blocks() as u64 {
             self.waiting.retain(|block, _| !whole.contains(block));
+            self.due.retain(|block, _| !whole.contains(block));
             let checking = std::mem::take(&mut self.checking);
             let (hit, rest) = checking
                 .into_iter()
@@ -83,6 +93,7 @@ impl Suspects {
             let was_checked = self.checking.remove(&block);
             if whole.contains(&block) {
                 self.waiting.remove(&block);
+                self.due.remove(&block);
             } else if let Some(since) = was_checked {
                 self.waiting.insert(block, since);
                 self.has_put_back = true;
@@ -90,16 +101,22 @@ impl Suspects {
         }
     }
 
-    /// All that is waiting, to be read; as ranges of bytes.
-    pub(super) fn take(&mut self) -> Vec<Range<u64>> {
-        if !self.checking.is_empty() || self.waiting.is_empty() {
+    /// The next ones, `blocks_max` at most, to be read; as ranges of bytes.
+    pub(super) fn take(&mut self, blocks_max: usize) -> Vec<Range<u64>> {
+        if !self.checking.is_empty() {
             return Vec::new();
         }
-        self.checking = std::mem::take(&mut self.waiting);
-        self.taken_at = self.raised;
-        self.has_put_back = false;
+        if self.due.is_empty() {
+            self.round_ended();
+            self.due = std::mem::take(&mut self.waiting);
+            self.begun_at = self.raised;
+            self.has_put_back = false;
+        }
         let mut ranges: Vec<Range<u64>> = Vec::new();
-        for block in self.checking.keys() {
+        while self.checking.len() < blocks_max
+            && let Some((block, since)) = self.due.pop_first()
+        {
+            self.checking.insert(block, since);
             let (start, end) = (block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES);
             match ranges.last_mut() {
                 Some(last) if last.end == start => last.end = end,
@@ -109,9 +126,16 @@ impl Suspects {
         ranges
     }
 
-    /// How many are waiting or being checked.
+    /// All that had been raised when the round began is settled, unless some of it waits again.
+    fn round_ended(&mut self) {
+        if !self.has_put_back {
+            self.cleared = self.cleared.max(self.begun_at);
+        }
+    }
+
+    /// How many there are.
     pub(super) fn blocks(&self) -> usize {
-        self.waiting.len() + self.checking.len()
+        self.waiting.len() + self.due.len() + self.checking.len()
     }
 
     /// Was this block not written since it was taken?
@@ -123,8 +147,8 @@ impl Suspects {
     pub(super) fn checked(&mut self) -> u64 {
         let blocks = self.checking.len() as u64;
         self.checking.clear();
-        if !self.has_put_back {
-            self.cleared = self.cleared.max(self.taken_at);
+        if self.due.is_empty() {
+            self.round_ended();
         }
         blocks
     }
@@ -132,6 +156,7 @@ impl Suspects {
     /// What was taken could not be compared: it waits again.
     pub(super) fn put_back(&mut self) {
         let mut checking = std::mem::take(&mut self.checking);
+        self.has_put_back |= !checking.is_empty();
         self.waiting.append(&mut checking);
     }
 
@@ -140,8 +165,9 @@ impl Suspects {
     pub(super) fn forget(&mut self, bytes: &Range<u64>) -> Option<Seq> {
         let blocks = blocks_around(bytes);
         let waiting = self.waiting.extract_if(blocks.clone(), |_, _| true);
+        let due = self.due.extract_if(blocks.clone(), |_, _| true);
         let checking = self.checking.extract_if(blocks, |_, _| true);
-        waiting.chain(checking).map(|(_, since)| since).min()
+        waiting.chain(due).chain(checking).map(|(_, since)| since).min()
     }
 
     /// Forgets everything: all of the volume will be read. Returns the oldest write in doubt.
@@ -153,13 +179,17 @@ impl Suspects {
 
     /// The oldest write in doubt.
     pub(super) fn oldest(&self) -> Option<Seq> {
-        self.waiting.values().chain(self.checking.values()).copied().min()
+        self.all().map(|(_, &since)| since).min()
     }
 
-    /// Every block that is waiting or being checked.
+    fn all(&self) -> impl Iterator<Item = (&u64, &Seq)> {
+        self.waiting.iter().chain(&self.due).chain(&self.checking)
+    }
+
+    /// Every block that waits, is due or is being checked.
     #[cfg(test)]
     pub(super) fn held(&self) -> impl Iterator<Item = u64> {
-        self.waiting.keys().chain(self.checking.keys()).copied()
+        self.all().map(|(&block, _)| block)
     }
 
     /// A mark to wait for with [`Suspects::is_clear`].
@@ -169,7 +199,7 @@ impl Suspects {
 
     /// Has everything that was raised up to this mark been settled?
     pub(super) fn is_clear(&self, mark: u64) -> bool {
-        self.cleared >= mark || self.waiting.is_empty() && self.checking.is_empty()
+        self.cleared >= mark || self.blocks() == 0
     }
 }
 
@@ -178,6 +208,7 @@ mod tests {
     use super::*;
 
     const B: u64 = BLOCK_BYTES;
+    const ALL: usize = SUSPECT_BLOCKS_MAX;
 
     #[test]
     fn what_was_raised_is_settled_only_by_a_check_or_a_whole_write() {
@@ -187,7 +218,7 @@ mod tests {
         assert!(!suspects.is_clear(mark));
         suspects.written(&(B..B + 512));
         suspects.written(&(2 * B..3 * B));
-        assert_eq!(suspects.take(), vec![B..2 * B]);
+        assert_eq!(suspects.take(ALL), vec![B..2 * B]);
         assert!(!suspects.is_clear(mark));
         suspects.checked();
         assert!(suspects.is_clear(mark));
@@ -197,7 +228,7 @@ mod tests {
     fn a_block_that_is_written_while_it_is_read_is_not_judged() {
         let mut suspects = Suspects::default();
         assert!(suspects.raise(&(0..4 * B), Seq::FIRST));
-        assert_eq!(suspects.take(), vec![0..4 * B]);
+        assert_eq!(suspects.take(ALL), vec![0..4 * B]);
         suspects.written(&(0..B));
         suspects.written(&(B..B + 512));
         assert!(suspects.raise(&(2 * B..3 * B), Seq::FIRST));
@@ -206,9 +237,9 @@ mod tests {
         let mark = suspects.raised();
         suspects.checked();
         assert!(!suspects.is_clear(mark), "two blocks wait for the next check");
-        assert_eq!(suspects.take(), vec![B..3 * B]);
+        assert_eq!(suspects.take(ALL), vec![B..3 * B]);
         suspects.put_back();
-        assert_eq!(suspects.take(), vec![B..3 * B]);
+        assert_eq!(suspects.take(ALL), vec![B..3 * B]);
     }
 
     /// Whoever waits for a block waits on when it is written in part while it is read.
@@ -218,14 +249,62 @@ mod tests {
             let mut suspects = Suspects::default();
             suspects.raise(&(0..BLOCK_BYTES), Seq::FIRST);
             let mark = suspects.raised();
-            suspects.take();
+            suspects.take(ALL);
             suspects.written(&bytes);
             suspects.checked();
             assert!(!suspects.is_clear(mark), "{bytes:?}");
-            suspects.take();
+            suspects.take(ALL);
             suspects.checked();
             assert!(suspects.is_clear(mark), "{bytes:?}");
         }
+    }
+
+    /// Goal: who waits for a mark waits for all that had been raised by then, and for no more. Method: five blocks, taken two
+    /// at a time; others are raised meanwhile, written anew, written in part, and not compared.
+    #[test]
+    fn a_mark_is_reached_when_its_round_is_over() {
+        let mut suspects = Suspects::default();
+        assert!(suspects.raise(&(0..5 * B), Seq::FIRST));
+        let mark = suspects.raised();
+        assert_eq!(suspects.take(2), vec![0..2 * B]);
+        assert_eq!(suspects.take(2), [], "two are being checked");
+        // Before all that is due: it waits for the next round. Of what is due: no other round is needed.
+        assert!(suspects.raise(&(0..B), Seq::FIRST));
+        assert!(suspects.raise(&(3 * B..4 * B), Seq::FIRST));
+        let later = suspects.raised();
+        suspects.checked();
+        suspects.written(&(2 * B..3 * B));
+        suspects.written(&(3 * B + 512..4 * B));
+        assert_eq!(suspects.take(2), vec![3 * B..5 * B]);
+        assert!(!suspects.is_clear(mark));
+        suspects.checked();
+        assert!(suspects.is_clear(mark));
+        assert!(!suspects.is_clear(later));
+        assert_eq!(suspects.take(2), vec![0..B]);
+        suspects.put_back();
+        assert!(!suspects.is_clear(later));
+        assert_eq!(suspects.take(2), vec![0..B]);
+        suspects.checked();
+        assert!(suspects.is_clear(later));
+        assert_eq!(suspects.blocks(), 0);
+    }
+
+    /// Goal: what is due and not taken counts, and can be forgotten, as what waits. Method: the oldest write in doubt.
+    #[test]
+    fn what_is_due_is_in_doubt() {
+        let (old, new) = (Seq::FIRST, Seq::FIRST.next());
+        let mut suspects = Suspects::default();
+        assert!(suspects.raise(&(0..2 * B), new));
+        assert_eq!(suspects.take(1), vec![0..B]);
+        assert!(suspects.raise(&(B..2 * B), old));
+        assert_eq!((suspects.oldest(), suspects.blocks()), (Some(old), 2));
+        assert_eq!(suspects.forget(&(B..2 * B)), Some(old));
+        assert_eq!((suspects.oldest(), suspects.blocks()), (Some(new), 1));
+        assert!(suspects.raise(&(5 * B..7 * B), new));
+        suspects.checked();
+        assert_eq!(suspects.take(1), vec![5 * B..6 * B]);
+        suspects.written(&(0..(SUSPECT_BLOCKS_MAX as u64 + 9) * B));
+        assert_eq!(suspects.blocks(), 0, "a long write settles it as well");
     }
 
     #[test]
@@ -235,11 +314,11 @@ mod tests {
         assert!(suspects.raise(&(5 * B..6 * B), Seq::FIRST));
         assert!(suspects.raise(&(far * B..(far + 1) * B), Seq::FIRST));
         suspects.written(&(512..(far + 1) * B - 512));
-        assert_eq!(suspects.take(), vec![far * B..(far + 1) * B]);
+        assert_eq!(suspects.take(ALL), vec![far * B..(far + 1) * B]);
         suspects.written(&(512..(far + 1) * B - 512));
         assert!(!suspects.is_untouched(far));
         suspects.checked();
-        assert_eq!(suspects.take(), vec![far * B..(far + 1) * B]);
+        assert_eq!(suspects.take(ALL), vec![far * B..(far + 1) * B]);
     }
 
     #[test]

@@ -189,8 +189,8 @@ impl Db {
     }
 
     /// Reads its files, the smallest first, as far as `bytes_max` goes. One read at a time, so that others who need the
-    /// disk are not kept waiting.
-    pub(crate) fn read_ahead(&self, bytes_max: u64) {
+    /// disk are not kept waiting; and as long as `goes_on`.
+    pub(crate) fn read_ahead(&self, bytes_max: u64, goes_on: &mut dyn FnMut() -> bool) {
         let Ok(mut files) = self.db.live_files() else {
             return;
         };
@@ -201,7 +201,10 @@ impl Db {
             // Each of them is open already; what is wrong with one is told when it is needed.
             let path = self.db.path().join(file.name.trim_start_matches('/'));
             let Ok(mut file) = File::open(path) else { continue };
-            while left > 0 {
+            loop {
+                if left == 0 || !goes_on() {
+                    return;
+                }
                 let most = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
                 match file.read(&mut buf[..most]) {
                     Ok(bytes) if bytes > 0 => left -= bytes as u64,

@@ -88,8 +88,9 @@ pub(crate) trait Blocks: Debug + Send + Sync {
     /// A segment, to be read in long runs.
     fn segment_bytes(&self, segment: u64) -> Result<Arc<dyn SegmentBytes>, ReadError>;
 
-    /// Has the kernel keep what tells where blocks lie, so many bytes of it at most, if it lies on this host.
-    fn read_index_ahead(&self, _bytes_max: u64) {}
+    /// Has the kernel keep what tells where blocks lie, so many bytes of it at most, if it lies on this host; as long as
+    /// `goes_on`.
+    fn read_index_ahead(&self, _bytes_max: u64, _goes_on: &mut dyn FnMut() -> bool) {}
 
     /// Does what was read once cost little to read again?
     fn is_near(&self) -> bool {

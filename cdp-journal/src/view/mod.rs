@@ -180,9 +180,10 @@ impl View {
 
     /// Reads so many bytes at most of what tells where blocks lie, the smallest files first, from a disk that may be slow into the
     /// kernel's memory: a block that is read later then costs one read of the disk, where it would cost several. Returns when
-    /// that is done; to be called on a thread of its own. Does nothing for a store that is not on this host.
-    pub fn read_index_ahead(&self, bytes_max: u64) {
-        self.store.read_index_ahead(bytes_max);
+    /// that is done, or soon after `goes_on` is false; to be called on a thread of its own. Does nothing for a store that is
+    /// not on this host.
+    pub fn read_index_ahead(&self, bytes_max: u64, mut goes_on: impl FnMut() -> bool) {
+        self.store.read_index_ahead(bytes_max, &mut goes_on);
     }
 
     fn checked(&self, offset: u64, len: u64) -> Result<Range<u64>, ReadError> {

@@ -237,9 +237,9 @@ impl Blocks for ViewStore {
         Ok(Arc::new(LocalSegment { file, path }))
     }
 
-    fn read_index_ahead(&self, bytes_max: u64) {
+    fn read_index_ahead(&self, bytes_max: u64, goes_on: &mut dyn FnMut() -> bool) {
         if let Some(db) = &self.db {
-            db.read_ahead(bytes_max);
+            db.read_ahead(bytes_max, goes_on);
         }
     }
 

@@ -774,12 +774,13 @@ fn the_index_is_read_ahead_as_far_as_asked() {
         run.sync_all().unwrap();
         rustix::fs::fadvise(run, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     }
-    view.read_index_ahead(0);
+    view.read_index_ahead(0, || true);
+    view.read_index_ahead(u64::MAX, || false);
     let before = cached();
     assert!(
         before < in_all / 2,
         "{before} of {in_all} bytes are in memory: does the temporary folder lie on a disk?"
     );
-    view.read_index_ahead(u64::MAX);
+    view.read_index_ahead(u64::MAX, || true);
     assert_eq!(cached(), in_all);
 }

@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::thread;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender, TryRecvError};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -171,13 +172,39 @@ fn open_moment(source: &From, volume: &str, when: &When, command: &str) -> anyho
 }
 
 /// Reads the index from its disk while who serves a moment gets ready: what is asked for at random then costs one read of
-/// the disk each.
-fn read_index_ahead(view: &View) {
-    let view = view.clone();
-    thread::spawn(move || {
-        thread::sleep(INDEX_AHEAD_AFTER);
-        view.read_index_ahead(INDEX_AHEAD_BYTES_MAX);
-    });
+/// the disk each. Ends when it is dropped.
+struct IndexAhead {
+    goes_on: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl IndexAhead {
+    fn start(view: &View) -> Self {
+        let view = view.clone();
+        let (goes_on, dropped) = mpsc::channel();
+        let read = move || {
+            if dropped.recv_timeout(INDEX_AHEAD_AFTER) == Err(RecvTimeoutError::Timeout) {
+                let goes_on = || dropped.try_recv() == Err(TryRecvError::Empty);
+                view.read_index_ahead(INDEX_AHEAD_BYTES_MAX, goes_on);
+            }
+        };
+        // It only saves time: without it all is served as well.
+        let thread = thread::Builder::new().name("index-ahead".into()).spawn(read);
+        Self {
+            goes_on: Some(goes_on),
+            thread: thread.ok(),
+        }
+    }
+}
+
+impl Drop for IndexAhead {
+    fn drop(&mut self) {
+        self.goes_on = None;
+        // It holds the index open, which leaves files behind where a process ends without closing it.
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// Refuses to write where the store's own files lie.

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::peek::PeekPart;
-use super::{Instant, open_moment, read_index_ahead, refuse_own_files};
+use super::{IndexAhead, Instant, open_moment, refuse_own_files};
 use crate::args::{Mount, Umount};
 use crate::disk::{Disk, complaints_in};
 use crate::mount::{
@@ -353,7 +353,7 @@ fn serve(args: &Mount, folder: &Path, report: &Report) -> anyhow::Result<()> {
     std::env::set_current_dir("/").context("leave the working folder")?;
     report.out(format!("{}\n", serde_json::to_string(&ready)?))?;
     rustix::stdio::dup2_stdout(&log).context("write to the log")?;
-    read_index_ahead(&moment.view);
+    let _ahead = IndexAhead::start(&moment.view);
     served.serve()
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::low_level::pipe;
 
-use super::{open_moment, read_index_ahead};
+use super::{IndexAhead, open_moment};
 use crate::args::Nbd;
 use crate::disk::Disk;
 use crate::nbd::{Credentials, Export, Server};
@@ -31,7 +31,7 @@ pub(crate) fn run(args: &Nbd, report: &Report) -> anyhow::Result<()> {
     let credentials = args.tls_certificates.as_deref().map(Credentials::read);
     let credentials = credentials.transpose()?;
     let moment = open_moment(&args.source, &args.volume, &args.at, "nbd")?;
-    read_index_ahead(&moment.view);
+    let _ahead = IndexAhead::start(&moment.view);
     let layer = match args.rw {
         true => Some(args.layer.make(&args.source.from, moment.view.bytes())?),
         false => None,

@@ -17,6 +17,7 @@ use crate::losses::Losses;
 
 /// As in `readback`, but for a device of a few blocks.
 const RUN_BYTES_MAX: u64 = 32 << 10;
+const COMPARE_BLOCKS_MAX: usize = 3;
 const FLIGHT_NS_MAX: u64 = 10_000_000_000;
 const RETRY_NS: u64 = 1_000_000_000;
 const IDLE_NS: u64 = 10_000_000;
@@ -645,11 +646,11 @@ impl Agent {
         self.readback = match state {
             ReadBack::Sleep(until_ns) if now_ns < until_ns => ReadBack::Sleep(until_ns),
             ReadBack::Sleep(_) => ReadBack::Suspects,
-            ReadBack::Suspects => match self.recorder.take_suspects() {
+            ReadBack::Suspects => match self.recorder.take_suspects(COMPARE_BLOCKS_MAX, |_| true) {
                 Some(suspicion) => ReadBack::Job(Box::new(Job::compare(&suspicion, self.sectors))),
                 None => ReadBack::Run,
             },
-            ReadBack::Run => match self.recorder.take_run(RUN_BYTES_MAX) {
+            ReadBack::Run => match self.recorder.take_run(RUN_BYTES_MAX, |_| true) {
                 Some(run) => ReadBack::Job(Box::new(Job::read(run))),
                 None if self.recorder.waiting_to_close().is_empty() => {
                     self.give_up_lingering(kernel);

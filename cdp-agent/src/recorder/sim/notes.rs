@@ -35,6 +35,7 @@ impl Notes {
     }
 
     pub(super) fn forget_after(&mut self, last: u64) {
+        self.next_unsettled = None;
         self.looked = self.looked.min(Seq::new(last));
         self.frames.retain(|&(seq, _)| seq <= last);
     }

@@ -19,7 +19,7 @@ fn what_changed_in_flight_corrects_the_record_that_wrote_it() {
     changed(&mut recorder, 8, 4096, 21 * SECOND);
     complete(&mut recorder, 8, 4096, false, 21 * SECOND);
     let mark = recorder.suspicions();
-    let suspicion = recorder.take_suspects().unwrap();
+    let suspicion = recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true).unwrap();
     assert_eq!(suspicion.ranges, vec![BLOCK_BYTES..2 * BLOCK_BYTES]);
     records(&mut recorder);
     let run = block_run(&suspicion, 1);
@@ -42,7 +42,7 @@ fn a_block_that_is_written_or_lost_while_it_is_compared_is_not_corrected() {
         write(&mut recorder, 8, 20 * SECOND);
         changed(&mut recorder, 8, 4096, 21 * SECOND);
         complete(&mut recorder, 8, 4096, false, 21 * SECOND);
-        let suspicion = recorder.take_suspects().unwrap();
+        let suspicion = recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true).unwrap();
         if lost {
             lose(&mut recorder, 1, 21 * SECOND, 22 * SECOND, 1, 0);
         } else {
@@ -53,10 +53,10 @@ fn a_block_that_is_written_or_lost_while_it_is_compared_is_not_corrected() {
         assert!(recorder.correct(&run, None, Some(&[9; 4096]), BootNs(23 * SECOND)));
         assert!(records(&mut recorder).is_empty(), "lost: {lost}");
         recorder.suspects_done(suspicion.volume, true);
-        assert_eq!(recorder.take_suspects(), None);
+        assert_eq!(recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true), None);
         recorder.drained_to(1, BootNs(23 * SECOND));
         assert_eq!(
-            recorder.take_run(BYTES).is_some(),
+            recorder.take_run(BYTES, |_| true).is_some(),
             lost,
             "what was lost is read back"
         );
@@ -70,10 +70,10 @@ fn what_was_lost_during_the_first_copy_is_compared() {
     write(&mut recorder, 0, 2);
     lose(&mut recorder, 1, 3, 4, 1, 0);
     recorder.drained_to(1, BootNs(4));
-    let run = recorder.take_run(BYTES).unwrap();
+    let run = recorder.take_run(BYTES, |_| true).unwrap();
     assert!(!run.blank && run.bytes == (0..REGION), "{run:?}");
     recorder.run_done(&run, false);
-    assert!(recorder.take_run(BYTES).unwrap().blank, "the rest is");
+    assert!(recorder.take_run(BYTES, |_| true).unwrap().blank, "the rest is");
 }
 
 /// What the device holds after a write that nobody captured must not correct a record of before: its moments are
@@ -92,8 +92,12 @@ fn a_suspect_in_a_region_that_became_dirty_is_read_back_and_not_compared() {
             changed(&mut recorder, 8, 4096, 22 * SECOND);
         }
         recorder.drained_to(1, BootNs(22 * SECOND));
-        assert_eq!(recorder.take_suspects(), None, "stranger: {stranger}");
-        assert_eq!(recorder.take_run(BYTES).unwrap().bytes, 0..REGION);
+        assert_eq!(
+            recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true),
+            None,
+            "stranger: {stranger}"
+        );
+        assert_eq!(recorder.take_run(BYTES, |_| true).unwrap().bytes, 0..REGION);
     }
 }
 
@@ -101,9 +105,9 @@ fn a_suspect_in_a_region_that_became_dirty_is_read_back_and_not_compared() {
 fn of_writes_in_flight_to_one_place_the_overlap_is_compared() {
     let mut recorder = protected();
     write(&mut recorder, 8, 20 * SECOND);
-    assert_eq!(recorder.take_suspects(), None);
+    assert_eq!(recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true), None);
     write(&mut recorder, 12, 20 * SECOND);
-    let suspicion = recorder.take_suspects().unwrap();
+    let suspicion = recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true).unwrap();
     assert_eq!(suspicion.ranges, vec![BLOCK_BYTES..3 * BLOCK_BYTES]);
 }
 
@@ -126,8 +130,8 @@ fn more_changes_in_flight_than_can_be_compared_are_a_gap() {
     changed(&mut recorder, 0, bytes as u32, 20 * SECOND);
     assert_eq!(state(&recorder), State::Resyncing(GapCause::ChangedInFlight));
     assert_eq!(gaps_from(&mut recorder), [last_exact]);
-    assert_eq!(recorder.take_suspects(), None);
-    assert!(recorder.take_run(REGION).is_some());
+    assert_eq!(recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true), None);
+    assert!(recorder.take_run(REGION, |_| true).is_some());
 }
 
 /// An end that nobody saw may have been that of changed pages: the block is compared. One that comes late after all
@@ -138,14 +142,16 @@ fn a_write_whose_end_was_not_seen_is_compared_and_may_end_late() {
     recorder.drained_to(0, BootNs(20 * SECOND));
     write(&mut recorder, 8, 20 * SECOND);
     for seconds in [30, 40] {
-        assert_eq!(recorder.take_suspects(), None);
+        assert_eq!(recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true), None);
         recorder.drained_to(0, BootNs(seconds * SECOND));
     }
     for at in [41, 42] {
-        let suspicion = recorder.take_suspects().expect("it is compared");
+        let suspicion = recorder
+            .take_suspects(SUSPECT_BLOCKS_MAX, |_| true)
+            .expect("it is compared");
         assert_eq!(suspicion.ranges, vec![BLOCK_BYTES..2 * BLOCK_BYTES]);
         recorder.suspects_done(volume_id(), true);
-        assert_eq!(recorder.take_suspects(), None);
+        assert_eq!(recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true), None);
         complete(&mut recorder, 8, 4096, false, at * SECOND);
     }
     assert!(
@@ -183,7 +189,9 @@ fn a_suspect_that_is_read_back_instead_is_not_waited_for() {
     let mark = recorder.suspicions();
     assert!(!recorder.is_clear(&mark));
     assert!(!recorder.try_close(volume_id(), None, BootNs(9 * SECOND)));
-    let run = recorder.take_run(BYTES).expect("its place is read once more");
+    let run = recorder
+        .take_run(BYTES, |_| true)
+        .expect("its place is read once more");
     changed(&mut recorder, 8, 4096, 10 * SECOND);
     recorder.run_done(&run, true);
     assert_eq!(read_everything(&mut recorder), REGION);
@@ -197,7 +205,7 @@ fn a_write_whose_end_was_not_seen_can_be_given_up() {
     write(&mut recorder, 0, 20 * SECOND);
     let noted = recorder.last_seq();
     recorder.everything_unknown(noted, BootNs(21 * SECOND));
-    let run = recorder.take_run(BYTES).unwrap();
+    let run = recorder.take_run(BYTES, |_| true).unwrap();
     write(&mut recorder, 0, 22 * SECOND);
     recorder.ended(&run, noted);
     assert!(recorder.in_flight(&run, noted).is_none());
@@ -221,7 +229,9 @@ fn a_write_whose_end_was_not_seen_is_waited_for_until_it_was_compared() {
     assert!(recorder.have_ended(last));
     let mark = recorder.suspicions();
     assert!(!recorder.is_clear(&mark));
-    let suspicion = recorder.take_suspects().expect("its block is compared");
+    let suspicion = recorder
+        .take_suspects(SUSPECT_BLOCKS_MAX, |_| true)
+        .expect("its block is compared");
     recorder.suspects_done(suspicion.volume, true);
     assert!(recorder.is_clear(&mark));
 }
@@ -246,7 +256,7 @@ fn a_lost_completion_ends_no_write() {
     );
     recorder.drained_to(1, at);
     assert!(!recorder.have_ended(recorder.last_seq()));
-    assert!(recorder.take_suspects().is_none());
+    assert!(recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true).is_none());
 }
 
 /// The end of a write that had been given up: the notes for the next agent may call it settled by then.
@@ -280,7 +290,13 @@ fn a_suspect_that_reaches_into_a_dirty_region_is_in_doubt() {
         let is_hit = lost_region == 1;
         assert_eq!(gaps_from(&mut recorder), [if is_hit { before } else { written }]);
         let to_compare = 0..if is_hit { REGION } else { 2 * REGION };
-        assert_eq!(recorder.take_suspects().unwrap().ranges, [to_compare]);
+        assert_eq!(
+            recorder
+                .take_suspects(SUSPECT_BLOCKS_MAX, |_| true)
+                .unwrap()
+                .ranges,
+            [to_compare]
+        );
     }
 }
 
@@ -298,7 +314,7 @@ fn what_an_agent_recorded_long_ago_is_not_waited_for_again() {
     assert_eq!(recorder.unsettled(), old);
     recorder.drained_to(1, BootNs(20 * SECOND));
     assert_eq!(recorder.oldest_in_flight(DISK), Some(young));
-    let suspicion = recorder.take_suspects().unwrap();
+    let suspicion = recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true).unwrap();
     assert_eq!(suspicion.ranges, [0..4096, 8192..12288]);
     assert_eq!(recorder.unsettled(), old, "it is not compared yet");
     recorder.suspects_done(volume_id(), true);
@@ -313,9 +329,49 @@ fn what_an_agent_recorded_before_memory_is_compared_once() {
     recorder.recorded_before(volume_id(), &(0..4096), old, MEMORY_TIME + PLUG_TIME);
     assert_eq!(recorder.oldest_in_flight(DISK), None);
     assert_eq!(recorder.unsettled(), old, "it is not compared yet");
-    assert_eq!(recorder.take_suspects().unwrap().ranges.first(), Some(&(0..4096)));
+    assert_eq!(
+        recorder
+            .take_suspects(SUSPECT_BLOCKS_MAX, |_| true)
+            .unwrap()
+            .ranges
+            .first(),
+        Some(&(0..4096))
+    );
     recorder.suspects_done(volume_id(), true);
     write(&mut recorder, 0, 20 * SECOND);
-    assert_eq!(recorder.take_suspects(), None);
+    assert_eq!(recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true), None);
     assert_eq!(Some(recorder.unsettled()), recorder.last_seq());
+}
+
+/// Goal: no volume keeps another from being compared, not with ever new suspects, and not with a device that cannot be read.
+/// Method: two volumes, one block at a time; then one of them may not be read.
+#[test]
+fn volumes_take_turns_to_be_compared() {
+    let mut recorder = recorder();
+    let (first, second) = (volume_id(), VolumeId::new(volume_id().get() + 1).unwrap());
+    let volume = NewVolume {
+        id: second,
+        name: "w".into(),
+        start_sector: BYTES / SECTOR_BYTES,
+        ..new_volume()
+    };
+    recorder.add_volume(volume, BootNs(1));
+    for volume in &mut recorder.volumes {
+        assert!(volume.suspects.raise(&(0..3 * BLOCK_BYTES), Seq::FIRST));
+    }
+    let mut turns = Vec::new();
+    for _ in 0..4 {
+        let suspicion = recorder.take_suspects(1, |_| true).unwrap();
+        turns.push(suspicion.volume);
+        recorder.suspects_done(suspicion.volume, true);
+    }
+    assert_eq!(turns, [first, second, first, second]);
+    let suspicion = recorder.take_suspects(1, |volume| volume != first);
+    assert_eq!(suspicion.unwrap().volume, second);
+    recorder.suspects_done(second, true);
+    assert_eq!(recorder.take_suspects(1, |volume| volume != first), None);
+    assert_eq!(
+        (recorder.suspect_blocks(first), recorder.suspect_blocks(second)),
+        (1, 0)
+    );
 }

@@ -49,7 +49,7 @@ fn nothing_that_is_recorded_of_a_device_that_is_gone_is_exact() {
         assert_eq!(last_gap(&told), (GapCause::Detached, seen));
         write(&mut recorder, 8, (15 + again) * SECOND);
         complete(&mut recorder, 8, 4096, false, (15 + again) * SECOND);
-        assert!(recorder.take_run(u64::MAX).is_none());
+        assert!(recorder.take_run(u64::MAX, |_| true).is_none());
         assert!(!recorder.try_close(volume_id(), Some(NOW), NOW));
     }
     let ended = recorder.end_volume(volume_id(), End::Detached, NOW).unwrap();

@@ -22,11 +22,8 @@ fn volume_id() -> VolumeId {
     VolumeId::new(1).unwrap()
 }
 
-/// A recorder with one volume on one disk, watched since time 1.
-fn recorder() -> Recorder {
-    let mut recorder = Recorder::new(None, 0);
-    recorder.add_disk(DISK, SLOT, false);
-    let volume = NewVolume {
+fn new_volume() -> NewVolume {
+    NewVolume {
         id: volume_id(),
         name: "v".into(),
         path: "/dev/v".into(),
@@ -40,8 +37,14 @@ fn recorder() -> Recorder {
         inexact_since: None,
         cause: None,
         exact: None,
-    };
-    recorder.add_volume(volume, BootNs(1));
+    }
+}
+
+/// A recorder with one volume on one disk, watched since time 1.
+fn recorder() -> Recorder {
+    let mut recorder = Recorder::new(None, 0);
+    recorder.add_disk(DISK, SLOT, false);
+    recorder.add_volume(new_volume(), BootNs(1));
     recorder.attached(DISK, BootNs(1));
     recorder
 }
@@ -58,7 +61,7 @@ fn protected() -> Recorder {
 
 fn read_everything(recorder: &mut Recorder) -> u64 {
     let mut bytes = 0;
-    while let Some(run) = recorder.take_run(BYTES) {
+    while let Some(run) = recorder.take_run(BYTES, |_| true) {
         bytes += run.bytes.end - run.bytes.start;
         recorder.run_done(&run, false);
     }
@@ -194,9 +197,9 @@ fn a_volume_is_seeding_until_all_of_it_was_read() {
 fn nothing_is_read_before_the_probe_watches() {
     let mut recorder = recorder();
     recorder.volumes[0].attached = false;
-    assert_eq!(recorder.take_run(BYTES), None);
+    assert_eq!(recorder.take_run(BYTES, |_| true), None);
     recorder.attached(DISK, BootNs(2));
-    assert!(recorder.take_run(BYTES).is_some());
+    assert!(recorder.take_run(BYTES, |_| true).is_some());
 }
 
 /// A drop's gap begins where the drop was, not where it was noticed: records that were in the ring before it
@@ -207,7 +210,7 @@ fn a_gap_opens_right_before_the_first_record_that_is_not_older_than_the_loss() {
     write(&mut recorder, 0, 20 * SECOND);
     lose(&mut recorder, 1, 22 * SECOND, 23 * SECOND, 1000, 3);
     assert_eq!(
-        recorder.take_run(BYTES),
+        recorder.take_run(BYTES, |_| true),
         None,
         "bytes read now would count as of an exact moment"
     );
@@ -226,7 +229,7 @@ fn a_gap_opens_right_before_the_first_record_that_is_not_older_than_the_loss() {
     );
     assert_eq!(state(&recorder), State::Resyncing(GapCause::RingOverflow));
     assert_eq!(recorder.volumes()[0].losses.ring_full, 1);
-    let run = recorder.take_run(BYTES).unwrap();
+    let run = recorder.take_run(BYTES, |_| true).unwrap();
     assert_eq!(run.bytes, 3 * REGION..4 * REGION, "only what was lost is read");
 }
 
@@ -306,7 +309,7 @@ fn a_failed_write_opens_a_gap_before_it_and_its_region_is_read_again() {
             last_exact: exact
         }
     );
-    assert_eq!(recorder.take_run(BYTES).unwrap().bytes, 0..REGION);
+    assert_eq!(recorder.take_run(BYTES, |_| true).unwrap().bytes, 0..REGION);
 }
 
 /// A driver of whole bios may move a bio's iterator to its end before it ends it, failed or not.
@@ -323,7 +326,7 @@ fn a_failed_bio_that_does_not_tell_where_it_was_is_a_gap_all_the_same() {
     };
     self::event(&mut recorder, &Event::Complete(failed));
     assert_eq!(state(&recorder), State::Resyncing(GapCause::IoError));
-    assert_eq!(recorder.take_run(BYTES).unwrap().bytes, 0..REGION);
+    assert_eq!(recorder.take_run(BYTES, |_| true).unwrap().bytes, 0..REGION);
 }
 
 #[test]
@@ -332,7 +335,10 @@ fn a_write_that_was_under_way_before_the_probe_is_read_again() {
     read_everything(&mut recorder);
     complete(&mut recorder, 5 * 128, 4096, false, 2);
     assert!(!recorder.try_close(volume_id(), None, BootNs(10 * SECOND)));
-    assert_eq!(recorder.take_run(BYTES).unwrap().bytes, 5 * REGION..6 * REGION);
+    assert_eq!(
+        recorder.take_run(BYTES, |_| true).unwrap().bytes,
+        5 * REGION..6 * REGION
+    );
 }
 
 #[test]
@@ -356,7 +362,7 @@ fn reading_back_waits_for_writes_that_are_older_than_the_note() {
     write(&mut recorder, 0, 20 * SECOND);
     let noted = recorder.last_seq();
     recorder.everything_unknown(noted, BootNs(21 * SECOND));
-    let run = recorder.take_run(BYTES).unwrap();
+    let run = recorder.take_run(BYTES, |_| true).unwrap();
     assert!(recorder.in_flight(&run, noted).is_some());
     write(&mut recorder, 0, 22 * SECOND);
     complete(&mut recorder, 0, 4096, false, 23 * SECOND);
@@ -402,7 +408,7 @@ fn a_gap_begins_before_what_was_in_doubt() {
             in_doubt.prev()
         };
         assert_eq!(gaps_from(&mut recorder), [expected], "{has_ended} {was_changed}");
-        assert_eq!(recorder.take_suspects(), None);
+        assert_eq!(recorder.take_suspects(SUSPECT_BLOCKS_MAX, |_| true), None);
     }
 }
 
@@ -492,7 +498,7 @@ fn a_full_store_is_a_gap_until_there_is_room() {
     let mut recorder = protected();
     let next = Seq::after(recorder.last_seq());
     recorder.everything_unknown(recorder.last_seq(), BootNs(19 * SECOND));
-    let run = recorder.take_run(REGION).unwrap();
+    let run = recorder.take_run(REGION, |_| true).unwrap();
     write(&mut recorder, 0, 20 * SECOND);
     recorder.store_full(next, Epoch(1), BootNs(21 * SECOND));
     assert_eq!(
@@ -513,7 +519,7 @@ fn a_full_store_is_a_gap_until_there_is_room() {
         records(&mut recorder).is_empty(),
         "nothing is journaled while the store is full"
     );
-    assert_eq!(recorder.take_run(BYTES), None);
+    assert_eq!(recorder.take_run(BYTES, |_| true), None);
     recorder.room_again(BootNs(31 * SECOND));
     assert_eq!(read_everything(&mut recorder), BYTES);
 }

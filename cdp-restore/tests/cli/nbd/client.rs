@@ -22,6 +22,7 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
 /// `cdp-restore nbd`, ready; killed if the test has not ended it.
 pub(super) struct Server {
     child: Child,
+    temporary: tempfile::TempDir,
     pub(super) socket: PathBuf,
     /// The line that it printed.
     pub(super) uri: String,
@@ -37,7 +38,9 @@ impl Server {
     }
 
     pub(super) fn started(store: &Store, arguments: &[&str], socket: PathBuf) -> Self {
+        let temporary = tempfile::tempdir().unwrap();
         let mut child = command(store.arguments("nbd", arguments))
+            .env("TMPDIR", temporary.path())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -47,6 +50,7 @@ impl Server {
         BufReader::new(stdout).read_line(&mut uri).unwrap();
         Server {
             child,
+            temporary,
             socket,
             uri: uri.trim().to_owned(),
         }
@@ -56,7 +60,7 @@ impl Server {
         UnixStream::connect(&self.socket).unwrap()
     }
 
-    /// Tells it to stop; how it ended, and all that it said on stderr.
+    /// Tells it to stop; how it ended, and all that it said on stderr. Leaves nothing behind in the temporary folder.
     pub(super) fn stop(mut self) -> (ExitStatus, String) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
@@ -67,7 +71,11 @@ impl Server {
             .unwrap()
             .read_to_string(&mut stderr)
             .unwrap();
-        (self.child.wait().unwrap(), stderr)
+        let ended = self.child.wait().unwrap();
+        let left = std::fs::read_dir(self.temporary.path()).unwrap();
+        let left: Vec<_> = left.map(|entry| entry.unwrap().path()).collect();
+        assert!(left.is_empty(), "{left:?}");
+        (ended, stderr)
     }
 }
 
