@@ -298,9 +298,9 @@ fn a_live_write_arrives_while_the_first_copy_goes_on() {
         "network: live first",
         &[&["fio"], &network::PROGRAMS[..]].concat(),
         |scene| {
-            let mut far = Far::new(scene, 64 * MIB)?;
-            far.write(64 * MIB)?;
-            far.network.shape(20)?;
+            let mut far = Far::new(scene, 128 * MIB)?;
+            far.write(128 * MIB)?;
+            far.network.shape(10)?;
             let mut agent = far.plan.start()?;
             poll_until("reading back to wait for the server", PROTECT_TIMEOUT, || {
                 agent.check_alive()?;
