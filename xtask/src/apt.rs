@@ -61,6 +61,35 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
     sh::run(&mut install)
 }
 
+/// What a package depends on directly, alternatives left out.
+pub(crate) fn depends(package: &str) -> Result<Vec<String>> {
+    let text = sh::capture(Command::new("apt-cache").args(["depends", package]))?;
+    Ok(depends_in(&text))
+}
+
+fn depends_in(listing: &str) -> Vec<String> {
+    let names = listing
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: "));
+    let real = names.filter(|name| !name.starts_with('<'));
+    real.map(str::to_owned).collect()
+}
+
+/// Fetches packages, of the versions that apt would install, and unpacks them into `into` without installing them.
+pub(crate) fn unpack(packages: &[String], into: &Path) -> Result<()> {
+    let deb = into.join("deb");
+    fs::create_dir_all(&deb).with_context(|| format!("make {}", deb.display()))?;
+    let mut download = Command::new("apt-get");
+    // As root, apt would fetch as a user who cannot write here, and warn.
+    download.args(["--quiet", "-o", "APT::Sandbox::User=root", "download"]);
+    sh::run(download.args(packages).current_dir(&deb))?;
+    for entry in fs::read_dir(&deb).with_context(|| format!("list {}", deb.display()))? {
+        let file = entry.with_context(|| format!("list {}", deb.display()))?.path();
+        sh::run(Command::new("dpkg-deb").arg("--extract").arg(&file).arg(into))?;
+    }
+    fs::remove_dir_all(&deb).with_context(|| format!("remove {}", deb.display()))
+}
+
 /// Fetches one package of exactly one version from a Debian suite that the machine itself need not
 /// follow, and unpacks it into `into` without installing it. Needs no root: apt keeps its state in a
 /// folder of its own, `scratch`.
@@ -175,6 +204,12 @@ mod tests {
         assert!(is_installed(listing, "fio"));
         assert!(!is_installed(listing, "xfsprogs"));
         assert!(!is_installed(listing, "fuse3"));
+    }
+
+    #[test]
+    fn what_a_package_depends_on_is_told_without_virtual_packages() {
+        let listing = "qemu\n  Depends: libfdt1\n |Depends: a\n  Depends: <b>\n    c\n  Breaks: d\n  Depends: seabios\n";
+        assert_eq!(depends_in(listing), ["libfdt1", "seabios"]);
     }
 
     #[test]

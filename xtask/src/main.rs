@@ -2,6 +2,7 @@
 
 mod apt;
 mod bench;
+mod boot;
 mod ci;
 mod demo;
 mod ebpf;
@@ -41,6 +42,8 @@ enum Task {
     },
     /// See it work: a database loses a table and gets it back as it was a millisecond earlier
     Demo(demo::DemoArgs),
+    /// A small machine boots under an emulator from a moment that `cdp-restore nbd` serves
+    Boot(boot::BootArgs),
     /// Measure what protection costs, and write docs/bench.md
     Bench(bench::BenchArgs),
     /// Run every test; what needs root or BTF is skipped by name where they are missing
@@ -83,6 +86,7 @@ fn run() -> Result<()> {
     match args.task {
         Task::Setup { dry_run } => setup::run(&workspace, dry_run),
         Task::Demo(args) => demo::run(&workspace, &args),
+        Task::Boot(args) => boot::run(&workspace, &args),
         Task::Bench(args) => bench::run(&workspace, &args),
         Task::Test(args) => test::run(&workspace, &args),
         Task::Fuzz(args) => fuzz::run(&workspace, &args),
