@@ -35,8 +35,9 @@ const REQUESTS_PER_READ: u64 = 16;
 /// With more of a volume's blocks to compare than this no way is given: until they are compared nothing is exact, and
 /// there may only be so many.
 const UNHURRIED_BLOCKS_MAX: usize = SUSPECT_BLOCKS_MAX / 8;
-/// Suspects that are compared at once (16 MiB). To know what was written meanwhile takes a tenth of a second, however many they
-/// are; and where all of a large table is written while it is changed, ten thousand blocks become suspect each second.
+/// Suspects that are compared at once (16 MiB). To know what was written meanwhile takes a tenth of a second, however
+/// many they are; and where all of a large table is written while it is changed, ten thousand blocks become suspect
+/// each second.
 const COMPARE_BLOCKS_MAX: usize = 4096;
 /// One read while others use the disk: as long as it takes, a write may have to wait behind it.
 const BUSY_READ_BYTES: u64 = 64 << 10;

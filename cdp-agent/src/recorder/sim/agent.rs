@@ -93,6 +93,8 @@ pub(super) struct Agent {
     misses_at_ns: u64,
     misses_seq: Option<Seq>,
     idle_at: Option<BootNs>,
+    /// Until then the device is not read: it failed a read.
+    resting_until_ns: u64,
     /// Writes that were in flight at some time: since when, and the last record by then.
     lingering: Option<(u64, Option<Seq>)>,
     drained_ns: u64,
@@ -227,6 +229,7 @@ impl Agent {
             misses_at_ns: now.0,
             misses_seq,
             idle_at: None,
+            resting_until_ns: 0,
             lingering: None,
             drained_ns: 0,
             sealed_next: last + 1,
@@ -642,15 +645,16 @@ impl Agent {
             return; // the recorder is locked
         }
         let now_ns = kernel.instant();
+        let may = |_| now_ns >= self.resting_until_ns;
         let state = std::mem::replace(&mut self.readback, ReadBack::Suspects);
         self.readback = match state {
             ReadBack::Sleep(until_ns) if now_ns < until_ns => ReadBack::Sleep(until_ns),
             ReadBack::Sleep(_) => ReadBack::Suspects,
-            ReadBack::Suspects => match self.recorder.take_suspects(COMPARE_BLOCKS_MAX, |_| true) {
+            ReadBack::Suspects => match self.recorder.take_suspects(COMPARE_BLOCKS_MAX, may) {
                 Some(suspicion) => ReadBack::Job(Box::new(Job::compare(&suspicion, self.sectors))),
                 None => ReadBack::Run,
             },
-            ReadBack::Run => match self.recorder.take_run(RUN_BYTES_MAX, |_| true) {
+            ReadBack::Run => match self.recorder.take_run(RUN_BYTES_MAX, may) {
                 Some(run) => ReadBack::Job(Box::new(Job::read(run))),
                 None if self.recorder.waiting_to_close().is_empty() => {
                     self.give_up_lingering(kernel);
@@ -701,8 +705,9 @@ impl Agent {
                             }
                         }
                         if result.is_err() {
-                            ReadBack::Sleep(now_ns + RETRY_NS)
-                        } else if job.run.is_none() {
+                            self.resting_until_ns = now_ns + RETRY_NS;
+                        }
+                        if job.run.is_none() {
                             ReadBack::Run
                         } else {
                             ReadBack::Suspects
