@@ -774,13 +774,25 @@ fn the_index_is_read_ahead_as_far_as_asked() {
         run.sync_all().unwrap();
         rustix::fs::fadvise(run, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     }
-    view.read_index_ahead(0, || true);
+    view.read_index_ahead(0, || unreachable!("there is no room"));
     view.read_index_ahead(u64::MAX, || false);
     let before = cached();
     assert!(
         before < in_all / 2,
         "{before} of {in_all} bytes are in memory: does the temporary folder lie on a disk?"
     );
-    view.read_index_ahead(u64::MAX, || true);
+    // Who does not go on is asked before each read, and no more is read.
+    let mut reads = 0;
+    view.read_index_ahead(u64::MAX, || {
+        reads += 1;
+        reads <= 1
+    });
+    assert_eq!(reads, 2);
+    reads = 0;
+    view.read_index_ahead(u64::MAX, || {
+        reads += 1;
+        true
+    });
     assert_eq!(cached(), in_all);
+    assert!(reads > runs.len(), "asked {reads} times for {} files", runs.len());
 }
