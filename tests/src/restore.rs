@@ -4,12 +4,16 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde::Deserialize;
 
 use crate::agent::binary;
 use crate::network::Host;
-use crate::process::{Cmd, Outcome, cmd};
+use crate::process::{Cmd, Outcome, cmd, poll_until};
+use crate::scene::Scene;
+
+const NBD_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Exit code: done.
 pub const DONE: i32 = 0;
@@ -142,6 +146,29 @@ impl Restore {
     pub fn points(&self, volume: &str) -> Result<Points> {
         let text = self.command("points").args([volume, "--json"]).output()?;
         serde_json::from_str(&text).with_context(|| format!("points --json: {text}"))
+    }
+
+    /// Serves `VOLUME` by `nbd` at a socket of the scene, with more arguments, while `use_it` is given the URI.
+    pub fn serve_nbd(
+        &self,
+        scene: &Scene,
+        volume: &str,
+        more: &[&str],
+        use_it: impl FnOnce(&str) -> Result<()>,
+    ) -> Result<()> {
+        let socket = scene.path("nbd.sock");
+        let listen = format!("unix:{}", socket.display());
+        let command = self.command("nbd").args([volume, "--listen", &listen]).args(more);
+        let mut server = command.spawn(&scene.log("nbd"))?;
+        poll_until("the NBD server to listen", NBD_TIMEOUT, || {
+            let code = server.try_code()?;
+            ensure!(code.is_none(), "it ended with code {code:?}");
+            Ok(socket.exists().then_some(()))
+        })?;
+        use_it(&format!("nbd+unix:///{volume}?socket={}", socket.display())).context("over NBD")?;
+        let code = server.stop(Signal::TERM, NBD_TIMEOUT)?;
+        ensure!(code == 0, "the NBD server's exit code on SIGTERM was {code}");
+        Ok(())
     }
 
     /// `verify`, of everything.

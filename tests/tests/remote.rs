@@ -11,7 +11,7 @@ use cdp_tests::fingerprint::Fingerprint;
 use cdp_tests::fio::write_randomly;
 use cdp_tests::moments::{QuietMoment, WallNs};
 use cdp_tests::mount::{FileSystem, Mount};
-use cdp_tests::process::{Cmd, cmd, poll_until};
+use cdp_tests::process::{Cmd, cmd};
 use cdp_tests::restore::{FAILED, Restore};
 use cdp_tests::server::Server;
 use cdp_tests::view::{View, files_in};
@@ -24,7 +24,6 @@ const DEVICE_BYTES: u64 = 64 * MIB;
 const WRITER_BYTES_PER_SECOND: u64 = 8 * MIB;
 /// Less than a connection may be silent for whose user is patient.
 const SILENCE_MAX: Duration = Duration::from_secs(18);
-const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A device whose agent ships to a server.
 struct Stage {
@@ -136,7 +135,7 @@ fn rewind_nbd_and_find_read_from_a_server() {
         ensure!(found["hits"][0]["offset"] == 12_345, "{found:#}");
 
         let copy = scene.path("copy");
-        serve_nbd(scene, &restore, &at, |uri| {
+        restore.serve_nbd(scene, "v", &["--at", &at], |uri| {
             let nbdcopy = cmd("nbdcopy").args(["--connections=4", "--requests=16", uri]);
             nbdcopy.arg(&copy).run()?.success()?;
             moment
@@ -271,28 +270,4 @@ fn diff_find_and_files_name_files_from_a_server() {
         }
         stage.agent.stop()
     });
-}
-
-/// Serves a moment while `use_it` is given its address.
-fn serve_nbd(
-    scene: &Scene,
-    restore: &Restore,
-    at: &str,
-    use_it: impl FnOnce(&str) -> Result<()>,
-) -> Result<()> {
-    let socket = scene.path("nbd.sock");
-    let listen = format!("unix:{}", socket.display());
-    let command = restore
-        .command("nbd")
-        .args(["v", "--at", at, "--listen", &listen]);
-    let mut server = command.spawn(&scene.log("nbd"))?;
-    poll_until("the NBD server to listen", READY_TIMEOUT, || {
-        let code = server.try_code()?;
-        ensure!(code.is_none(), "it ended with code {code:?}");
-        Ok(socket.exists().then_some(()))
-    })?;
-    use_it(&format!("nbd+unix:///v?socket={}", socket.display())).context("over NBD")?;
-    let code = server.stop(Signal::TERM, READY_TIMEOUT)?;
-    ensure!(code == 0, "the NBD server's exit code on SIGTERM was {code}");
-    Ok(())
 }

@@ -20,9 +20,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use cdp_tests::Scene;
-use cdp_tests::agent::use_binaries_in;
-use cdp_tests::process::catch_interrupts;
-use cdp_tests::scene::missing_here;
 
 use crate::workspace::Workspace;
 use crate::{demo, sh};
@@ -138,29 +135,18 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<()> {
     if !sh::is_root() {
         return demo::again_as_root(workspace, &again(args));
     }
-    if let Some(why) = missing_here(&["fio", "mkfs.ext4", "losetup", "setpriv"]) {
-        bail!("the bench cannot run here: {why}");
-    }
-    use_binaries_in(&workspace.target().join("release"));
-    catch_interrupts();
-    let scene = Scene::new(1)?;
     let stream = workspace.target().join("release/examples/quic_stream");
     let began = CpuTime::now()?;
-    let measured = match (args.bytes, args.restore) {
-        (true, _) => measure_bytes(&scene, Effort::of(args)),
-        (_, true) => restore::measure(&scene, restore_effort(args)),
-        _ if args.rewind => restore::measure_rewinds(&scene, restore_effort(args)),
-        _ if args.ship => measure_ship(&scene, Effort::of(args), &stream),
-        _ if args.views => views::measure(&scene, restore_effort(args)),
+    let programs = ["fio", "mkfs.ext4", "losetup", "setpriv"];
+    let text = demo::on_a_scene(workspace, &programs, |scene| match (args.bytes, args.restore) {
+        (true, _) => measure_bytes(scene, Effort::of(args)),
+        (_, true) => restore::measure(scene, restore_effort(args)),
+        _ if args.rewind => restore::measure_rewinds(scene, restore_effort(args)),
+        _ if args.ship => measure_ship(scene, Effort::of(args), &stream),
+        _ if args.views => views::measure(scene, restore_effort(args)),
         _ if args.recovery => recovery::measure(scene.seed(), recovery_effort(args)),
-        _ => measure(&scene, args).and_then(|report| report.markdown()),
-    };
-    if measured.is_err() {
-        scene.show_logs();
-    }
-    let cleared = scene.clear();
-    let text = measured?;
-    cleared?;
+        _ => measure(scene, args).and_then(|report| report.markdown()),
+    })?;
     println!("{text}");
     let stolen = format!(
         "Of the machine's processor time {:.1} % went to others meanwhile (steal).",

@@ -11,26 +11,23 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use cdp_tests::Scene;
-use cdp_tests::agent::{AgentPlan, use_binaries_in};
+use cdp_tests::agent::AgentPlan;
 use cdp_tests::device::{LoopDevice, LoopOptions, MIB};
 use cdp_tests::fingerprint::Fingerprint;
 use cdp_tests::fio::write_randomly;
 use cdp_tests::moments::{QuietMoment, WallNs};
 use cdp_tests::mount::Mount;
-use cdp_tests::process::{catch_interrupts, cmd, poll_until};
+use cdp_tests::process::cmd;
 use cdp_tests::restore::Restore;
-use cdp_tests::scene::missing_here;
-use rustix::process::Signal;
 
-use crate::demo::{Story, again_as_root, prepare};
+use crate::demo::{Story, again_as_root, on_a_scene, prepare};
 use crate::workspace::Workspace;
 use crate::{apt, sh};
 
 const DISK_BYTES: u64 = 128 * MIB;
 const DATA_BYTES: usize = 8 << 20;
-const READY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Without the processor's help a machine starts in some seconds.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// The kernel's modules for the disk, each after those that it needs.
@@ -72,19 +69,8 @@ pub(crate) fn run(workspace: &Workspace, args: &BootArgs) -> Result<()> {
     if !sh::is_root() {
         return again_as_root(workspace, &["boot", "--prepared"].map(str::to_owned));
     }
-    if let Some(why) = missing_here(&["mkfs.ext4", "fio"]) {
-        bail!("no machine can boot here: {why}");
-    }
     let parts = Parts::get(workspace)?;
-    use_binaries_in(&workspace.target().join("release"));
-    catch_interrupts();
-    let scene = Scene::new(1)?;
-    let booted = boot(&scene, &parts);
-    if booted.is_err() {
-        scene.show_logs();
-    }
-    let cleared = scene.clear();
-    booted.and(cleared)
+    on_a_scene(workspace, &["mkfs.ext4", "fio"], |scene| boot(scene, &parts))
 }
 
 fn boot(scene: &Scene, parts: &Parts) -> Result<()> {
@@ -108,20 +94,11 @@ fn boot(scene: &Scene, parts: &Parts) -> Result<()> {
     story.tell("all of it was overwritten with noise");
 
     let restore = Restore::from(plan.store())?;
-    let socket = scene.path("nbd.sock");
-    let listen = format!("unix:{}", socket.display());
     let at = moment.to.to_string();
-    let mut server = restore
-        .command("nbd")
-        .args(["vm", "--at", &at, "--rw", "--listen", &listen])
-        .spawn(&scene.log("nbd"))?;
-    poll_until("the NBD server to listen", READY_TIMEOUT, || {
-        let code = server.try_code()?;
-        ensure!(code.is_none(), "it ended with code {code:?}");
-        Ok(socket.exists().then_some(()))
-    })?;
     let console = scene.log("console");
-    parts.start_machine(&format!("nbd+unix:///vm?socket={}", socket.display()), &console)?;
+    restore.serve_nbd(scene, "vm", &["--at", &at, "--rw"], |uri| {
+        parts.start_machine(uri, &console)
+    })?;
     let said = fs::read_to_string(&console).context("read the console")?;
     let sum = scene.path("data");
     fs::write(&sum, &data).context("write what is expected")?;
@@ -138,8 +115,6 @@ fn boot(scene: &Scene, parts: &Parts) -> Result<()> {
         );
         story.tell(format!("the machine booted from {at} over NBD and {what}"));
     }
-    let code = server.stop(Signal::TERM, READY_TIMEOUT)?;
-    ensure!(code == 0, "the NBD server's exit code on SIGTERM was {code}");
     moment.check_at(&restore, &at, &scene.path("image"))?;
     story.tell("the moment is still what the disk held then, byte for byte");
     agent.stop()
@@ -162,6 +137,10 @@ impl Parts {
                 apt::is_here(),
                 "the parts of a machine are unpacked from Debian's packages: there is no apt-get here"
             );
+            // Of an earlier attempt another kernel may be there.
+            if dir.exists() {
+                fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
+            }
             sh::step("get an emulator, a boot loader and a kernel", || {
                 let mut packages = vec![
                     "qemu-system-x86".to_owned(),

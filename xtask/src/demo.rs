@@ -54,21 +54,33 @@ pub(crate) fn run(workspace: &Workspace, args: &DemoArgs) -> Result<()> {
             .chain(sqlite);
         return again_as_root(workspace, &again.collect::<Vec<_>>());
     }
-    if let Some(why) = missing_here(&["mkfs.ext4", "losetup", "setpriv"]) {
-        bail!("the demo cannot run here: {why}");
+    let story = Story::begin();
+    let programs = ["mkfs.ext4", "losetup", "setpriv"];
+    on_a_scene(workspace, &programs, |scene| play(scene, &story, args.sqlite))?;
+    story.tell("Nothing of this is left on the machine: no device, no mount, no process, no file.");
+    Ok(())
+}
+
+/// Plays on a scene of its own, with the release binaries. It is gone afterwards; of a failure its logs are shown.
+pub(crate) fn on_a_scene<T>(
+    workspace: &Workspace,
+    programs: &[&str],
+    play: impl FnOnce(&Scene) -> Result<T>,
+) -> Result<T> {
+    if let Some(why) = missing_here(programs) {
+        bail!("this cannot run here: {why}");
     }
     use_binaries_in(&workspace.target().join("release"));
     catch_interrupts();
     let scene = Scene::new(1)?;
-    let story = Story::begin();
-    let played = play(&scene, &story, args.sqlite);
+    let played = play(&scene);
     if played.is_err() {
         scene.show_logs();
     }
     let cleared = scene.clear();
-    played.and(cleared)?;
-    story.tell("Nothing of this is left on the machine: no device, no mount, no process, no file.");
-    Ok(())
+    let played = played?;
+    cleared?;
+    Ok(played)
 }
 
 /// Gets what is missing and builds the release binaries.
