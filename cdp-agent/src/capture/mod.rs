@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 use self::maps::SharedWords;
 use self::notes::Owner;
-pub(crate) use self::notes::{Notes, WatchedDisk};
+pub(crate) use self::notes::{NextUnsettled, Notes, WatchedDisk};
 use self::pins::Claim;
 pub(crate) use self::pins::PinnedSet;
 use self::ring::Ring;

@@ -274,6 +274,44 @@ impl<W: Words> Notes<W> {
     }
 }
 
+/// From which write on nothing is settled, as it was when some record was the last one: noted once that is appended, for the
+/// next agent reads on from there.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct NextUnsettled(Option<(Seq, Option<Seq>)>);
+
+impl NextUnsettled {
+    /// What can be noted now, with the last record when it was found. If none waits to be noted, it is looked for.
+    pub(crate) fn take(
+        &mut self,
+        appended: Option<Seq>,
+        look: impl FnOnce() -> (Seq, Option<Seq>),
+    ) -> Option<(Seq, Option<Seq>)> {
+        match self.0 {
+            Some((_, last)) if appended < last => None,
+            Some(found) => {
+                self.0 = None;
+                Some(found)
+            }
+            None => {
+                self.0 = Some(look());
+                None
+            }
+        }
+    }
+
+    /// This write is in doubt again.
+    pub(crate) fn reopen(&mut self, write: Seq) {
+        if let Some((first, _)) = &mut self.0 {
+            *first = write.min(*first);
+        }
+    }
+
+    /// The records that it is of are no more, and others will have their numbers.
+    pub(crate) fn forget(&mut self) {
+        self.0 = None;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
@@ -337,6 +375,25 @@ mod tests {
         assert_eq!(notes.unsettled(), None);
         notes.set_unsettled(seq(7));
         assert_eq!(notes.unsettled(), Some(seq(7)));
+    }
+
+    /// Goal: nothing is noted before the log holds what it is of, nothing that came to be in doubt meanwhile, and nothing
+    /// of records that a full store lost: it would be noted when others have their numbers, and only then.
+    #[test]
+    fn what_is_unsettled_is_noted_when_its_record_is_appended() {
+        let mut next = NextUnsettled::default();
+        let look = |first, last| move || (seq(first), Seq::new(last));
+        assert_eq!(next.take(Seq::new(5), look(8, 9)), None);
+        assert_eq!(next.take(Seq::new(8), look(20, 20)), None);
+        next.reopen(seq(3));
+        assert_eq!(next.take(Seq::new(9), look(20, 20)), Some((seq(3), Seq::new(9))));
+        assert_eq!(next.take(Seq::new(9), look(30, 40)), None);
+        next.forget();
+        assert_eq!(next.take(Seq::new(10), look(11, 10)), None);
+        assert_eq!(
+            next.take(Seq::new(10), look(12, 11)),
+            Some((seq(11), Seq::new(10)))
+        );
     }
 
     #[test]

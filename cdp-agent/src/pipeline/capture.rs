@@ -12,7 +12,7 @@ use crossbeam_channel::{Receiver, Sender};
 use rustix::event::{Timespec, epoll};
 
 use super::{Request, Shared, StoreChange};
-use crate::capture::{DiskNumber, Probe, Slot, WatchedDisk};
+use crate::capture::{DiskNumber, NextUnsettled, Probe, Slot, WatchedDisk};
 use crate::clock;
 use crate::event::Event;
 use crate::losses::Losses;
@@ -49,7 +49,7 @@ pub(crate) struct Capture {
     misses_seq: Option<Seq>,
     noted_at: Instant,
     /// What is to be noted as unsettled, once this record is appended.
-    unsettled: Option<(Seq, Option<Seq>)>,
+    unsettled: NextUnsettled,
 }
 
 impl Capture {
@@ -84,7 +84,7 @@ impl Capture {
             misses_at: Instant::now(),
             misses_seq,
             noted_at: Instant::now(),
-            unsettled: None,
+            unsettled: NextUnsettled::default(),
         })
     }
 
@@ -108,8 +108,7 @@ impl Capture {
                 match shared.store.lock().take() {
                     Some(StoreChange::Full { next, epoch }) => {
                         self.probe.notes().forget_after(next.prev());
-                        // It is of records that are no more: others will have their numbers.
-                        self.unsettled = None;
+                        self.unsettled.forget();
                         shared.none_on_its_way_from(next);
                         recorder.store_full(next, epoch, now);
                     }
@@ -302,14 +301,10 @@ impl Capture {
             return;
         }
         self.noted_at = Instant::now();
-        match self.unsettled {
-            Some((_, last)) if appended < last => {}
-            Some((first, last)) => {
-                notes.set_unsettled(first);
-                shared.noted.store(last.map_or(0, Seq::get), Ordering::SeqCst);
-                self.unsettled = None;
-            }
-            None => self.unsettled = Some((recorder.unsettled(), recorder.last_seq())),
+        let look = || (recorder.unsettled(), recorder.last_seq());
+        if let Some((first, last)) = self.unsettled.take(appended, look) {
+            notes.set_unsettled(first);
+            shared.noted.store(last.map_or(0, Seq::get), Ordering::SeqCst);
         }
     }
 
@@ -341,9 +336,7 @@ impl Capture {
 
     /// A write came to be in doubt that the notes may call settled.
     fn unsettle(&mut self, reopened: Seq) {
-        if let Some((first, _)) = &mut self.unsettled {
-            *first = reopened.min(*first);
-        }
+        self.unsettled.reopen(reopened);
         let notes = self.probe.notes();
         if notes.unsettled() > Some(reopened) {
             notes.set_unsettled(reopened);

@@ -5,6 +5,7 @@ use super::agent::{Agent, volume};
 use super::kernel::{Counters, Kernel};
 use super::model::Model;
 use super::{DISK, SLOT, volume_id};
+use crate::capture::NextUnsettled;
 
 /// As `Notes`.
 #[derive(Clone, Debug, Default)]
@@ -12,8 +13,7 @@ pub(super) struct Notes {
     /// By their last record: the position in the ring behind their last event.
     frames: Vec<(u64, u64)>,
     unsettled: Option<u64>,
-    /// To be noted as unsettled once this record is appended.
-    next_unsettled: Option<(u64, u64)>,
+    next_unsettled: NextUnsettled,
     settled: Counters,
     is_settled: bool,
     marks_taken: bool,
@@ -35,7 +35,7 @@ impl Notes {
     }
 
     pub(super) fn forget_after(&mut self, last: u64) {
-        self.next_unsettled = None;
+        self.next_unsettled.forget();
         self.looked = self.looked.min(Seq::new(last));
         self.frames.retain(|&(seq, _)| seq <= last);
     }
@@ -58,27 +58,17 @@ impl Notes {
 
     /// As `Capture::unsettle`.
     pub(super) fn unsettle(&mut self, reopened: Seq) {
-        let reopened = reopened.get();
-        if let Some((first, _)) = &mut self.next_unsettled {
-            *first = reopened.min(*first);
-        }
-        self.unsettled = self.unsettled.map(|first| first.min(reopened));
+        self.next_unsettled.reopen(reopened);
+        self.unsettled = self.unsettled.map(|first| first.min(reopened.get()));
     }
 
     /// As `Capture::note`.
     pub(super) fn keep(&mut self, recorder: &Recorder, seen: &Counters, misses: u64, appended: u64) {
-        match self.next_unsettled {
-            Some((_, last)) if appended < last => {}
-            Some((first, _)) => {
-                self.unsettled = Some(first);
-                self.next_unsettled = None;
-            }
-            None => {
-                let last = recorder.last_seq().map_or(0, Seq::get);
-                self.next_unsettled = Some((recorder.unsettled().get(), last));
-            }
-        }
         let appended = Seq::new(appended);
+        let look = || (recorder.unsettled(), recorder.last_seq());
+        if let Some((first, _)) = self.next_unsettled.take(appended, look) {
+            self.unsettled = Some(first.get());
+        }
         if !self.is_settled && recorder.is_settled(Some(DISK), appended) {
             self.settled = seen.clone();
             self.marks_taken = false;
@@ -142,7 +132,6 @@ impl Agent {
         }
         let mut notes = self.notes.clone();
         notes.forget_after(last);
-        notes.next_unsettled = None;
         let known = (notes.settled.clone(), notes.misses, notes.looked);
         self.next(recorder, notes, known, last, position, now)
     }
